@@ -1,0 +1,75 @@
+"""Whole-file writes that are there completely or not at all, and disk errors in our own words.
+
+Knows nothing about what the files hold.
+"""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from m2c.errors import BadInput, NoSpace, StorageError
+
+TEMPORARY_PREFIX = ".m2c-tmp-"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def disk_errors(path: Path | str) -> Iterator[None]:
+    """Translate OSError into NoSpace, BadInput or StorageError naming `path`."""
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno).lower() if error.errno else str(error)
+        if error.errno in _FULL:
+            raise NoSpace(f"{path}: {reason}", "free some space and run the same command") from None
+        if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
+            raise BadInput(f"{path}: {reason}") from None
+        raise StorageError(f"{path}: {reason}") from None
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Write `path` under a temporary name; rename it into place once it is safely on disk.
+
+    The data are synced before the rename and the folder after it, so a power cut leaves the old
+    state or the new one. On any failure the temporary file is removed and `path` is untouched.
+    """
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}")
+    with disk_errors(path):
+        try:
+            with open(temporary, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.rename(temporary, path)
+            sync_directory(path.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+def sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_small(path: Path, *, limit: int) -> bytes:
+    """The bytes of a regular file of at most `limit` bytes; links are not followed."""
+    with disk_errors(path):
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        with open(descriptor, "rb") as file:
+            data = file.read(limit + 1)
+    if len(data) > limit:
+        raise BadInput(f"{path}: larger than the {limit} bytes such a file may have")
+    return data

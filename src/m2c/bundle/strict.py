@@ -1,0 +1,105 @@
+"""Strict JSON to frozen dataclasses and back: the only door through which file facts come in.
+
+Unknown and duplicate keys, wrong types (a bool is not an int), non-finite numbers and values out
+of range are refused with the file and the key. Knows nothing about what the values mean.
+"""
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+from m2c.errors import BadInput
+
+MAX_JSON_NBYTES = 64 << 20
+T = TypeVar("T")
+
+
+def load_json(data: bytes, *, file: Path | str) -> Any:
+    """The JSON value in `data`. Raises BadInput on duplicate keys, NaN, bad UTF-8 or bad JSON."""
+    if len(data) > MAX_JSON_NBYTES:
+        raise BadInput(f"{file}: {len(data)} bytes of JSON is more than any file of ours holds")
+
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            raise ValueError("a key appears twice")
+        return result
+
+    def no_constant(name: str) -> Any:
+        raise ValueError(f"{name} is not a number")
+
+    def finite(text: str) -> float:
+        if not math.isfinite(number := float(text)):
+            raise ValueError(f"{text[:20]} is out of range")
+        return number
+
+    try:
+        return json.loads(
+            data.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_constant,
+            parse_float=finite,
+        )  # fmt: skip
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{file}: not valid JSON ({error})") from None
+
+
+def dump_json(value: Any) -> bytes:
+    """Canonical bytes: sorted keys, no spaces, so that equal facts are equal bytes."""
+    text = json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+    )
+    return text.encode("ascii")
+
+
+def decode(cls: type[T], value: Any, *, file: Path | str, where: str = "") -> T:
+    """A frozen dataclass `cls` from a JSON object. Raises BadInput naming file and key."""
+    if not isinstance(value, dict):
+        raise BadInput(f"{file}: {where or 'the top level'} must be an object")
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(value) - set(fields))
+    if unknown:
+        raise BadInput(f"{file}: unknown key {where}{unknown[0]!r}")
+    arguments = {}
+    for name, field in fields.items():
+        if name not in value:
+            if field.default is dataclasses.MISSING:
+                raise BadInput(f"{file}: key {where}{name!r} is missing")
+            continue
+        arguments[name] = _value(hints[name], value[name], file, f"{where}{name}")
+    return cls(**arguments)
+
+
+def _value(kind: Any, value: Any, file: Path | str, where: str) -> Any:
+    if kind is Any:
+        return value
+    origin = typing.get_origin(kind)
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        kind = next(arm for arm in typing.get_args(kind) if arm is not types.NoneType)
+        origin = typing.get_origin(kind)
+    if dataclasses.is_dataclass(kind):
+        return decode(kind, value, file=file, where=f"{where}.")  # type: ignore[arg-type]
+    if origin is tuple:
+        item = typing.get_args(kind)[0]
+        if not isinstance(value, list):
+            raise BadInput(f"{file}: {where} must be a list")
+        return tuple(_value(item, v, file, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is dict:
+        item = typing.get_args(kind)[1]
+        if not isinstance(value, dict):
+            raise BadInput(f"{file}: {where} must be an object")
+        return {key: _value(item, v, file, f"{where}.{key}") for key, v in value.items()}
+    if kind is float and type(value) is int:
+        if abs(value) >= 1 << 62:
+            raise BadInput(f"{file}: {where} is out of range")
+        return float(value)
+    if type(value) is not kind:
+        raise BadInput(f"{file}: {where} must be of type {kind.__name__}")
+    if kind is int and not 0 <= value < 1 << 62:
+        raise BadInput(f"{file}: {where} is out of range")
+    return value

@@ -1,0 +1,42 @@
+"""How m2c speaks: results on stdout, everything else on stderr, one line per error.
+
+Knows nothing about what is said.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def say(text: str) -> None:
+    """A line for people, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def result(text: str) -> None:
+    """A line of the result, on stdout."""
+    print(text, flush=True)
+
+
+def tables() -> "Console":
+    """A rich console on stdout; plain text of a readable width when it is not a terminal."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 100, soft_wrap=False)
+
+
+@contextmanager
+def progress(label: str, total: int, *, unit: str, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr while the block runs; nothing when stderr is no terminal."""
+    from tqdm import tqdm
+
+    binary = unit == "B"
+    with tqdm(
+        total=total, desc=label, unit=unit, unit_scale=True, unit_divisor=1024 if binary else 1000,
+        file=sys.stderr, disable=True if quiet else None, leave=False, dynamic_ncols=True,
+    ) as bar:  # fmt: skip
+        yield lambda amount: bar.update(amount) and None

@@ -1,0 +1,66 @@
+"""Options that several commands share, and what their values mean.
+
+Knows nothing about what the commands do with them.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Ssd = Annotated[
+    Path | None,
+    typer.Option("--ssd", envvar="M2C_SSD", help="Folder on the SSD that holds the bundles."),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads", "-t", envvar="M2C_THREADS", min=1, max=1024,
+        help="Compute threads [default: all allowed cores].",
+    ),
+]  # fmt: skip
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no figures.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+Mix = Annotated[
+    str | None,
+    typer.Option(
+        help="Percent of each layer's neurons at FP16/INT8/INT4, best first, e.g. 5/15/80 "
+        "[default: found at pack time]."
+    ),
+]
+Drop = Annotated[
+    float, typer.Option(min=0, max=99, help="Percent of neurons, lowest scores, not computed.")
+]
+Dense = Annotated[
+    str | None,
+    typer.Option(
+        help="Precision of attention, embeddings and head: fp16, int8 or int4 [default: by mix]."
+    ),
+]
+CtxSize = Annotated[
+    int | None,
+    typer.Option("--ctx-size", "-c", min=1, help="Context in tokens [default: up to 4096]."),
+]
+Kv = Annotated[str, typer.Option("--kv", help="Type of the KV cache: f16 or f32.")]
+Hbm = Annotated[
+    str | None,
+    typer.Option(
+        envvar="M2C_HBM",
+        help="Memory of the top tier, e.g. 20GiB, or auto. With --device cpu the tier is "
+        "emulated [default: auto on a GPU, else none].",
+    ),
+]
+Dram = Annotated[
+    str | None,
+    typer.Option(
+        envvar="M2C_DRAM",
+        help="Memory for weights, KV cache and buffers, e.g. 24GiB, or auto [default: auto].",
+    ),
+]
+Device = Annotated[str, typer.Option(envvar="M2C_DEVICE", help="cpu or cuda[:N].")]
+Policy = Annotated[
+    str | None,
+    typer.Option(
+        help="Neuron cache policy: pinned, atu, lru, lfu or ema [default: atu in HBM, else pinned]."
+    ),
+]

@@ -1,0 +1,138 @@
+"""`m2c pack --ssd DIR`: write a profiled checkpoint as a bundle."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from m2c.cli import options
+from m2c.cli.console import progress, result, say
+from m2c.errors import BadInput, UsageError
+
+if TYPE_CHECKING:
+    from m2c.pack import PackJob
+
+EXAMPLE = "Example: m2c pack --ssd /mnt/nvme"
+
+
+def command(
+    model: Annotated[
+        str | None, typer.Argument(help="As for m2c profile; - reads a profile's path from stdin.")
+    ] = None,
+    ssd: options.Ssd = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="What m2c profile wrote [default: found in M2C_HOME].")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the bundle [default: the model's].")
+    ] = None,
+    exact_type: Annotated[
+        str, typer.Option(help="16-bit type of the exact plane: bf16, f16 or auto.")
+    ] = "auto",
+    mix: Annotated[
+        str, typer.Option(help="Default mix: FP16/INT8/INT4 in percent, or error or entropy.")
+    ] = "error",
+    bits: Annotated[
+        float, typer.Option(min=4.5, max=16, help="Bits per FFN weight that the search may spend.")
+    ] = 5.5,
+    plan: Annotated[
+        bool, typer.Option("--plan", "--dry-run", help="Say what it would take; write nothing.")
+    ] = False,
+    threads: options.Threads = None,
+    quiet: options.Quiet = False,
+) -> None:
+    """Write a checkpoint as a bundle on an SSD.
+
+    Every neuron is quantized into nested FP16/INT8/INT4 planes. Stopped at any moment, it is
+    finished by running it again. Prints the path of the bundle.
+    """
+    from m2c import home
+    from m2c.cli.names import checkpoint_name
+    from m2c.hardware import auto_threads
+    from m2c.kernels.workers import Workers
+    from m2c.pack import pack
+
+    if ssd is None:
+        raise UsageError("where to? no --ssd given and M2C_SSD is not set", "use --ssd DIR")
+    if not ssd.is_dir():
+        raise BadInput(f"{ssd}: no such folder", f"create it: mkdir -p {ssd}")
+    if model == "-":
+        profile, model = _profile_from_stdin(), None
+    job = _job(model, profile, exact_type, mix, bits, checkpoint_name)
+    path = ssd / f"{_safe(name or job.checkpoint.name)}.m2c"
+    workers = Workers(threads or auto_threads())
+    if plan:
+        _say_plan(job, path, workers)
+        return
+    with progress(f"pack {path.name}", job.weights, unit="w", quiet=quiet) as advance:
+        fresh = pack(
+            job, path, workers=workers, progress=advance,
+            choose_mix=lambda bundle: _choose(bundle, job, workers, quiet),
+        )  # fmt: skip
+    home.record(bundle=path)
+    if not fresh and not quiet:
+        say(f"m2c: {path} was complete already")
+    result(str(path))
+
+
+def _job(model, profile, exact_type, mix, bits, checkpoint_name) -> "PackJob":  # type: ignore[no-untyped-def]
+    from m2c import home
+    from m2c.bundle.importance import read_importance
+    from m2c.hub import resolve_model
+    from m2c.model.checkpoint import open_checkpoint
+    from m2c.model.mix import Mix
+    from m2c.pack import PackJob, choose_exact_type
+    from m2c.source import model_files
+
+    if mix not in ("error", "entropy"):
+        mix = str(Mix.parse(mix))
+    if exact_type not in ("auto", "bf16", "f16"):
+        raise UsageError(f"--exact-type {exact_type}: choose bf16, f16 or auto")
+    given = checkpoint_name(model)
+    checkpoint = open_checkpoint(resolve_model(given).path)
+    path = profile or home.profile_path(checkpoint.name, checkpoint.fingerprint())
+    if not path.exists():
+        raise BadInput(f"{given} has no profile yet ({path})", f"type: m2c profile {given}")
+    importance, _ = read_importance(path)
+    chosen = choose_exact_type(checkpoint) if exact_type == "auto" else exact_type
+    return PackJob(checkpoint, importance, model_files(checkpoint), chosen, mix, bits)
+
+
+def _profile_from_stdin() -> Path:
+    import sys
+
+    line = sys.stdin.readline().strip()
+    if not line:
+        raise UsageError("no path on stdin", "type: m2c profile MODEL | m2c pack - --ssd DIR")
+    return Path(line)
+
+
+def _choose(bundle, job: "PackJob", workers, quiet: bool):  # type: ignore[no-untyped-def]
+    from m2c.mixsearch import choose_mix
+
+    choice, quality, lines = choose_mix(
+        bundle, job.importance, job.mix_request, job.budget_bits, workers
+    )
+    if not quiet:
+        for line in lines:
+            say(f"m2c: {line}")
+    return choice, quality
+
+
+def _say_plan(job: "PackJob", path: Path, workers) -> None:  # type: ignore[no-untyped-def]
+    from m2c.pack import estimate_seconds, require_space
+    from m2c.units import format_size
+
+    needed, free = require_space(job, path)
+    seconds = estimate_seconds(job, workers)
+    say(f"m2c: {path}: needs {format_size(needed)}, {format_size(free)} are free")
+    say(f"m2c: exact plane in {job.exact_type}; about {max(1, round(seconds))} s on this machine")
+
+
+def _safe(name: str) -> str:
+    import re
+
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name.removesuffix(".m2c")).strip(".-")
+    if not safe:
+        raise UsageError(f"{name!r} is no name for a bundle", "use letters and digits")
+    return safe[:100]

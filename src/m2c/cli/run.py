@@ -1,0 +1,206 @@
+"""`m2c run --prompt "..."`: decode a bundle through the three-level cache."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from m2c.cli import options
+from m2c.cli.console import progress, say
+from m2c.errors import UsageError
+
+if TYPE_CHECKING:
+    from m2c.bundle.bundle import Bundle
+    from m2c.engine import Engine, RunOptions
+    from m2c.generate import GenerationStats
+
+EXAMPLE = 'Example: m2c run --prompt "Why is the sky blue?"'
+_MAX_PROMPT_CHARS = 16 << 20
+
+
+def command(
+    bundle: Annotated[
+        str | None,
+        typer.Argument(help="What m2c pack printed, or its name [default: the one packed last]."),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="The prompt; - or nothing reads stdin.")
+    ] = None,
+    system: Annotated[str | None, typer.Option("--system", "-s", help="System message.")] = None,
+    raw: Annotated[bool, typer.Option(help="Continue the text as it is: no chat format.")] = False,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-n", min=1, help="Most tokens to generate.")
+    ] = 256,
+    temperature: Annotated[
+        float, typer.Option("--temp", "--temperature", min=0, help="0 is greedy.")
+    ] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Keep the k best tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep this much probability.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Keep tokens above this share of the best.")] = 0.0,
+    repeat_penalty: Annotated[float, typer.Option(help="1 is none.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text.")] = None,
+    mix: options.Mix = None,
+    drop: options.Drop = 0.0,
+    dense: options.Dense = None,
+    ctx_size: options.CtxSize = None,
+    kv: options.Kv = "f16",
+    dram: options.Dram = None,
+    hbm: options.Hbm = None,
+    device: options.Device = "cpu",
+    policy: options.Policy = None,
+    depth: Annotated[int, typer.Option(min=2, max=16, help="Layers read ahead.")] = 2,
+    ssd: options.Ssd = None,
+    threads: options.Threads = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", "--dry-run", help="Print the plan and stop.")
+    ] = False,
+    stats: Annotated[Path | None, typer.Option(help="Write figures as JSON here.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Record active neurons here.")] = None,
+    no_stream: Annotated[bool, typer.Option("--no-stream", help="Print the text at once.")] = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Generate text from a bundle.
+
+    Only the text goes to stdout; the last line on stderr says what it took. Weights stay where
+    the plan puts them: in the top tier, in DRAM, or on the SSD they are read from.
+    """
+    from m2c.bundle.bundle import open_bundle
+    from m2c.cli.names import bundle_path
+    from m2c.cli.runs import run_options
+    from m2c.sampling import Sampler, SamplingParams
+
+    chosen = run_options(
+        mix=mix, drop=drop, dense=dense, ctx_size=ctx_size, kv=kv, dram=dram, hbm=hbm,
+        device=device, policy=policy, depth=depth, threads=threads,
+    )  # fmt: skip
+    sampler = Sampler(
+        SamplingParams(
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+            repeat_penalty=repeat_penalty, seed=seed,
+        )
+    )  # fmt: skip
+    opened = open_bundle(bundle_path(bundle, ssd))
+    chosen = _with_drop(opened, chosen, drop)
+    if plan:
+        _print_plan(opened, chosen)
+        return
+    text = _read_prompt(prompt)
+    _say_price(opened, drop, quiet)
+    with _open_engine(opened, chosen, trace, quiet) as engine:
+        ids = _ids(engine, text, system, raw)
+        if temperature > 0 and seed is None and not quiet:
+            say(f"m2c: seed {sampler.seed}")
+        figures = _generate(engine, ids, sampler, max_tokens, stop or [], no_stream)
+        _report(engine, figures, stats, quiet)
+
+
+def _read_prompt(prompt: str | None) -> str:
+    if prompt is not None and prompt != "-":
+        return prompt
+    if prompt is None and sys.stdin.isatty():
+        raise UsageError("no prompt", 'give one with --prompt "..." or on stdin')
+    data = sys.stdin.buffer.read(_MAX_PROMPT_CHARS)
+    try:
+        return data.decode("utf-8").rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"stdin is not UTF-8 text (byte {error.start})") from None
+
+
+def _with_drop(bundle: "Bundle", chosen: "RunOptions", drop: float) -> "RunOptions":
+    """--drop without --mix drops from the bundle's own mix."""
+    from dataclasses import replace
+
+    from m2c.model.mix import Mix
+
+    if not drop or chosen.mix is not None:
+        return chosen
+    return replace(chosen, mix=Mix.of_percent(bundle.manifest.mix.percent, drop=drop))
+
+
+def _say_price(bundle: "Bundle", drop: float, quiet: bool) -> None:
+    if not drop or quiet:
+        return
+    known = bundle.manifest.quality
+    measured = [d for d in range(10, 80, 10) if d >= drop and f"ffn_error_drop_{d}" in known]
+    if measured:
+        before, after = known["ffn_error_drop_0"], known[f"ffn_error_drop_{measured[0]}"]
+        say(
+            f"m2c: dropping up to {measured[0]} % raises the FFN output error from {before:.3f} to "
+            f"{after:.3f} (measured when packing)"
+        )
+    else:
+        say(f"m2c: what dropping {drop:g} % costs was never measured: expect bad text")
+
+
+def _open_engine(
+    bundle: "Bundle", chosen: "RunOptions", trace: Path | None, quiet: bool
+) -> "Engine":
+    from m2c.cli.runs import tracing_engine
+    from m2c.engine import Engine
+
+    total = sum(index.header.payload_nbytes for index in bundle.shards.values())
+    with progress("load", total, unit="B", quiet=quiet) as advance:
+        if trace is None:
+            return Engine(bundle, chosen, progress=advance)
+        return tracing_engine(bundle, chosen, trace, advance)
+
+
+def _ids(engine: "Engine", text: str, system: str | None, raw: bool) -> list[int]:
+    from m2c.chat import chat_template_of
+    from m2c.contents import sidecars_of
+    from m2c.prompt import chat_ids, raw_ids
+
+    template = None if raw else chat_template_of(sidecars_of(engine.bundle))
+    if template is None:
+        if system is not None:
+            raise UsageError("--system needs a chat format, and there is none", "drop --system")
+        return raw_ids(engine.tokenizer, text)
+    return chat_ids(engine.tokenizer, template, text, system=system)
+
+
+def _generate(
+    engine: "Engine", ids: list[int], sampler, max_tokens: int, stop: list[str], no_stream: bool
+) -> "GenerationStats":  # type: ignore[no-untyped-def]
+    from m2c.generate import GenerationStats, stream_generate
+
+    figures = GenerationStats()
+    held: list[str] = []
+    for piece in stream_generate(engine, ids, sampler, max_tokens=max_tokens, stop=stop):
+        if no_stream:
+            held.append(piece.text)
+        elif piece.text:
+            sys.stdout.write(piece.text)
+            sys.stdout.flush()
+        figures = piece.stats or figures
+    sys.stdout.write("".join(held) + "\n")
+    sys.stdout.flush()
+    return figures
+
+
+def _print_plan(bundle: "Bundle", chosen: "RunOptions") -> None:
+    from m2c.cli.console import result
+    from m2c.cli.runs import describe_plan
+    from m2c.contents import config_of, importance_of
+    from m2c.engine import plan_for, run_shape
+
+    config = config_of(bundle)
+    shape = run_shape(bundle, config, chosen)
+    plan = plan_for(bundle, config, shape, importance_of(bundle), chosen)
+    for line in describe_plan(plan, shape):
+        result(line)
+
+
+def _report(engine: "Engine", figures: "GenerationStats", stats: Path | None, quiet: bool) -> None:
+    from m2c.bundle.files import write_atomic
+    from m2c.bundle.strict import dump_json
+    from m2c.cli.runs import stats_facts, summary_line
+
+    if quiet and stats is None:
+        return
+    facts = stats_facts(engine, figures)
+    if stats is not None:
+        write_atomic(stats, dump_json(facts) + b"\n")
+    if not quiet:
+        say(summary_line(facts))

@@ -1,0 +1,183 @@
+"""What run, plan and bench share: options to RunOptions, a plan in words, figures of a run.
+
+Knows nothing about argument parsing.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from m2c.bundle.bundle import Bundle
+from m2c.cli.names import parse_budget
+from m2c.engine import Engine, RunOptions
+from m2c.errors import UsageError
+from m2c.generate import GenerationStats
+from m2c.hardware import probe_dram, probe_ssd
+from m2c.model.footprint import RunShape
+from m2c.model.kv import KV_DTYPES
+from m2c.model.mix import PRECISIONS, Mix
+from m2c.tiers.plan import Plan
+from m2c.tiers.trace import TraceWriter
+from m2c.units import format_size
+
+
+def run_options(
+    *, mix: str | None, drop: float, dense: str | None, ctx_size: int | None, kv: str,
+    dram: str | None, hbm: str | None, device: str, policy: str | None, depth: int,
+    threads: int | None,
+) -> RunOptions:  # fmt: skip
+    """Checked options. Raises UsageError naming the flag."""
+    if dense not in (None, *PRECISIONS):
+        raise UsageError(f"--dense {dense}: choose one of {', '.join(PRECISIONS)}")
+    if kv not in KV_DTYPES:
+        raise UsageError(f"--kv {kv}: choose one of {', '.join(KV_DTYPES)}")
+    if device != "cpu" and device.split(":")[0] != "cuda":
+        raise UsageError(f"--device {device}: choose cpu or cuda[:N]")
+    if hbm == "auto" and device == "cpu":
+        hbm = None
+    return RunOptions(
+        mix=None if mix is None else Mix.parse(mix, drop), dense=dense, ctx_size=ctx_size,
+        kv_type=kv, threads=threads, device=device, dram=parse_budget(dram),
+        hbm=parse_budget(hbm), policy=policy, depth=depth,
+    )  # fmt: skip
+
+
+def tracing_engine(
+    bundle: Bundle, options: RunOptions, path: Path, progress: Callable[[int], None]
+) -> Engine:
+    """An engine that records the active neurons of every decoded token in `path`."""
+    from m2c.contents import config_of
+    from m2c.engine import run_shape
+
+    config = config_of(bundle)
+    planes = run_shape(bundle, config, options).mix.upgrades
+    if not planes:
+        raise UsageError("this mix upgrades no neurons: there is nothing to trace", "use --mix")
+    writer = TraceWriter(
+        path, num_layers=config.num_hidden_layers, num_neurons=config.intermediate_size,
+        planes=planes,
+    )  # fmt: skip
+    engine = Engine(bundle, options, progress=progress, record=writer.write)
+    engine.closing.enter_context(writer)
+    return engine
+
+
+def describe_plan(plan: Plan, shape: RunShape, ssd_gbps: float | None = None) -> list[str]:
+    """The plan in lines of text: what lies where, traffic per token, the bound that follows."""
+    f = plan.footprint
+    kinds = {"dense": "attention", "neurons": "FFN", "head": "head"}
+
+    def blocks(positions: tuple[int, ...]) -> str:
+        names = [f.blocks[i].kind for i in positions]
+        parts = [f"{names.count(k)} {kinds[k]}" for k in kinds if k in names]
+        return ", ".join(parts) or "nothing"
+
+    lines = [
+        f"mix {shape.mix} (FP16/INT8/INT4), attention and head {shape.dense}, "
+        f"context {shape.ctx_size} ({format_size(f.kv_nbytes)} of KV cache)"
+    ]
+    if plan.budget.hbm:
+        lines.append(_tier("HBM", plan.used_hbm, plan.budget.hbm, blocks(plan.in_hbm)))
+    lines.append(_tier("DRAM", plan.used_dram, plan.budget.dram, blocks(plan.in_dram)))
+    if plan.streamed:
+        lines.append(
+            f"SSD   streams {blocks(plan.streamed)} for every token, {plan.ring_slots} layers in "
+            f"a ring of {format_size(plan.ring_nbytes)}"
+        )
+    for u in f.upgrades:
+        lines.append(
+            f"{u.plane.upper():5} {u.active} of {f.neurons} neurons a layer and token; "
+            f"{plan.slab_slots[u.plane]} cached ({plan.policy}), "
+            f"{plan.prefix[u.plane]} hottest pinned in DRAM"
+        )
+    lines.append(
+        f"bytes per token: SSD {format_size(plan.ssd_nbytes_per_token)}, "
+        + (f"DRAM to HBM {format_size(plan.link_nbytes_per_token)}, " if plan.budget.hbm else "")
+        + f"weights computed {format_size(plan.compute_nbytes_per_token)}"
+    )
+    if plan.ssd_nbytes_per_token and ssd_gbps:
+        bound = ssd_gbps * 1e9 / plan.ssd_nbytes_per_token
+        lines.append(f"the SSD bounds decoding at {bound:.3g} tok/s if it reads {ssd_gbps:g} GB/s")
+    return lines
+
+
+def _tier(name: str, used: int, budget: int, blocks: str) -> str:
+    return f"{name:5} {format_size(used)} of {format_size(budget)}: {blocks}"
+
+
+def plan_facts(plan: Plan) -> dict[str, Any]:
+    """The plan for programs. Bytes."""
+    return {
+        "dram_budget": plan.budget.dram, "dram_used": plan.used_dram,
+        "hbm_budget": plan.budget.hbm, "hbm_used": plan.used_hbm,
+        "blocks_in_hbm": len(plan.in_hbm), "blocks_in_dram": len(plan.in_dram),
+        "blocks_streamed": len(plan.streamed), "ring_nbytes": plan.ring_nbytes,
+        "kv_nbytes": plan.footprint.kv_nbytes, "slab_slots": plan.slab_slots,
+        "prefix_neurons": plan.prefix, "policy": plan.policy,
+        "ssd_nbytes_per_token": plan.ssd_nbytes_per_token,
+        "link_nbytes_per_token": plan.link_nbytes_per_token,
+        "compute_nbytes_per_token": plan.compute_nbytes_per_token,
+    }  # fmt: skip
+
+
+def stats_facts(engine: Engine, figures: GenerationStats) -> dict[str, Any]:
+    """Figures of a run, for `--stats` and the summary line. Bytes, seconds, bytes per second."""
+    steps = max(1, figures.decode_steps)
+    decode = figures.decode
+    assert decode is not None
+    ssd_bandwidth = probe_ssd(engine.bundle, engine.store.reader) if decode.ssd.nbytes else 0.0
+    dram_bandwidth = probe_dram()
+    moved = decode.ssd.nbytes / steps
+    computed = engine.plan.compute_nbytes_per_token
+    # reads overlap compute, so the slower of the two bounds a token
+    floor_s = max(moved / ssd_bandwidth if moved else 0.0, computed / dram_bandwidth)
+    return {
+        "mix": str(engine.shape.mix),
+        "dense": engine.shape.dense,
+        "prompt_tokens": figures.prompt_tokens,
+        "generated_tokens": figures.generated_tokens,
+        "finish_reason": figures.finish_reason,
+        "ttft_s": figures.ttft_s,
+        "prefill_tps": figures.prefill_tps,
+        "decode_tps": figures.decode_tps,
+        "prefill_ssd_nbytes": figures.prefill_ssd_nbytes,
+        "ssd_nbytes_per_token": moved,
+        "ssd_bytes_per_second": decode.ssd.nbytes / decode.ssd.busy_s if decode.ssd.busy_s else 0,
+        "ssd_probe_bytes_per_second": ssd_bandwidth,
+        "link_nbytes_per_token": decode.link.nbytes / steps,
+        "dram_probe_bytes_per_second": dram_bandwidth,
+        "weights_nbytes_per_token": computed,
+        "share_of_roof": figures.decode_tps * floor_s,
+        "upgrades": {
+            plane: {"hbm_or_cache": hit.compute, "dram": hit.dram, "ssd": hit.ssd}
+            for plane, hit in decode.upgrades.items()
+        },
+        "peak_memory_nbytes": figures.peak_memory_nbytes,
+        "plan": plan_facts(engine.plan),
+    }
+
+
+def summary_line(facts: dict[str, Any]) -> str:
+    """One line: speed, traffic, hits, roof, memory."""
+    parts = [
+        f"TTFT {facts['ttft_s']:.2f} s",
+        f"prefill {facts['prefill_tps']:.1f} tok/s",
+        f"decode {facts['decode_tps']:.2f} tok/s",
+        f"SSD {facts['ssd_nbytes_per_token'] / 1e6:.1f} MB/token"
+        + (
+            f" at {facts['ssd_bytes_per_second'] / 1e9:.2f} GB/s"
+            if facts["ssd_bytes_per_second"]
+            else ""
+        ),
+    ]
+    if facts["plan"]["hbm_budget"]:
+        parts.append(f"DRAM-HBM {facts['link_nbytes_per_token'] / 1e6:.1f} MB/token")
+    for plane, hits in facts["upgrades"].items():
+        total = max(1, sum(hits.values()))
+        served = (("hbm_or_cache", "cached"), ("dram", "DRAM"), ("ssd", "SSD"))
+        shares = [f"{hits[key] / total:.0%} {name}" for key, name in served if hits[key]]
+        if shares:
+            parts.append(f"{plane.upper()} from " + " + ".join(shares))
+    parts.append(f"{facts['share_of_roof']:.0%} of the roof")
+    parts.append(f"peak {format_size(facts['peak_memory_nbytes'])}")
+    return "m2c: " + ", ".join(parts)

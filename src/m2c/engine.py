@@ -1,0 +1,149 @@
+"""A bundle made ready to decode: its plan, its store, its transformer, its tokenizer.
+
+Knows nothing about sampling, text streams or printing.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+from m2c.bundle.bundle import Bundle
+from m2c.bundle.importance import Importance
+from m2c.contents import config_of, importance_of, tokenizer_of, vectors_of
+from m2c.errors import DoesNotFit, UsageError
+from m2c.hardware import auto_dram, auto_threads
+from m2c.kernels.workers import Workers
+from m2c.model.config import ModelConfig
+from m2c.model.footprint import (
+    RunShape,
+    bundle_nbytes,
+    footprint_of_bundle,
+    footprint_of_config,
+)
+from m2c.model.kv import KvCache
+from m2c.model.mix import Mix
+from m2c.model.transformer import Transformer
+from m2c.tiers.plan import DEPTH, Budget, Plan, make_plan
+from m2c.tiers.policies import POLICY_NAMES
+from m2c.tiers.store import NeuronStore
+
+DEFAULT_CTX: Final = 4096
+# what pack usually finds, for models that are not packed yet
+ASSUMED_MIX: Final = Mix(0, 25, 75)
+ASSUMED_EXACT_TYPE: Final = "bf16"
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a person may ask of a run; None means: choose for me."""
+
+    mix: Mix | None = None
+    dense: str | None = None  # precision of attention, embeddings and head
+    ctx_size: int | None = None
+    kv_type: str = "f16"
+    threads: int | None = None
+    device: str = "cpu"
+    dram: int | None = None
+    hbm: int | None = None
+    policy: str | None = None
+    depth: int = DEPTH
+
+
+class Engine:
+    """Use as a context manager. `model` is the Transformer, `store` its weights."""
+
+    def __init__(
+        self, bundle: Bundle, options: RunOptions, *,
+        progress: Callable[[int], None] = lambda nbytes: None,
+        record: Callable[[int, str, Any], None] | None = None,
+    ) -> None:  # fmt: skip
+        self.bundle = bundle
+        self.closing = ExitStack()  # what else ends with this engine
+        self.config = config_of(bundle)
+        self.shape = run_shape(bundle, self.config, options)
+        importance = importance_of(bundle)
+        self.plan = plan_for(bundle, self.config, self.shape, importance, options)
+        self.tokenizer = tokenizer_of(bundle)
+        device = torch.device(options.device)
+        self.workers = Workers(self.shape.threads if device.type == "cpu" else 1)
+        self.store = NeuronStore(
+            bundle, self.plan, self.shape.precisions, device=device, progress=progress
+        )
+        vectors = {k: v.to(device) for k, v in vectors_of(bundle, self.config).items()}
+        norms = [
+            torch.from_numpy(layer.down_norm[layer.order]).to(device) for layer in importance.layers
+        ]
+        kv = KvCache(self.config, self.shape.ctx_size, kv_type=self.shape.kv_type, device=device)
+        self.model = Transformer(
+            self.config, self.store, vectors=vectors, down_norms=norms, mix=self.shape.mix, kv=kv,
+            workers=self.workers, record=record,
+        )  # fmt: skip
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.closing.close()
+        self.store.close()
+        self.workers.close()
+
+
+def run_shape(bundle: Bundle, config: ModelConfig, options: RunOptions) -> RunShape:
+    """The options with the choices left open made."""
+    mix = options.mix or Mix.of_percent(bundle.manifest.mix.percent)
+    return shape_for(config, options, mix)
+
+
+def shape_for(config: ModelConfig, options: RunOptions, mix: Mix) -> RunShape:
+    longest = config.max_position_embeddings
+    ctx_size = options.ctx_size or min(longest, DEFAULT_CTX)
+    if ctx_size > longest:
+        raise UsageError(f"--ctx-size {ctx_size} is beyond the {longest} tokens of this model")
+    threads = options.threads or auto_threads()
+    return RunShape(mix, options.dense or mix.dense, ctx_size, options.kv_type, threads)
+
+
+def budget_for(options: RunOptions) -> Budget:
+    """The memory to use. Raises UsageError for a device that is not there."""
+    hbm = options.hbm
+    if options.device != "cpu" and hbm is None:
+        if not torch.cuda.is_available():
+            raise UsageError(f"--device {options.device}: this torch sees no GPU", "use cpu")
+        hbm = torch.cuda.mem_get_info(options.device)[0] * 9 // 10
+    dram = auto_dram() if options.dram is None else options.dram
+    return Budget(dram, hbm or 0)
+
+
+def policy_for(options: RunOptions, budget: Budget) -> str:
+    """In DRAM the hottest are pinned; in HBM the active set of the token before is kept."""
+    policy = options.policy or ("atu" if budget.hbm else "pinned")
+    if policy not in POLICY_NAMES:
+        raise UsageError(f"--policy {policy}: choose one of {', '.join(POLICY_NAMES)}")
+    return policy
+
+
+def plan_for(
+    bundle: Bundle, config: ModelConfig, shape: RunShape, importance: Importance,
+    options: RunOptions,
+) -> Plan:  # fmt: skip
+    """Raises DoesNotFit naming the smallest budget that works."""
+    footprint = footprint_of_bundle(bundle, config, shape, importance.hit_share)
+    budget = budget_for(options)
+    try:
+        return make_plan(footprint, budget, policy=policy_for(options, budget), depth=options.depth)
+    except DoesNotFit as error:
+        if options.dram is None:
+            raise DoesNotFit(f"not enough free memory: {error.message}", error.hint) from None
+        raise
+
+
+def plan_without_weights(config: ModelConfig, options: RunOptions) -> tuple[Plan, RunShape, int]:
+    """Plan, shape and bundle size (estimated bytes) of a model known by its config alone."""
+    shape = shape_for(config, options, options.mix or ASSUMED_MIX)
+    budget = budget_for(options)
+    footprint = footprint_of_config(config, shape, ASSUMED_EXACT_TYPE)
+    plan = make_plan(footprint, budget, policy=policy_for(options, budget), depth=options.depth)
+    return plan, shape, bundle_nbytes(config, ASSUMED_EXACT_TYPE)

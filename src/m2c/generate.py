@@ -1,0 +1,169 @@
+"""From a prompt to text: three nested generators, ids inside, text and timing outside.
+
+`generate_step` yields token ids and knows nothing about text; `stream_generate` yields text that is
+safe to print and, at the end, what it took. Nothing here prints.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from m2c.engine import Engine
+from m2c.errors import UsageError
+from m2c.hardware import peak_memory
+from m2c.model.footprint import batch_tokens
+from m2c.model.transformer import Transformer
+from m2c.sampling import Sampler
+from m2c.tiers.store import StoreStats
+from m2c.tokenizer import StreamDecoder
+
+
+@dataclass
+class GenerationStats:
+    """Figures of one generation. Decode figures leave out the prompt and the first token."""
+
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    ttft_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    finish_reason: str = ""  # "stop", "length" or "context"
+    prefill_ssd_nbytes: int = 0
+    decode: StoreStats | None = None
+    peak_memory_nbytes: int = 0
+
+    @property
+    def decode_steps(self) -> int:
+        """Forward passes of one token."""
+        return max(0, self.generated_tokens - 1)
+
+    @property
+    def prefill_tps(self) -> float:
+        return self.prompt_tokens / self.prefill_s if self.prefill_s else 0.0
+
+    @property
+    def decode_tps(self) -> float:
+        return self.decode_steps / self.decode_s if self.decode_s else 0.0
+
+
+@dataclass
+class Piece:
+    """Text to print and the ids it came from; the last piece carries the stats."""
+
+    text: str
+    ids: list[int] = field(default_factory=list)
+    stats: GenerationStats | None = None
+
+
+def prefill(model: Transformer, ids: Sequence[int]) -> Any:
+    """Run the prompt, a batch of tokens at a time; logits of its last token [vocab] f32."""
+    step = batch_tokens(model.config)
+    logits = None
+    for start in range(0, len(ids), step):
+        logits = model.forward(np.asarray(ids[start : start + step], np.int32))
+    return logits
+
+
+def generate_step(model: Transformer, ids: Sequence[int], sampler: Sampler) -> Iterator[int]:
+    """Yield token ids after the prompt `ids`, until the context is full or nobody asks."""
+    logits = prefill(model, ids)
+    history = list(ids)
+    while True:
+        token = sampler(logits, history)
+        history.append(token)
+        yield token
+        if model.kv.length >= model.kv.ctx_size:
+            return
+        logits = model.forward(np.asarray([token], np.int32))
+
+
+def stream_generate(
+    engine: Engine, ids: Sequence[int], sampler: Sampler, *, max_tokens: int,
+    stop: Sequence[str] = (),
+) -> Iterator[Piece]:  # fmt: skip
+    """Yield pieces of text; the last one has the stats. Stop strings are not part of the text.
+
+    Raises UsageError when the prompt is empty or does not fit the context.
+    """
+    _check_prompt(engine, ids)
+    stats = GenerationStats(prompt_tokens=len(ids))
+    decoder = StreamDecoder(engine.tokenizer, context=ids[-8:])
+    watch = StopWatch(stop)
+    ends = set(engine.config.eos_token_ids)
+    if engine.tokenizer.eos_id is not None:
+        ends.add(engine.tokenizer.eos_id)
+    begin = mark = time.perf_counter()
+    engine.store.reset_stats()
+    stats.finish_reason = "context"
+    for token in generate_step(engine.model, ids, sampler):
+        now = time.perf_counter()
+        if not stats.generated_tokens:
+            stats.ttft_s = stats.prefill_s = now - begin
+            stats.prefill_ssd_nbytes = engine.store.stats.ssd.nbytes
+            engine.store.reset_stats()
+        else:
+            stats.decode_s += now - mark
+        mark = now
+        stats.generated_tokens += 1
+        if token in ends:
+            stats.finish_reason = "stop"
+            break
+        text = watch.push(decoder.push(token))
+        yield Piece(text, [token])
+        if watch.stopped or stats.generated_tokens >= max_tokens:
+            stats.finish_reason = "stop" if watch.stopped else "length"
+            break
+        mark = time.perf_counter()  # the reader's time is not ours
+    stats.decode = engine.store.stats
+    stats.peak_memory_nbytes = peak_memory()
+    yield Piece(watch.push(decoder.flush()) + watch.flush(), [], stats)
+
+
+class StopWatch:
+    """Holds text back while it could still become a stop string."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = [text for text in stop if text]
+        self._held = ""
+        self.stopped = False
+
+    def push(self, text: str) -> str:
+        """What may be printed now."""
+        if self.stopped:
+            return ""
+        self._held += text
+        found = [at for s in self._stop if (at := self._held.find(s)) >= 0]
+        if found:
+            self.stopped = True
+            out, self._held = self._held[: min(found)], ""
+            return out
+        keep = max((self._overlap(s) for s in self._stop), default=0)
+        out = self._held[: len(self._held) - keep]
+        self._held = self._held[len(self._held) - keep :]
+        return out
+
+    def flush(self) -> str:
+        out, self._held = self._held, ""
+        return "" if self.stopped else out
+
+    def _overlap(self, stop: str) -> int:
+        """Length of the longest end of the held text that begins `stop`."""
+        longest = min(len(stop) - 1, len(self._held))
+        return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)
+
+
+def _check_prompt(engine: Engine, ids: Sequence[int]) -> None:
+    if not ids:
+        raise UsageError("the prompt is empty", 'give one with --prompt "..." or on stdin')
+    if len(ids) >= engine.shape.ctx_size:
+        raise UsageError(
+            f"the prompt has {len(ids)} tokens, the context holds {engine.shape.ctx_size}",
+            "use a larger --ctx-size or a shorter prompt",
+        )
+    if max(ids) >= engine.config.vocab_size:
+        raise UsageError(
+            f"the tokenizer gives id {max(ids)}, the model has {engine.config.vocab_size} tokens"
+        )

@@ -1,0 +1,117 @@
+"""What this machine has: memory that may be used, threads, bandwidth. Linux.
+
+Container limits count: a cgroup's memory limit is the memory there is. Knows nothing about models.
+"""
+
+import os
+import time
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from m2c.bundle.bundle import Bundle
+from m2c.bundle.shard import BLOCK
+from m2c.tiers.memory import aligned_buffer
+from m2c.tiers.ssd import SsdReader
+from m2c.units import GiB, MiB
+
+# Python, torch and its thread stacks: resident before any weight is (BENCHMARKS.md, "Memory")
+OVERHEAD_NBYTES: Final = 400 * MiB
+_PROBE_NBYTES: Final = 64 * MiB
+_UNLIMITED: Final = 1 << 60
+
+
+def available_memory() -> int:
+    """Bytes this process may still take: the least of the system's and the cgroups' limits."""
+    return max(0, min(_system_available(), _cgroup_available()))
+
+
+def auto_dram() -> int:
+    """The default --dram: four fifths of what is available, less what m2c itself takes."""
+    return max(0, available_memory() * 4 // 5 - OVERHEAD_NBYTES)
+
+
+def auto_threads() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def peak_memory() -> int:
+    """Largest resident set of this process so far, bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) << 10
+    return 0
+
+
+def probe_dram() -> float:
+    """Bytes per second one thread reads from memory; the better of two quick passes."""
+    data = np.ones(_PROBE_NBYTES // 8, np.int64)
+    best = 0.0
+    for _ in range(2):
+        begin = time.perf_counter()
+        data.sum()
+        best = max(best, data.nbytes / (time.perf_counter() - begin))
+    return best
+
+
+def probe_ssd(bundle: Bundle, reader: SsdReader) -> float:
+    """Bytes per second that direct reads of the bundle's own blocks reach, on 64 MiB of them."""
+    buffer = aligned_buffer(_PROBE_NBYTES)
+    shards = sorted(bundle.shards.values(), key=lambda index: -index.header.payload_nbytes)
+    pending, position = [], 0
+    begin = time.perf_counter()
+    for index in shards:
+        blocks = min(len(index.block_hashes), (len(buffer) - position) // BLOCK)
+        if blocks:
+            pending.append(reader.read(index, [(0, blocks)], buffer[position:]))
+            position += blocks * BLOCK
+    for part in pending:
+        part.wait()
+    return position / (time.perf_counter() - begin)
+
+
+def cgroup_limit() -> int | None:
+    """The memory limit of this process's cgroup, bytes, None where there is none."""
+    limits = [limit for limit, _ in _cgroups() if limit < _UNLIMITED]
+    return min(limits, default=None)
+
+
+def _system_available() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    return 4 * GiB
+
+
+def _cgroup_available() -> int:
+    return min((limit - used for limit, used in _cgroups()), default=_UNLIMITED)
+
+
+def _cgroups() -> list[tuple[int, int]]:
+    """(limit, used) of every memory cgroup this process is in, version 1 and 2."""
+    found = []
+    for line in _read("/proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            names, root = ("memory.max", "memory.current"), Path("/sys/fs/cgroup")
+        elif "memory" in controllers.split(","):
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            root = Path("/sys/fs/cgroup/memory")
+        else:
+            continue
+        folder = root / path.lstrip("/")
+        # a limit anywhere above binds too; inside a container the path may not exist: try the root
+        for place in (folder, *folder.parents):
+            if root in (place, *place.parents):
+                limit, used = (_read(place / name).strip() for name in names)
+                if limit.isdigit() and int(limit) < _UNLIMITED:
+                    found.append((int(limit), int(used) if used.isdigit() else 0))
+    return found
+
+
+def _read(path: Path | str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""

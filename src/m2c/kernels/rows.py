@@ -1,0 +1,143 @@
+"""Operands of the kernels: rows of weights as they lie in memory, and their f32 values.
+
+The reference reading of the planes in torch; `bundle.planes` is the same in numpy. Knows nothing
+about where the bytes came from or which rows a token wants.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from m2c.bundle.exact import apply_distances, decode_frames, round_to, widen
+from m2c.bundle.planes import CODE_BIAS, GROUP, RecordLayout
+
+EXACT_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ExactFrames:
+    """Compressed frames of consecutive rows, on the host."""
+
+    data: npt.NDArray[np.uint8]  # [sum(nbytes)]
+    nbytes: npt.NDArray[np.uint32]  # [frames]
+    escapes: npt.NDArray[np.uint32]  # [frames]
+    frame_records: int
+    exact_type: str
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Rows at INT4, at INT8, or (with frames, on the host) at the checkpoint's 16 bits."""
+
+    layout: RecordLayout
+    int4: Tensor  # [rows, layout.nbytes("int4")] u8
+    int8: Tensor | None = None  # [rows, layout.nbytes("int8")] u8
+    frames: ExactFrames | None = None
+
+    def __len__(self) -> int:
+        return self.int4.shape[0]
+
+    @property
+    def bits(self) -> float:
+        """Bits per weight that a kernel reads."""
+        nbytes = self.int4.shape[1] + (0 if self.int8 is None else self.int8.shape[1])
+        weights = self.layout.vectors * self.layout.length
+        exact = 0 if self.frames is None else 8 * len(self.frames.data) / max(1, len(self))
+        return (8 * nbytes + exact) / weights
+
+    def values(self, start: int, stop: int, *, first: int = 0, last: int | None = None) -> Tensor:
+        """Vectors [first, last) of rows [start, stop): f32 [stop - start, last - first, length].
+
+        With frames, `start` and `stop` must be multiples of `frame_records` (or the end).
+        """
+        last = self.layout.vectors if last is None else last
+        if self.frames is not None:
+            return self._exact_values(start, stop)[:, first:last]
+        half, groups = self.layout.padded // 2, self.layout.groups
+        codes = _unpack(self.int4[start:stop, first * half : last * half])
+        if self.int8 is not None:
+            codes += _unpack(self.int8[start:stop, first * half : last * half]) * (1 / 16)
+        scales = self.int4[start:stop, self.layout.code_nbytes :].contiguous()
+        scales = scales.view(torch.float16)[:, first * groups : last * groups].float()
+        codes *= scales.unsqueeze(-1)
+        values = codes.reshape(codes.shape[0], last - first, self.layout.padded)
+        return values[..., : self.layout.length]
+
+    def take(self, index: Tensor) -> "PackedRows":
+        """Rows at `index` (int64), copied. Not for rows with frames."""
+        assert self.frames is None
+        int8 = None if self.int8 is None else self.int8[index]
+        return PackedRows(self.layout, self.int4[index], int8)
+
+    def exact_bits(self, start: int, stop: int) -> npt.NDArray[np.uint16]:
+        """The checkpoint's bits of rows [start, stop): u16 [stop - start, vectors * length]."""
+        if self.frames is None:
+            raise ValueError("rows without their exact plane have no exact bits")
+        base = PackedRows(self.layout, self.int4, self.int8).values(start, stop).numpy()
+        bits = round_to(np.ascontiguousarray(base), self.frames.exact_type).reshape(-1)
+        steps = _decode(self.frames, start, stop, bits.size // max(1, stop - start))
+        return apply_distances(bits, steps).reshape(stop - start, -1)
+
+    def _exact_values(self, start: int, stop: int) -> Tensor:
+        assert self.frames is not None
+        values = widen(self.exact_bits(start, stop), self.frames.exact_type)
+        return torch.from_numpy(values).view(-1, self.layout.vectors, self.layout.length)
+
+
+@dataclass(frozen=True)
+class ExactRows:
+    """Rows decoded to the checkpoint's own 16-bit type."""
+
+    layout: RecordLayout
+    weights: Tensor  # [rows, vectors * length] bf16 or f16
+
+    def __len__(self) -> int:
+        return self.weights.shape[0]
+
+    @property
+    def bits(self) -> float:
+        return 16.0
+
+    def values(self, start: int, stop: int, *, first: int = 0, last: int | None = None) -> Tensor:
+        """As `PackedRows.values`."""
+        length = self.layout.length
+        last = self.layout.vectors if last is None else last
+        rows = self.weights[start:stop, first * length : last * length].float()
+        return rows.view(-1, last - first, length)
+
+    def take(self, index: Tensor) -> "ExactRows":
+        return ExactRows(self.layout, self.weights[index])
+
+
+Rows = PackedRows | ExactRows
+
+
+def as_exact_tensor(bits: npt.NDArray[np.uint16], exact_type: str) -> Tensor:
+    """16-bit patterns as a torch tensor of their own type, without a copy."""
+    return torch.from_numpy(bits.view(np.int16)).view(EXACT_DTYPES[exact_type])
+
+
+def _decode(frames: ExactFrames, start: int, stop: int, weights: int) -> npt.NDArray[np.int16]:
+    per = frames.frame_records
+    first, last = start // per, -(-stop // per)
+    ends = np.cumsum(frames.nbytes, dtype=np.int64)
+    begin = int(ends[first - 1]) if first else 0
+    held = np.full(last - first, per * weights, np.int64)
+    held[-1] = (stop - start) * weights - held[:-1].sum()
+    data = frames.data[begin : int(ends[last - 1])] if last > first else frames.data[:0]
+    return decode_frames(data, held, frames.escapes[first:last])
+
+
+def _unpack(packed: Tensor) -> Tensor:
+    """Bytes [rows, n / 2] u8 to codes f32 [rows, n / GROUP, GROUP]."""
+    halves = packed.reshape(packed.shape[0], -1, 1, GROUP // 2)
+    codes = torch.empty(
+        (*halves.shape[:2], 2, GROUP // 2), dtype=torch.float32, device=packed.device
+    )
+    codes[:, :, 0] = (halves & 15)[:, :, 0]
+    codes[:, :, 1] = (halves >> 4)[:, :, 0]
+    codes -= CODE_BIAS
+    return codes.view(packed.shape[0], -1, GROUP)

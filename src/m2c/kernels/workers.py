@@ -1,0 +1,48 @@
+"""A fixed set of threads that compute the pieces of one kernel call.
+
+Work is always cut into the same pieces, whatever the number of threads, and results come back in
+order: the output of a kernel does not depend on how many threads ran it. Knows nothing of weights.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+R = TypeVar("R")
+
+
+class Workers:
+    """`threads` threads including the caller's. Each piece runs on one thread."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        # torch would cut a sum differently for each thread count; ours alone share the work
+        torch.set_num_threads(1)
+        self._pool = (
+            ThreadPoolExecutor(
+                threads - 1, thread_name_prefix="m2c-kernel", initializer=torch.set_num_threads,
+                initargs=(1,),
+            )
+            if threads > 1
+            else None
+        )  # fmt: skip
+
+    def map(self, piece: Callable[[int], R], count: int) -> list[R]:
+        """[piece(0), ..., piece(count - 1)], computed in parallel."""
+        if self._pool is None or count < 2:
+            return [piece(i) for i in range(count)]
+
+        # a thread takes every threads-th piece: one hand-over per thread instead of per piece
+        def stride(k: int) -> list[R]:
+            return [piece(i) for i in range(k, count, self.threads)]
+
+        others = [self._pool.submit(stride, k) for k in range(1, min(self.threads, count))]
+        strides = [stride(0)]
+        strides += [other.result() for other in others]
+        return [strides[i % self.threads][i // self.threads] for i in range(count)]
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True)

@@ -1,0 +1,195 @@
+"""Which precision mix is best for a model at a given number of bytes per token.
+
+Two searches. By output error: on stored calibration inputs, the mix whose FFN outputs are closest
+to the 16-bit ones. By entropy: the paper's (M2Cache, algorithm 1), the mix whose own generated text
+has the least token entropy.
+Knows nothing about files beyond an open bundle.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from m2c.bundle.bundle import Bundle
+from m2c.bundle.importance import Importance
+from m2c.bundle.manifest import MixChoice
+from m2c.bundle.shard import PAGE
+from m2c.engine import Engine, RunOptions
+from m2c.generate import prefill
+from m2c.kernels.reference import CHUNK, gate_up
+from m2c.kernels.rows import PackedRows
+from m2c.kernels.workers import Workers
+from m2c.model.config import ModelConfig
+from m2c.model.mix import LEVELS, Mix, assign, bits_per_weight, scores_of
+from m2c.tiers.blocks import block_of
+from m2c.tiers.memory import aligned_buffer
+
+DEFAULT_BITS: Final = 5.5  # INT4 with a quarter of the neurons at INT8
+FP16_SHARES: Final = (0, 1, 2, 5, 10)
+SAMPLED_LAYERS: Final = 8
+DROPS: Final = (0, 10, 20, 30, 40, 50, 60, 70)
+SEARCHES: Final = ("error", "entropy")
+ENTROPY_TOKENS: Final = 64
+ENTROPY_PROMPT: Final = "The history of the town begins with"
+
+
+@dataclass(frozen=True)
+class MixError:
+    mix: Mix
+    bits: float  # stored bits read per FFN weight
+    relative_error: float  # ||y - y16|| / ||y16|| over the sampled layers and tokens
+
+
+def candidates(budget_bits: float, exact_bits: float) -> list[Mix]:
+    """Mixes that read at most `budget_bits` per weight, one for each share of FP16 that fits."""
+    found = []
+    for fp16 in FP16_SHARES:
+        left = budget_bits - 4.5 - fp16 / 100 * (4 + exact_bits)
+        if left >= 0:
+            int8 = min(100 - fp16, math.floor(left / 4 * 100 + 1e-9))
+            found.append(Mix(fp16, int8, 100 - fp16 - int8))
+    return found or [Mix(0, 0, 100)]
+
+
+def exact_bits(bundle: Bundle) -> float:
+    """Bits per weight of the exact plane of the neurons, averaged over the layers."""
+    sections = [
+        index.header.sections[0]
+        for name, index in bundle.shards.items()
+        if name.startswith("neurons/") and name.endswith(".fp16")
+    ]
+    return 8 * sum(s.nbytes for s in sections) / sum(s.records * 3 * s.length for s in sections)
+
+
+def search_by_error(
+    bundle: Bundle, importance: Importance, mixes: list[Mix], workers: Workers,
+    progress: Callable[[int], None] = lambda layers: None,
+) -> list[MixError]:  # fmt: skip
+    """The relative output error of each mix, over at most SAMPLED_LAYERS layers."""
+    config = ModelConfig.from_dict(bundle.manifest.architecture)
+    errors = torch.zeros(len(mixes), dtype=torch.float64)
+    total = 0.0
+    for layer in sampled_layers(config.num_hidden_layers):
+        rows = _read_neurons(bundle, layer)
+        known = importance.layers[layer]
+        x = torch.from_numpy(known.sample)
+        norms = torch.from_numpy(known.down_norm[known.order])
+        differences, truth = _layer_errors(x, rows, norms, config.hidden_act, mixes, workers)
+        # layers differ in the size of their output: each counts by its relative error
+        errors += differences / max(truth, 1e-30)
+        total += 1
+        progress(1)
+    bits = exact_bits(bundle)
+    return [
+        MixError(mix, bits_per_weight(mix, bits), math.sqrt(float(error) / total))
+        for mix, error in zip(mixes, errors, strict=True)
+    ]
+
+
+def sampled_layers(layers: int) -> list[int]:
+    """At most SAMPLED_LAYERS layer numbers, evenly spaced, both ends included."""
+    return sorted({round(i) for i in np.linspace(0, layers - 1, min(SAMPLED_LAYERS, layers))})
+
+
+def choose_mix(
+    bundle: Bundle, importance: Importance, request: str, budget_bits: float, workers: Workers
+) -> tuple[MixChoice, dict[str, float], list[str]]:
+    """The mix asked for ("error", "entropy" or given), the price of dropping, and what to tell.
+
+    The price: relative FFN output error with the chosen mix and 0, 10, ... 70 % dropped.
+    """
+    bits = exact_bits(bundle)
+    mixes = candidates(budget_bits, bits)
+    if request not in ("error", "entropy"):
+        mixes = [Mix.parse(request)]
+    lines = []
+    if request == "entropy":
+        ranked = [(summed_entropy(bundle, mix), mix) for mix in mixes]
+        lines = [f"mix {mix}: {entropy:.3f} nats per generated token" for entropy, mix in ranked]
+        best = min(ranked, key=lambda pair: pair[0])[1]
+    else:
+        errors = search_by_error(bundle, importance, mixes, workers)
+        lines = [
+            f"mix {e.mix}: {e.bits:.2f} bits, output error {e.relative_error:.4f}" for e in errors
+        ]
+        best = min(errors, key=lambda e: e.relative_error).mix
+    dropped = [replace(best, drop=float(drop)) for drop in DROPS]
+    prices = search_by_error(bundle, importance, dropped, workers)
+    choice = MixChoice(
+        (round(best.fp16), round(best.int8), round(best.int4)), request if request in SEARCHES
+        else "given", round(bits_per_weight(best, bits), 4), round(prices[0].relative_error, 6),
+    )  # fmt: skip
+    quality = {
+        f"ffn_error_drop_{drop}": round(price.relative_error, 6)
+        for drop, price in zip(DROPS, prices, strict=True)
+    }
+    return choice, quality, [*lines, f"default mix {best}"]
+
+
+def summed_entropy(bundle: Bundle, mix: Mix) -> float:
+    """Mean entropy, in nats, of the model's next-token distribution over its own greedy text.
+
+    The paper's uncertainty estimate (UQEst): generated from a fixed prompt, ENTROPY_TOKENS tokens.
+    """
+    options = RunOptions(mix=mix, ctx_size=4 * ENTROPY_TOKENS)
+    with Engine(bundle, options) as engine:
+        logits = prefill(engine.model, engine.tokenizer.encode(ENTROPY_PROMPT))
+        total = 0.0
+        for _ in range(ENTROPY_TOKENS):
+            logp = logits.double().log_softmax(0)
+            total -= float((logp.exp() * logp).sum())
+            logits = engine.model.forward(np.asarray([int(logits.argmax())], np.int32))
+    return total / ENTROPY_TOKENS
+
+
+def _layer_errors(
+    x: Tensor, rows: PackedRows, norms: Tensor, act: str, mixes: list[Mix], workers: Workers
+) -> tuple[Tensor, float]:
+    """Squared output error of each mix [mixes], and the squared norm of the 16-bit output."""
+    views = {
+        "int4": PackedRows(rows.layout, rows.int4),
+        "int8": PackedRows(rows.layout, rows.int4, rows.int8),
+        "fp16": rows,
+    }
+    hidden = {name: gate_up(x, view, act, workers) for name, view in views.items()}
+    scores = scores_of(hidden["int4"], norms)
+    levels = [assign(scores, mix) for mix in mixes]
+
+    def piece(i: int) -> tuple[list[Tensor], Tensor]:
+        start, stop = i * CHUNK, min((i + 1) * CHUNK, len(rows))
+        columns = {
+            name: view.values(start, stop, first=2, last=3)[:, 0] for name, view in views.items()
+        }
+        parts = []
+        for level in levels:
+            y = torch.zeros_like(x)
+            for name, column in columns.items():
+                chosen = level[:, start:stop] == LEVELS[name]
+                y += (hidden[name][:, start:stop] * chosen) @ column
+            parts.append(y)
+        return parts, hidden["fp16"][:, start:stop] @ columns["fp16"]
+
+    pieces = workers.map(piece, -(-len(rows) // CHUNK))
+    truth = sum((part for _, part in pieces), start=torch.zeros_like(x))
+    outputs = [sum((p[i] for p, _ in pieces), start=torch.zeros_like(x)) for i in range(len(mixes))]
+    errors = [(y - truth).double().square().sum() for y in outputs]
+    return torch.stack(errors), float(truth.double().square().sum())
+
+
+def _read_neurons(bundle: Bundle, layer: int) -> PackedRows:
+    """All planes of a layer's neurons, read plainly; pack has just verified them."""
+    block = block_of(bundle, "neurons", layer, "fp16")
+    payload = aligned_buffer(block.streamed_nbytes)
+    position = 0
+    for index in block.shards:
+        with open(index.path, "rb") as file:
+            file.seek(PAGE)
+            view = payload.data[position : position + index.header.payload_nbytes]
+            file.readinto(view)
+        position += index.header.payload_nbytes
+    return block.rows(payload)["ffn"]

@@ -1,0 +1,1 @@
+"""What to compute: configs, checkpoints, the forward pass, scores. No bytes of tiers."""

@@ -1,0 +1,188 @@
+"""How many bytes a model needs, of what kind: the input of `tiers.plan`.
+
+From a bundle (true sizes) or from a config alone (sizes by formula, for models that are not here).
+Reads no weights.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from m2c.bundle.bundle import Bundle
+from m2c.bundle.planes import RecordLayout
+from m2c.bundle.shard import BLOCK, PLANES, align
+from m2c.kernels.reference import CHUNK
+from m2c.model.config import ModelConfig, dense_matrices
+from m2c.model.ffn import FETCH
+from m2c.model.kv import kv_nbytes
+from m2c.model.mix import Mix
+from m2c.tiers.fetch import staging_nbytes
+from m2c.tiers.plan import BlockFact, Footprint, UpgradeFact
+from m2c.tiers.store import Precisions, head_name
+from m2c.units import MiB
+
+# exact plane of Gaussian weights, group 32, zstd -1 (BENCHMARKS.md); only for models not packed yet
+ESTIMATED_EXACT_BITS: Final = {"bf16": 4.4, "f16": 7.2}
+_ACTIVATIONS_NBYTES: Final = 64 * MiB  # of a prefill batch
+_STAGING_NBYTES: Final = 32 * MiB
+_CHANCE: Final = tuple(k / 100 for k in range(101))
+
+
+@dataclass(frozen=True)
+class RunShape:
+    """What a run asks for, apart from budgets."""
+
+    mix: Mix
+    dense: str
+    ctx_size: int
+    kv_type: str
+    threads: int
+
+    @property
+    def precisions(self) -> Precisions:
+        return Precisions(self.dense, self.mix.floor)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Payload bytes of one shard family in each plane, and its weights."""
+
+    planes: dict[str, int]
+    weights: int
+
+    def stored(self, precision: str) -> int:
+        return sum(self.planes[p] for p in PLANES[: PLANES.index(precision) + 1])
+
+    def resident(self, precision: str) -> int:
+        return 2 * self.weights if precision == "fp16" else self.stored(precision)
+
+
+def batch_tokens(config: ModelConfig) -> int:
+    """Tokens of a prefill batch: as many as keep its activations within 64 MiB."""
+    per_token = 4 * (8 * config.intermediate_size + 8 * config.hidden_size)
+    return max(8, min(512, _ACTIVATIONS_NBYTES // per_token))
+
+
+def footprint_of_bundle(
+    bundle: Bundle, config: ModelConfig, shape: RunShape, hit_share: npt.NDArray[np.floating]
+) -> Footprint:
+    """hit_share: [101], share of the uses of upgraded neurons that the hottest k % serve."""
+    layers = range(config.num_hidden_layers)
+    dense = [_bundle_sizes(bundle, "dense", layer) for layer in layers]
+    neurons = [_bundle_sizes(bundle, "neurons", layer) for layer in layers]
+    head = _bundle_sizes(bundle, "dense", head_name(bundle))
+    largest = max(
+        int(index.frame_nbytes[s.name].max())
+        for index in bundle.shards.values()
+        for s in index.header.sections
+        if s.frames
+    )
+    made = _footprint(config, shape, dense, neurons, head, largest, bundle.manifest.exact_type)
+    tables = sum(index.block_hashes.nbytes for index in bundle.shards.values())
+    tables += sum(t.nbytes for i in bundle.shards.values() for t in i.frame_nbytes.values()) * 6
+    share = tuple(float(v) for v in hit_share)
+    return replace(
+        made,
+        fixed_nbytes=made.fixed_nbytes + tables,
+        upgrades=tuple(replace(u, hit_share=share) for u in made.upgrades),
+    )
+
+
+def footprint_of_config(config: ModelConfig, shape: RunShape, exact_type: str) -> Footprint:
+    """Estimated: the exact plane by its usual bits per weight, upgrades without a hot set."""
+    matrices = dense_matrices(config)
+    first = [m for name, m in matrices.items() if name.startswith("model.layers.0.")]
+    dense = _estimate(first, 1, exact_type)
+    embed = _estimate([(config.vocab_size, config.hidden_size)], 1, exact_type)
+    ffn = _estimate([(config.intermediate_size, config.hidden_size)], 3, exact_type)
+    layers = config.num_hidden_layers
+    largest = 6 * max(3 * config.hidden_size, 1 << 15)
+    return _footprint(config, shape, [dense] * layers, [ffn] * layers, embed, largest, exact_type)
+
+
+def bundle_nbytes(config: ModelConfig, exact_type: str) -> int:
+    """Estimated size on the SSD of a bundle with all planes."""
+    shape = RunShape(Mix(100, 0, 0), "fp16", 1, "f16", 1)
+    print_ = footprint_of_config(config, shape, exact_type)
+    total = sum(block.streamed_nbytes for block in print_.blocks)
+    head = next(block for block in print_.blocks if block.kind == "head")
+    return total + (0 if config.tie_word_embeddings else head.streamed_nbytes)
+
+
+def _footprint(
+    config: ModelConfig, shape: RunShape, dense: list[_Sizes], neurons: list[_Sizes],
+    head: _Sizes, largest_frame: int, exact_type: str,
+) -> Footprint:  # fmt: skip
+    blocks = []
+    for i, (attn, ffn) in enumerate(zip(dense, neurons, strict=True)):
+        blocks.append(_block("dense", i, attn, shape.dense))
+        blocks.append(_block("neurons", i, ffn, shape.mix.floor))
+    blocks.append(_block("head", len(dense), head, shape.dense))
+    layout = RecordLayout(3, config.hidden_size)
+    counts = shape.mix.counts(config.intermediate_size)
+    upgrades = []
+    for plane in shape.mix.upgrades:
+        stored = max(size.planes[plane] for size in neurons) // config.intermediate_size
+        slot = layout.code_nbytes if plane == "int8" else 6 * config.hidden_size
+        upgrades.append(UpgradeFact(plane, stored, slot, counts[plane], _CHANCE))
+    plane_nbytes = max(size.planes[p] for size in neurons for p in PLANES)
+    return Footprint(
+        layers=len(dense),
+        neurons=config.intermediate_size,
+        blocks=tuple(blocks),
+        upgrades=tuple(upgrades),
+        kv_nbytes=kv_nbytes(config, shape.ctx_size, shape.kv_type),
+        fixed_nbytes=_vectors_nbytes(config),
+        workspace_nbytes=_workspace_nbytes(config, shape, exact_type),
+        staging_nbytes=max(min(plane_nbytes, _STAGING_NBYTES), 0) // BLOCK * BLOCK
+        + staging_nbytes(max(largest_frame, layout.nbytes("int4"))),
+    )
+
+
+def _block(kind: str, layer: int, sizes: _Sizes, precision: str) -> BlockFact:
+    return BlockFact(kind, layer, sizes.resident(precision), sizes.stored(precision))
+
+
+def _workspace_nbytes(config: ModelConfig, shape: RunShape, exact_type: str) -> int:
+    """Temporary values: kernels (f32 chunks per thread), a prefill batch, gathered neurons."""
+    width = max(3 * config.hidden_size, config.num_attention_heads * config.head_dim)
+    kernels = shape.threads * CHUNK * width * 4 * 3
+    tokens = batch_tokens(config)
+    batch = tokens * 4 * (8 * config.intermediate_size + 8 * config.hidden_size)
+    # attention scores of one batch against the whole context, and the f32 view of one layer's KV
+    attend = 3 * 4 * config.num_attention_heads * tokens * shape.ctx_size
+    attend += 2 * 4 * config.num_key_value_heads * config.head_dim * shape.ctx_size
+    logits = 6 * 4 * config.vocab_size
+    gathered = 0
+    for plane in shape.mix.upgrades:
+        count = max(FETCH, shape.mix.counts(config.intermediate_size)[plane])
+        gathered = max(gathered, count * config.hidden_size * (6 + 6 + 3))
+    return kernels + batch + attend + logits + gathered
+
+
+def _vectors_nbytes(config: ModelConfig) -> int:
+    per_layer = 2 * config.hidden_size + config.intermediate_size
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    per_layer += heads * config.head_dim * config.qkv_bias + config.hidden_size * config.o_bias
+    return 4 * (config.num_hidden_layers * per_layer + config.hidden_size)
+
+
+def _bundle_sizes(bundle: Bundle, kind: str, name: int | str) -> _Sizes:
+    shards = {plane: bundle.shard(kind, name, plane).header for plane in PLANES}
+    weights = sum(s.records * s.vectors * s.length for s in shards["int4"].sections)
+    return _Sizes({plane: header.payload_nbytes for plane, header in shards.items()}, weights)
+
+
+def _estimate(shapes: list[tuple[int, int]], vectors: int, exact_type: str) -> _Sizes:
+    planes = dict.fromkeys(PLANES, 0)
+    weights = 0
+    for rows, columns in shapes:
+        layout = RecordLayout(vectors, columns)
+        weights += rows * vectors * columns
+        planes["int4"] += align(rows * layout.nbytes("int4"))
+        planes["int8"] += align(rows * layout.nbytes("int8"))
+        exact = rows * vectors * columns * ESTIMATED_EXACT_BITS[exact_type] / 8
+        planes["fp16"] += align(int(exact))
+    return _Sizes(planes, weights)

@@ -1,0 +1,152 @@
+"""`ModelConfig` from GGUF metadata.
+
+Metadata says little that config.json says plainly: llama3 rope is a table of divisors, ties are
+missing tensors, floats went through f32. What cannot be recovered exactly is refused.
+Knows nothing about the file's bytes.
+"""
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from m2c.errors import BadInput, UnsupportedModel
+from m2c.model.config import MODEL_TYPES, SUPPORTED, ModelConfig
+
+ROPE_DIVISORS: Final = "rope_freqs.weight"
+_EOS_KEYS: Final = ("eos", "eot", "eom")  # any of them ends a turn
+
+
+def config_from_metadata(
+    metadata: Mapping[str, Any],
+    names: Collection[str],
+    rope_divisors: np.ndarray | None,
+    *,
+    file: str,
+) -> ModelConfig:
+    """`names`: Hugging Face names of the tensors there are. rope_divisors: [head_dim / 2] f32.
+
+    Raises UnsupportedModel for another architecture or rope, BadInput for wrong values.
+    """
+    arch = metadata.get("general.architecture")
+    if arch not in MODEL_TYPES:
+        message = f"{file}: the architecture {str(arch)[:80]!r} is not supported"
+        raise UnsupportedModel(message, SUPPORTED)
+    keys = _Keys(metadata, str(arch), file)
+    if keys.get("expert_count", 0):
+        raise UnsupportedModel(f"{file}: a mixture of experts is not supported", SUPPORTED)
+    heads, head_dim = _heads(keys)
+    theta = _shortest(keys.get("rope.freq_base", 10000.0))
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    vocab = len(tokens) if isinstance(tokens, list) else keys.get("vocab_size")
+    biased = "model.layers.0.self_attn.q_proj.bias" in names
+    data = {
+        "model_type": arch,
+        "hidden_size": keys.get("embedding_length"),
+        "intermediate_size": keys.get("feed_forward_length"),
+        "num_hidden_layers": keys.get("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys.get("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "vocab_size": vocab,
+        "hidden_act": "silu",
+        "rms_norm_eps": _shortest(keys.get("attention.layer_norm_rms_epsilon")),
+        "rope_theta": theta,
+        "rope_scaling": _scaling(keys, rope_divisors, head_dim, theta),
+        "max_position_embeddings": keys.get("context_length"),
+        "tie_word_embeddings": "lm_head.weight" not in names,
+        # as config.json can say it: llama has all four biases or none, qwen2 always three
+        "qkv_bias": arch == "qwen2" or biased,
+        "o_bias": arch == "llama" and biased,
+        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_ids": _eos(metadata),
+    }
+    return ModelConfig.from_dict(data, file=file)
+
+
+@dataclass(frozen=True)
+class _Keys:
+    """Metadata below the architecture's name."""
+
+    metadata: Mapping[str, Any]
+    arch: str
+    file: str
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self.metadata.get(f"{self.arch}.{key}", default)
+
+    def positive(self, key: str, default: int | None = None) -> int:
+        value = self.get(key, default)
+        if type(value) is not int or not 0 < value < 1 << 20:
+            raise BadInput(f"{self.file}: {self.arch}.{key} is {str(value)[:80]}")
+        return value
+
+
+def _heads(keys: _Keys) -> tuple[int, int]:
+    """How many attention heads, and the size of each."""
+    heads = keys.positive("attention.head_count")
+    default = keys.positive("embedding_length") // heads
+    head_dim = keys.positive("attention.key_length", default)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if keys.get(key, head_dim) != head_dim:
+            message = f"{keys.file}: {keys.arch}.{key} differs from the head size {head_dim}"
+            raise UnsupportedModel(message, SUPPORTED)
+    return heads, head_dim
+
+
+def _eos(metadata: Mapping[str, Any]) -> list[Any]:
+    values = (metadata.get(f"tokenizer.ggml.{key}_token_id") for key in _EOS_KEYS)
+    return [value for value in values if value is not None]
+
+
+def _shortest(value: Any) -> Any:
+    """The shortest decimal that is the same f32: 1e-05, not 9.999999747378752e-06."""
+    if not isinstance(value, float):
+        return value
+    with np.errstate(over="ignore"):  # an f64 beyond f32 becomes inf, which no range admits
+        return float(str(np.float32(value)))
+
+
+def _scaling(
+    keys: _Keys, divisors: np.ndarray | None, head_dim: int, theta: Any
+) -> dict[str, Any] | None:
+    kind = keys.get("rope.scaling.type", "linear")  # llama.cpp's default too
+    if kind not in ("none", "linear"):
+        message = f"{keys.file}: {str(kind)[:40]!r} rope scaling is not supported"
+        raise UnsupportedModel(message, SUPPORTED)
+    factor = _shortest(keys.get("rope.scaling.factor", keys.get("rope.scale_linear", 1.0)))
+    linear = kind == "linear" and factor not in (0, 1)
+    if divisors is None or bool((divisors == 1).all()):
+        return {"rope_type": "linear", "factor": factor} if linear else None
+    scaling = {
+        "rope_type": "llama3",
+        "factor": _shortest(float(divisors.max())),
+        # GGUF does not keep the next two; every published llama3 checkpoint has them so
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": keys.get("rope.scaling.original_context_length", 8192),
+    }
+    if linear or not _matches(divisors, scaling, head_dim, theta):
+        raise UnsupportedModel(f"{keys.file}: {ROPE_DIVISORS} is not llama3 rope", SUPPORTED)
+    return scaling
+
+
+def _matches(divisors: np.ndarray, scaling: Mapping[str, Any], head_dim: int, theta: Any) -> bool:
+    numbers = (theta, scaling["original_max_position_embeddings"])
+    if not all(type(number) in (int, float) and 1 <= number < 1e12 for number in numbers):
+        return False
+    if divisors.shape != (head_dim // 2,) or not 1 <= scaling["factor"] < 1e6:
+        return False
+    expected = llama3_divisors(scaling, head_dim, theta)
+    return bool(np.allclose(divisors, expected, rtol=1e-4, atol=0))
+
+
+def llama3_divisors(scaling: Mapping[str, Any], head_dim: int, theta: float) -> np.ndarray:
+    """By what llama3 rope divides each frequency, [head_dim / 2] f64: 1 (fast) to factor (slow)."""
+    wavelength = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] / wavelength
+    blend = np.clip((turns - low) / (high - low), 0, 1)
+    return 1 / ((1 - blend) / scaling["factor"] + blend)

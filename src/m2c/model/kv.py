@@ -1,0 +1,57 @@
+"""The KV cache: keys and values of the tokens so far, allocated once for the whole context.
+
+Knows nothing about weights.
+"""
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from m2c.errors import UsageError
+from m2c.model.config import ModelConfig
+
+KV_DTYPES: Final = {"f16": torch.float16, "f32": torch.float32}
+
+
+def kv_nbytes(config: ModelConfig, ctx_size: int, kv_type: str) -> int:
+    """Bytes of the KV cache for `ctx_size` tokens."""
+    per_token = config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
+    return per_token * ctx_size * (2 if kv_type == "f16" else 4)
+
+
+class KvCache:
+    """keys, values: [layers, kv_heads, ctx_size, head_dim]."""
+
+    def __init__(
+        self, config: ModelConfig, ctx_size: int, *, kv_type: str, device: torch.device
+    ) -> None:
+        shape = (
+            config.num_hidden_layers, config.num_key_value_heads, ctx_size, config.head_dim,
+        )  # fmt: skip
+        self.ctx_size = ctx_size
+        self.length = 0
+        self._keys = torch.zeros(shape, dtype=KV_DTYPES[kv_type], device=device)
+        self._values = torch.zeros(shape, dtype=KV_DTYPES[kv_type], device=device)
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v [tokens, kv_heads, head_dim] after `length`; all so far [kv_heads, n, dim].
+
+        `length` moves only with `advance`, once every layer has stored its part. Raises UsageError
+        when the context is full.
+        """
+        stop = self.length + keys.shape[0]
+        if stop > self.ctx_size:
+            raise UsageError(
+                f"the context of {self.ctx_size} tokens is full", "use a larger --ctx-size"
+            )
+        self._keys[layer, :, self.length : stop] = keys.transpose(0, 1)
+        self._values[layer, :, self.length : stop] = values.transpose(0, 1)
+        return self._keys[layer, :, :stop].float(), self._values[layer, :, :stop].float()
+
+    def advance(self, tokens: int) -> None:
+        self.length += tokens
+
+    def truncate(self, length: int) -> None:
+        """Forget the tokens after the first `length`."""
+        self.length = min(self.length, length)

@@ -1,0 +1,66 @@
+"""A checkpoint's tensors in the shape the rest of m2c works with.
+
+Knows nothing about bundles or planes.
+"""
+
+import torch
+from torch import Tensor
+
+from m2c.bundle.planes import RecordLayout
+from m2c.errors import BadInput
+from m2c.kernels.rows import ExactRows
+from m2c.model.attention import MATRICES
+from m2c.model.checkpoint import Checkpoint
+from m2c.model.config import expected_tensors, ffn_names
+
+
+def neuron_records(checkpoint: Checkpoint, layer: int) -> Tensor:
+    """[neurons, 3 * hidden]: gate row, up row, down column of every neuron, in the stored type.
+
+    Needs the memory of the layer's FFN plus its largest matrix. Raises BadInput on NaN or infinity.
+    """
+    hidden = checkpoint.config.hidden_size
+    records = None
+    for position, name in enumerate(ffn_names(layer)):
+        matrix = checkpoint.read(name)
+        require_finite(matrix, checkpoint, name)
+        if position == 2:
+            matrix = matrix.T
+        if records is None:
+            records = torch.empty((matrix.shape[0], 3 * hidden), dtype=matrix.dtype)
+        records[:, position * hidden : (position + 1) * hidden] = matrix
+    assert records is not None
+    return records
+
+
+def layer_rows(checkpoint: Checkpoint, layer: int) -> dict[str, ExactRows]:
+    """Operands of a layer's attention matrices and, as "ffn", its neurons."""
+    hidden = checkpoint.config.hidden_size
+    rows = {"ffn": ExactRows(RecordLayout(3, hidden), neuron_records(checkpoint, layer))}
+    for short in MATRICES:
+        name = matrix_name(layer, short)
+        matrix = checkpoint.read(name)
+        require_finite(matrix, checkpoint, name)
+        rows[short] = ExactRows(RecordLayout(1, matrix.shape[1]), matrix)
+    return rows
+
+
+def matrix_name(layer: int, short: str) -> str:
+    return f"model.layers.{layer}.self_attn.{short}.weight"
+
+
+def vector_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Norms and biases, f32, by Hugging Face name."""
+    found = {}
+    for name, shape in expected_tensors(checkpoint.config).items():
+        if len(shape) == 1:
+            found[name] = checkpoint.read(name).float()
+            require_finite(found[name], checkpoint, name)
+    return found
+
+
+def require_finite(tensor: Tensor, checkpoint: Checkpoint, name: str) -> None:
+    if not bool(torch.isfinite(tensor).all()):
+        raise BadInput(
+            f"{checkpoint.path}: {name} holds NaN or infinity", "fetch the checkpoint again"
+        )

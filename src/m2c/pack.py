@@ -1,0 +1,297 @@
+"""`m2c pack`: write a checkpoint as a bundle of nested planes, safely.
+
+Every file appears complete or not at all, the manifest last. A pack that was stopped at any moment
+is finished by running it again, and the result is the same bytes. Peak memory is one layer's FFN or
+one slice of a matrix, plus a constant. Knows nothing about printing.
+"""
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from safetensors.numpy import save
+
+from m2c import __version__
+from m2c.bundle.bundle import Bundle, open_shards, shard_name, verify_blocks
+from m2c.bundle.claim import claim_folder
+from m2c.bundle.files import disk_errors, write_atomic
+from m2c.bundle.importance import Importance, encode_importance
+from m2c.bundle.manifest import (
+    FileFact,
+    Manifest,
+    MixChoice,
+    ShardFact,
+    Source,
+    write_manifest,
+)  # fmt: skip
+from m2c.bundle.planes import GROUP, RecordLayout
+from m2c.bundle.shard import PLANES, VERSION, read_index
+from m2c.bundle.strict import dump_json
+from m2c.contents import IMPORTANCE, VECTORS
+from m2c.encode import PIECE_WEIGHTS, Matrix, encode_piece, write_planes
+from m2c.errors import BadInput, NoSpace, UsageError
+from m2c.kernels.workers import Workers
+from m2c.model.attention import MATRICES
+from m2c.model.checkpoint import Checkpoint
+from m2c.model.config import dense_matrices
+from m2c.model.footprint import bundle_nbytes
+from m2c.model.weights import matrix_name, neuron_records, require_finite, vector_tensors
+from m2c.tiers.store import EMBED, FFN
+from m2c.units import format_size
+
+_SAMPLE_ROWS: Final = 64
+_LARGEST_F16: Final = 65504.0
+
+
+@dataclass(frozen=True)
+class PackJob:
+    """What to pack. `sidecars`: the files of the bundle's model/ folder."""
+
+    checkpoint: Checkpoint
+    importance: Importance
+    sidecars: dict[str, bytes]
+    exact_type: str  # "bf16" or "f16"
+    mix_request: str  # "error", "entropy" or a mix: part of what makes two packs the same
+    budget_bits: float
+
+    @property
+    def shard_recipe(self) -> str:
+        """Identity of the shards: source, profile, format."""
+        profile = hashlib.sha256(encode_importance(self.importance)).hexdigest()
+        facts = [self.checkpoint.fingerprint(), profile, self.exact_type, GROUP, VERSION]
+        return hashlib.sha256(dump_json(facts)).hexdigest()
+
+    @property
+    def recipe(self) -> str:
+        """Identity of the whole bundle."""
+        sidecars = {k: hashlib.sha256(v).hexdigest() for k, v in self.sidecars.items()}
+        facts = [self.shard_recipe, sidecars, self.mix_request, self.budget_bits]
+        return hashlib.sha256(dump_json(facts)).hexdigest()
+
+    @property
+    def weights(self) -> int:
+        """Weights that `pack` reports progress in."""
+        config = self.checkpoint.config
+        dense = sum(rows * columns for rows, columns in dense_matrices(config).values())
+        ffn = 3 * config.hidden_size * config.intermediate_size
+        return dense + config.num_hidden_layers * ffn
+
+
+ChooseMix = Callable[[Bundle], tuple[MixChoice, dict[str, float]]]
+
+
+def pack(
+    job: PackJob, path: Path, *, workers: Workers, choose_mix: ChooseMix,
+    progress: Callable[[int], None] = lambda weights: None,
+) -> bool:  # fmt: skip
+    """Write the bundle at `path`; False if it was complete already.
+
+    `choose_mix` is asked once all shards are there. Raises UsageError, NoSpace, StorageError, Busy,
+    BadInput; whatever was finished by then is kept for the next attempt.
+    """
+    _refuse_input_as_output(job.checkpoint.path, path)
+    _require_matching(job)
+    require_space(job, path)
+    # derived once: every use reads samples of the whole checkpoint
+    recipe, shard_recipe = job.recipe, job.shard_recipe
+    with claim_folder(path, recipe) as complete:
+        if complete:
+            return False
+        shards: dict[str, ShardFact] = {}
+        for kind, name, matrices in _shard_groups(job):
+            names = {plane: shard_name(kind, name, plane) for plane in PLANES}
+            paths = {plane: path / file for plane, file in names.items()}
+            weights = sum(m.records * m.weights for m in matrices)
+            if all(_is_finished(p, shard_recipe) for p in paths.values()):
+                progress(weights)
+            else:
+                write_planes(
+                    paths, shard_recipe, matrices, exact_type=job.exact_type, workers=workers,
+                    progress=progress,
+                )  # fmt: skip
+            shards.update({names[plane]: _shard_fact(paths[plane]) for plane in PLANES})
+        files = _write_files(job, path)
+        manifest = _manifest(job, recipe, shards, files)
+        mix, quality = choose_mix(Bundle(path, manifest, open_shards(path, manifest)))
+        write_manifest(path, replace(manifest, mix=mix, quality=quality))
+    return True
+
+
+def choose_exact_type(checkpoint: Checkpoint) -> str:
+    """The checkpoint's own 16-bit type, or for other sources the one that loses less.
+
+    Judged on a sample of every matrix; bf16 when both lose the same, as its planes are smaller.
+    """
+    names = [n for n in checkpoint.names() if len(checkpoint.shape(n)) == 2]
+    stored = {checkpoint.stored_type(name) for name in names}
+    if len(stored) == 1 and stored <= {"bf16", "f16"}:
+        return stored.pop()
+    lost = {"bf16": 0.0, "f16": 0.0}
+    for name in names:
+        rows = checkpoint.read(name, 0, min(_SAMPLE_ROWS, checkpoint.shape(name)[0])).float()
+        scale = float(rows.square().mean()) or 1.0
+        for kind, dtype in (("bf16", torch.bfloat16), ("f16", torch.float16)):
+            lost[kind] += float((rows - rows.to(dtype).float()).square().mean()) / scale
+    return "f16" if lost["f16"] < lost["bf16"] else "bf16"
+
+
+def require_space(job: PackJob, path: Path) -> tuple[int, int]:
+    """(bytes needed, bytes free). Raises NoSpace when the bundle will not fit."""
+    existing = path
+    while not existing.exists():
+        existing = existing.parent
+    with disk_errors(existing):
+        stats = os.statvfs(existing)
+    free = stats.f_bavail * stats.f_frsize
+    done = sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) if path.is_dir() else 0
+    needed = max(0, bundle_nbytes(job.checkpoint.config, job.exact_type) - done)
+    if needed > free:
+        raise NoSpace(
+            f"{path}: the bundle needs {format_size(needed)}, {format_size(free)} are free",
+            "free some space or give another --ssd",
+        )
+    return needed, free
+
+
+def estimate_seconds(job: PackJob, workers: Workers) -> float:
+    """How long packing will take, from encoding a few rows of the checkpoint now."""
+    matrix = _whole_matrix(job, "model.embed_tokens.weight", EMBED, None)
+    rows = matrix.read(0, min(matrix.records, 4 * PIECE_WEIGHTS // matrix.weights + 1))
+    begin = time.perf_counter()
+    encode_piece(rows, matrix, job.exact_type)
+    return (time.perf_counter() - begin) / rows.numel() * job.weights / workers.threads
+
+
+def _shard_groups(job: PackJob) -> Iterator[tuple[str, int | str, list[Matrix]]]:
+    """(kind, name, its matrices) of every shard group, in the order they are written."""
+    config = job.checkpoint.config
+    yield "dense", "embed", [_whole_matrix(job, "model.embed_tokens.weight", EMBED, None)]
+    for layer in range(config.num_hidden_layers):
+        yield "dense", layer, _attention_matrices(job, layer)
+        yield "neurons", layer, [_neurons(job, layer)]
+    if not config.tie_word_embeddings:
+        head = job.importance.head_input
+        yield "dense", "head", [_whole_matrix(job, "lm_head.weight", "lm_head", head)]
+
+
+def _attention_matrices(job: PackJob, layer: int) -> list[Matrix]:
+    known = job.importance.layers[layer]
+    return [
+        _whole_matrix(
+            job, matrix_name(layer, short), short,
+            known.o_input if short == "o_proj" else known.attn_input,
+        )
+        for short in MATRICES
+    ]  # fmt: skip
+
+
+def _whole_matrix(job: PackJob, name: str, section: str, importance: Any) -> Matrix:
+    checkpoint = job.checkpoint
+    rows, columns = checkpoint.shape(name)
+
+    def read(start: int, stop: int) -> torch.Tensor:
+        piece = checkpoint.read(name, start, stop)
+        require_finite(piece, checkpoint, name)
+        return piece
+
+    weight = None if importance is None else importance[None, :]
+    return Matrix(section, RecordLayout(1, columns), rows, read, weight)
+
+
+def _neurons(job: PackJob, layer: int) -> Matrix:
+    """A layer's neurons in importance order. The layer is read when the first row is wanted."""
+    known = job.importance.layers[layer]
+    order = torch.from_numpy(known.order.astype(np.int64))
+    config = job.checkpoint.config
+    held: list[torch.Tensor] = []
+
+    def read(start: int, stop: int) -> torch.Tensor:
+        if not held:
+            held.append(neuron_records(job.checkpoint, layer))
+        return held[0][order[start:stop]]
+
+    # the down column meets the neuron's own activation: one number for the whole vector
+    flat = np.ones_like(known.ffn_input)
+    weight = np.stack((known.ffn_input, known.ffn_input, flat))
+    layout = RecordLayout(3, config.hidden_size)
+    return Matrix(FFN, layout, config.intermediate_size, read, weight)
+
+
+def _is_finished(path: Path, recipe: str) -> bool:
+    """A shard of an earlier attempt counts only if it is ours and every block is intact."""
+    try:
+        index = read_index(path)
+        if index.header.recipe != recipe:
+            return False
+        for _ in verify_blocks(index):
+            pass
+    except BadInput:
+        return False
+    return True
+
+
+def _shard_fact(path: Path) -> ShardFact:
+    with disk_errors(path), open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return ShardFact(path.stat().st_size, digest, read_index(path).digest)
+
+
+def _write_files(job: PackJob, path: Path) -> dict[str, FileFact]:
+    vectors = {k: v.numpy() for k, v in vector_tensors(job.checkpoint).items()}
+    contents = {f"model/{name}": data for name, data in job.sidecars.items()}
+    contents[IMPORTANCE] = encode_importance(job.importance)
+    contents[VECTORS] = save(vectors)
+    for name, data in contents.items():
+        write_atomic(path / name, data)
+    return {
+        name: FileFact(len(data), hashlib.sha256(data).hexdigest())
+        for name, data in contents.items()
+    }
+
+
+def _manifest(
+    job: PackJob, recipe: str, shards: dict[str, ShardFact], files: dict[str, FileFact]
+) -> Manifest:
+    checkpoint = job.checkpoint
+    stored = {checkpoint.stored_type(n) for n in checkpoint.names()}
+    return Manifest(
+        created_by=f"m2c {__version__}",
+        name=checkpoint.name,
+        recipe=recipe,
+        exact_type=job.exact_type,
+        source=Source(checkpoint.name, checkpoint.fingerprint(), "+".join(sorted(stored))),
+        architecture=checkpoint.config.to_dict(),
+        mix=MixChoice((0, 0, 100), "given", 4.5, 0.0),
+        shards=shards,
+        files=files,
+    )
+
+
+def _require_matching(job: PackJob) -> None:
+    known = job.importance
+    config = job.checkpoint.config
+    matches = known.calibration.fingerprint == job.checkpoint.fingerprint()
+    shapes = all(
+        len(layer.order) == config.intermediate_size
+        and layer.ffn_input.shape == (config.hidden_size,)
+        for layer in known.layers
+    )
+    if not matches or not shapes or len(known.layers) != config.num_hidden_layers:
+        raise UsageError(
+            f"the profile of {known.calibration.model} does not belong to {job.checkpoint.path}",
+            "run m2c profile on this model",
+        )
+
+
+def _refuse_input_as_output(source: Path, path: Path) -> None:
+    source, path = source.resolve(), path.resolve()
+    if source == path or path in source.parents or (source.is_dir() and source in path.parents):
+        raise UsageError(
+            f"{path} and the checkpoint {source} lie inside each other", "choose another --ssd"
+        )

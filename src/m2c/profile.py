@@ -1,0 +1,171 @@
+"""`m2c profile`: run calibration text through a checkpoint and rank its neurons.
+
+Streams layer by layer: in memory are one layer's weights and the hidden states of the calibration
+tokens, whatever the size of the model. Knows nothing about bundles' shards or about printing.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from m2c import __version__
+from m2c.bundle.importance import Calibration, Importance, LayerImportance
+from m2c.errors import BadInput
+from m2c.kernels.reference import down, gate_up
+from m2c.kernels.rows import ExactRows
+from m2c.kernels.workers import Workers
+from m2c.model.attention import LayerVectors, Rotary, attention, layer_vectors, rms_norm
+from m2c.model.checkpoint import Checkpoint
+from m2c.model.config import ModelConfig
+from m2c.model.mix import scores_of
+from m2c.model.weights import layer_rows, require_finite, vector_tensors
+
+SEQUENCE: Final = 512  # tokens that see each other
+TOP_SHARE: Final = 0.3  # the set whose membership counts as a use
+SAMPLE: Final = 64  # tokens kept for measuring output errors
+EMBED: Final = "model.embed_tokens.weight"
+
+
+def profile(
+    checkpoint: Checkpoint, ids: list[int], *, text: str, text_source: str, workers: Workers,
+    progress: Callable[[int], None] = lambda layers: None,
+) -> Importance:  # fmt: skip
+    """ids: the calibration text's tokens. Raises BadInput when activations are not finite.
+
+    `progress` is told each finished layer.
+    """
+    config = checkpoint.config
+    vectors = vector_tensors(checkpoint)
+    rotary = Rotary(config, torch.device("cpu"))
+    states = [_embed(checkpoint, part) for part in _sequences(ids)]
+    layers = []
+    for layer in range(config.num_hidden_layers):
+        rows = layer_rows(checkpoint, layer)
+        tally = _Tally(config, rows["ffn"])
+        own = layer_vectors(vectors, layer)
+        for i, x in enumerate(states):
+            states[i] = _run_layer(x, rows, own, tally, config, rotary, workers)
+        if not all(bool(torch.isfinite(x).all()) for x in states):
+            raise BadInput(f"{checkpoint.path}: activations of layer {layer} are not finite")
+        layers.append(tally.result())
+        progress(1)
+    final = [rms_norm(x, vectors["model.norm.weight"], config.rms_norm_eps) for x in states]
+    calibration = Calibration(
+        model=checkpoint.name,
+        fingerprint=checkpoint.fingerprint(),
+        tokens=sum(len(x) for x in states),
+        text_sha256=hashlib.sha256(text.encode()).hexdigest(),
+        text_source=text_source,
+        layers=config.num_hidden_layers,
+        created_by=f"m2c {__version__}",
+    )
+    return Importance(calibration, layers, _mean_square(torch.cat(final)).numpy())
+
+
+def _sequences(ids: list[int]) -> Iterator[list[int]]:
+    for start in range(0, len(ids), SEQUENCE):
+        yield ids[start : start + SEQUENCE]
+
+
+def _embed(checkpoint: Checkpoint, ids: list[int]) -> Tensor:
+    rows = {i: checkpoint.read(EMBED, i, i + 1)[0].float() for i in set(ids)}
+    states = torch.stack([rows[i] for i in ids])
+    require_finite(states, checkpoint, EMBED)
+    return states
+
+
+def _run_layer(
+    x: Tensor, rows: dict[str, ExactRows], vectors: LayerVectors, tally: "_Tally",
+    config: ModelConfig, rotary: Rotary, workers: Workers,
+) -> Tensor:  # fmt: skip
+    """One sequence [tokens, hidden] through one layer, counted in `tally`."""
+
+    def extend(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return keys.transpose(0, 1), values.transpose(0, 1)
+
+    x, attn_input, o_input = attention(
+        x, vectors, dict(rows), config=config, rotary=rotary, start=0, extend=extend,
+        workers=workers,
+    )  # fmt: skip
+    ffn_input = rms_norm(x, vectors.ffn_norm, config.rms_norm_eps)
+    activations = gate_up(ffn_input, rows["ffn"], config.hidden_act, workers)
+    tally.count(attn_input, o_input, ffn_input, activations)
+    return x + down(activations, rows["ffn"], workers)
+
+
+class _Tally:
+    """Running sums over the calibration tokens of one layer."""
+
+    def __init__(self, config: ModelConfig, ffn: ExactRows) -> None:
+        neurons, hidden = config.intermediate_size, config.hidden_size
+        self._down_norm = torch.linalg.vector_norm(ffn.weights[:, 2 * hidden :].float(), dim=1)
+        self._tokens = self._pairs = 0
+        self._mean = torch.zeros(neurons, dtype=torch.float64)
+        self._energy = torch.zeros(neurons, dtype=torch.float64)
+        self._uses = torch.zeros(neurons, dtype=torch.float64)
+        self._own = torch.zeros(101, dtype=torch.float64)
+        self._overlap = torch.zeros(2, dtype=torch.float64)
+        self._inputs: dict[str, Tensor] = {}
+        self._sample: list[Tensor] = []
+        self._at = torch.linspace(0, neurons, 101).long()
+
+    def count(self, attn: Tensor, o: Tensor, ffn: Tensor, activations: Tensor) -> None:
+        """Inputs of q/k/v, of o_proj and of the FFN [tokens, *], and activations [tokens, N]."""
+        tokens, neurons = activations.shape
+        scores = scores_of(activations, self._down_norm)
+        self._tokens += tokens
+        self._mean += scores.sum(0, dtype=torch.float64)
+        energy = scores.square()
+        self._energy += energy.sum(0, dtype=torch.float64)
+        ranked = torch.argsort(scores, dim=1, descending=True)
+        held = torch.gather(energy, 1, ranked).cumsum(1)
+        held = torch.cat((torch.zeros(tokens, 1), held), 1)
+        self._own += (held[:, self._at] / held[:, -1:].clamp(min=1e-30)).sum(0, dtype=torch.float64)
+        top = ranked[:, : max(1, round(TOP_SHARE * neurons))]
+        self._uses += torch.bincount(top.reshape(-1), minlength=neurons)
+        for i, share in enumerate((0.1, TOP_SHARE)):
+            self._overlap[i] += _adjacent_overlap(ranked, max(1, round(share * neurons)))
+        self._pairs += tokens - 1
+        for name, x in (("attn_input", attn), ("o_input", o), ("ffn_input", ffn)):
+            total = x.square().sum(0, dtype=torch.float64)
+            self._inputs[name] = self._inputs.get(name, 0) + total
+        self._sample.append(ffn[:: max(1, tokens // 16)])
+
+    def result(self) -> LayerImportance:
+        mean = self._mean / self._tokens
+        order = torch.argsort(mean, descending=True, stable=True)
+        static = torch.cat((torch.zeros(1), self._energy[order].cumsum(0).float()))
+        sample = torch.cat(self._sample)
+        step = max(1, len(sample) // SAMPLE)
+        chance = torch.tensor([0.1, TOP_SHARE])
+        return LayerImportance(
+            mean=_f32(mean),
+            energy=_f32(self._energy / self._tokens),
+            frequency=_f32(self._uses / self._tokens),
+            order=order.to(torch.int32).numpy(),
+            down_norm=_f32(self._down_norm),
+            sample=_f32(sample[::step][:SAMPLE]),
+            coverage_own=_f32(self._own / self._tokens),
+            coverage_static=_f32(static[self._at] / static[-1].clamp(min=1e-30)),
+            overlap=_f32(self._overlap / max(1, self._pairs) - chance),
+            **{name: _f32(total / self._tokens) for name, total in self._inputs.items()},
+        )
+
+
+def _adjacent_overlap(ranked: Tensor, top: int) -> float:
+    """Sum over adjacent tokens of the share of the top set they have in common."""
+    member = torch.zeros_like(ranked, dtype=torch.float32)
+    member.scatter_(1, ranked[:, :top], 1.0)
+    return float((member[1:] * member[:-1]).sum()) / top
+
+
+def _mean_square(x: Tensor) -> Tensor:
+    return x.square().mean(0)
+
+
+def _f32(x: Tensor) -> np.ndarray:
+    return np.ascontiguousarray(x.to(torch.float32).numpy())

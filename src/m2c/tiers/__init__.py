@@ -1,0 +1,1 @@
+"""Where the bytes are right now: SSD reads, DRAM arenas, the neuron cache, the plan."""

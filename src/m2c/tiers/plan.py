@@ -1,0 +1,301 @@
+"""The plan: what lies in which tier, computed before a byte of weights is read.
+
+Blocks that every token uses (attention, head, the lowest plane of the FFN) have the highest value
+per byte and are placed first, attention before neurons; over a cyclic scan of the layers a fixed
+set is the best any policy can do. What does not fit is streamed through a ring, `depth` layers
+ahead. Memory that remains holds the upgrade planes of the hottest neurons.
+
+Knows only sizes; reads nothing, allocates nothing.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+from m2c.bundle.shard import BLOCK
+from m2c.errors import DoesNotFit
+from m2c.units import format_size
+
+DEPTH: Final = 2  # layers read ahead: loading one takes up to twice its compute (M2Cache, 4.3)
+
+
+@dataclass(frozen=True)
+class BlockFact:
+    """Weights that every token uses, placed as one: the attention or the FFN floor of a layer."""
+
+    kind: str  # "dense", "head" or "neurons"
+    layer: int  # the head counts as the layer after the last
+    resident_nbytes: int  # in memory, ready for the kernels
+    streamed_nbytes: int  # read from the SSD each time it is needed
+
+
+@dataclass(frozen=True)
+class UpgradeFact:
+    """One plane above the floor, of one layer: the same for all layers."""
+
+    plane: str  # "int8" or "fp16"
+    record_nbytes: int  # as stored, average
+    slot_nbytes: int  # in a slab of the compute tier
+    active: int  # neurons per token that need it
+    hit_share: tuple[float, ...]  # [101] share of these uses that the hottest k % neurons serve
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Everything that needs memory. Bytes."""
+
+    layers: int
+    neurons: int  # per layer
+    blocks: tuple[BlockFact, ...]  # in the order a token uses them
+    upgrades: tuple[UpgradeFact, ...]
+    kv_nbytes: int
+    fixed_nbytes: int  # norms, biases, checksums, offsets
+    workspace_nbytes: int  # activations and the temporary values of the kernels
+    staging_nbytes: int  # buffer of on-demand reads
+
+
+@dataclass(frozen=True)
+class Budget:
+    dram: int
+    hbm: int = 0  # 0: compute happens in DRAM, there are two tiers
+
+    @property
+    def tiers(self) -> int:
+        return 3 if self.hbm else 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    budget: Budget
+    footprint: Footprint
+    policy: str  # of the neuron cache in the compute tier
+    in_hbm: tuple[int, ...]  # positions in footprint.blocks
+    in_dram: tuple[int, ...]
+    streamed: tuple[int, ...]
+    ring_slots: int
+    ring_slot_nbytes: int
+    hbm_staging_nbytes: int
+    slab_slots: dict[str, int]  # plane -> neurons per layer in the compute tier
+    prefix: dict[str, int]  # plane -> hottest neurons per layer pinned in DRAM
+
+    @property
+    def ring_nbytes(self) -> int:
+        return self.ring_slots * self.ring_slot_nbytes
+
+    @property
+    def slab_nbytes(self) -> int:
+        return _per_layer(self.footprint, self.slab_slots, "slot_nbytes")
+
+    @property
+    def prefix_nbytes(self) -> int:
+        return _per_layer(self.footprint, self.prefix, "record_nbytes")
+
+    @property
+    def working_nbytes(self) -> int:
+        """KV cache, norms and temporary values: in the compute tier."""
+        f = self.footprint
+        return f.kv_nbytes + f.fixed_nbytes + f.workspace_nbytes
+
+    @property
+    def used_dram(self) -> int:
+        used = self._dram_blocks() + self.ring_nbytes + self.prefix_nbytes
+        used += self.footprint.staging_nbytes
+        return used + (self.working_nbytes + self.slab_nbytes if not self.budget.hbm else 0)
+
+    @property
+    def used_hbm(self) -> int:
+        if not self.budget.hbm:
+            return 0
+        used = self._resident(self.in_hbm) + self.hbm_staging_nbytes
+        return used + self.working_nbytes + self.slab_nbytes
+
+    @property
+    def ssd_nbytes_per_token(self) -> int:
+        """Expected reads from the SSD while decoding: streamed blocks and missing upgrades."""
+        blocks = self.footprint.blocks
+        streamed = sum(blocks[i].streamed_nbytes for i in self.streamed)
+        return streamed + self.footprint.layers * sum(
+            self._upgrade_reads(u) for u in self.footprint.upgrades
+        )
+
+    @property
+    def link_nbytes_per_token(self) -> int:
+        """Expected copies from DRAM to HBM while decoding."""
+        if not self.budget.hbm:
+            return 0
+        blocks = self.footprint.blocks
+        moved = sum(blocks[i].streamed_nbytes for i in (*self.in_dram, *self.streamed))
+        for u in self.footprint.upgrades:
+            missing = 1 - min(1.0, self.slab_slots[u.plane] / self.footprint.neurons)
+            moved += int(self.footprint.layers * u.active * missing) * u.slot_nbytes
+        return moved
+
+    @property
+    def compute_nbytes_per_token(self) -> int:
+        """Weight bytes the kernels read for a token."""
+        blocks = sum(b.resident_nbytes for b in self.footprint.blocks)
+        upgrades = sum(u.active * u.slot_nbytes for u in self.footprint.upgrades)
+        return blocks + self.footprint.layers * upgrades
+
+    def _resident(self, positions: tuple[int, ...]) -> int:
+        return sum(self.footprint.blocks[i].resident_nbytes for i in positions)
+
+    def _dram_blocks(self) -> int:
+        if not self.budget.hbm:
+            return self._resident(self.in_dram)
+        return sum(self.footprint.blocks[i].streamed_nbytes for i in self.in_dram)
+
+    def _upgrade_reads(self, u: UpgradeFact) -> int:
+        """Bytes of whole checksum blocks that the missing upgrades of one layer touch."""
+        neurons = self.footprint.neurons
+        held = min(1.0, max(self.prefix[u.plane], self.slab_slots[u.plane]) / neurons)
+        missing = u.active * (1 - u.hit_share[int(held * 100)])
+        cold = neurons * (1 - held)
+        if cold < 1 or missing <= 0:
+            return 0
+        per_block = max(1.0, BLOCK / u.record_nbytes)
+        touched = cold / per_block * (1 - (1 - min(1.0, missing / cold)) ** per_block)
+        return int(touched * BLOCK)
+
+
+def make_plan(footprint: Footprint, budget: Budget, *, policy: str, depth: int = DEPTH) -> Plan:
+    """Raises DoesNotFit naming the smallest budget that works."""
+    if budget.hbm:
+        return _three_tiers(footprint, budget, policy, depth)
+    return _two_tiers(footprint, budget, policy, depth)
+
+
+def _two_tiers(f: Footprint, budget: Budget, policy: str, depth: int) -> Plan:
+    fixed = f.staging_nbytes + _working(f)
+    placement = _place(f, _Tier(budget.dram, fixed, "--dram", raw=False), depth, _by_value(f))
+    room = budget.dram - fixed - placement.nbytes
+    # decoded FP16 neurons save their decoding, so they get slots before raw bytes get pinned
+    slabs = {u.plane: 0 for u in f.upgrades}
+    for u in f.upgrades:
+        if u.plane == "fp16" or policy != "pinned":
+            slabs[u.plane] = min(f.neurons, 2 * u.active, room // (f.layers * u.slot_nbytes))
+            room -= slabs[u.plane] * f.layers * u.slot_nbytes
+    return _plan(f, budget, policy, (), placement, 0, slabs, room)
+
+
+def _three_tiers(f: Footprint, budget: Budget, policy: str, depth: int) -> Plan:
+    staging = 2 * max(b.streamed_nbytes for b in f.blocks)
+    room = budget.hbm - _working(f) - staging
+    if room < 0:
+        raise _too_small("--hbm", budget.hbm, budget.hbm - room)
+    # slabs for the active sets first, as in the paper; then whole blocks; the rest widens the slabs
+    slabs = {}
+    for u in f.upgrades:
+        slabs[u.plane] = min(f.neurons, u.active, room // 2 // (f.layers * u.slot_nbytes))
+        room -= slabs[u.plane] * f.layers * u.slot_nbytes
+    in_hbm = []
+    for i in _by_value(f):
+        if f.blocks[i].resident_nbytes <= room:
+            in_hbm.append(i)
+            room -= f.blocks[i].resident_nbytes
+    for u in f.upgrades:
+        more = min(f.neurons - slabs[u.plane], room // (f.layers * u.slot_nbytes))
+        slabs[u.plane] += more
+        room -= more * f.layers * u.slot_nbytes
+    if len(in_hbm) == len(f.blocks):
+        staging = 0
+    rest = [i for i in _by_value(f) if i not in set(in_hbm)]
+    tier = _Tier(budget.dram, f.staging_nbytes, "--dram", raw=True)
+    placement = _place(f, tier, depth, rest)
+    room = budget.dram - f.staging_nbytes - placement.nbytes
+    return _plan(f, budget, policy, tuple(sorted(in_hbm)), placement, staging, slabs, room)
+
+
+def _plan(
+    f: Footprint, budget: Budget, policy: str, in_hbm: tuple[int, ...], placement: "_Placement",
+    staging: int, slabs: dict[str, int], room: int,
+) -> Plan:  # fmt: skip
+    return Plan(
+        budget, f, policy, in_hbm, placement.resident, placement.streamed, placement.ring_slots,
+        placement.ring_slot_nbytes, staging, slabs, _prefixes(f, room),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Tier:
+    capacity: int
+    fixed: int  # bytes already spoken for
+    flag: str
+    raw: bool  # blocks lie here as stored, not as the kernels want them
+
+
+@dataclass(frozen=True)
+class _Placement:
+    resident: tuple[int, ...]
+    streamed: tuple[int, ...]
+    ring_slots: int
+    ring_slot_nbytes: int
+    nbytes: int  # resident blocks and ring
+
+
+def _place(f: Footprint, tier: _Tier, depth: int, order: list[int]) -> _Placement:
+    """The most blocks, in `order`, that can be resident beside the ring the others need.
+
+    The ring shrinks as blocks become resident, so every number of resident blocks is tried.
+    Raises DoesNotFit naming the smallest capacity that works.
+    """
+    options = []
+    used = 0
+    for count in range(len(order) + 1):
+        streamed = tuple(sorted(order[count:]))
+        slots, slot_nbytes = _ring(f, streamed, depth)
+        options.append(
+            _Placement(
+                tuple(sorted(order[:count])), streamed, slots, slot_nbytes,
+                used + slots * slot_nbytes,
+            )
+        )  # fmt: skip
+        if count < len(order):
+            block = f.blocks[order[count]]
+            used += block.streamed_nbytes if tier.raw else block.resident_nbytes
+    for option in reversed(options):
+        if tier.fixed + option.nbytes <= tier.capacity:
+            return option
+    raise _too_small(
+        tier.flag, tier.capacity, tier.fixed + min(option.nbytes for option in options)
+    )
+
+
+def _ring(f: Footprint, streamed: tuple[int, ...], depth: int) -> tuple[int, int]:
+    """(slots, bytes of a slot): a slot holds what one layer streams."""
+    per_layer: dict[int, int] = {}
+    for i in streamed:
+        block = f.blocks[i]
+        per_layer[block.layer] = per_layer.get(block.layer, 0) + block.streamed_nbytes
+    if not per_layer:
+        return 0, 0
+    return min(depth + 1, len(per_layer)), max(per_layer.values())
+
+
+def _by_value(f: Footprint) -> list[int]:
+    """Attention and head first, then neurons in layer order: all are used by every token."""
+    return sorted(range(len(f.blocks)), key=lambda i: (f.blocks[i].kind == "neurons", i))
+
+
+def _prefixes(f: Footprint, room: int) -> dict[str, int]:
+    prefix = {u.plane: 0 for u in f.upgrades}
+    for u in sorted(f.upgrades, key=lambda u: -u.active / u.record_nbytes):
+        prefix[u.plane] = max(0, min(f.neurons, room // (f.layers * u.record_nbytes)))
+        room -= prefix[u.plane] * f.layers * u.record_nbytes
+    return prefix
+
+
+def _per_layer(f: Footprint, neurons: dict[str, int], size: str) -> int:
+    return f.layers * sum(neurons[u.plane] * getattr(u, size) for u in f.upgrades)
+
+
+def _working(f: Footprint) -> int:
+    return f.kv_nbytes + f.fixed_nbytes + f.workspace_nbytes
+
+
+def _too_small(flag: str, given: int, smallest: int) -> DoesNotFit:
+    # rounded up to what can be typed; the printed figure must work
+    shown = -(-smallest // (1 << 20))
+    return DoesNotFit(
+        f"{flag} {format_size(given)} is too small for this model",
+        f"the smallest that works is {flag} {shown}MiB (a shorter --ctx-size needs less)",
+    )

@@ -1,0 +1,275 @@
+"""The store: owns every weight byte in memory and hands the kernels their operands.
+
+It carries out a plan: loads what is resident, streams the rest through the ring, and fetches
+upgrades on demand. It knows bytes and tiers; which neurons a token needs is decided in `model`.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from m2c.bundle.bundle import Bundle
+from m2c.kernels.rows import EXACT_DTYPES, ExactRows, PackedRows, Rows
+from m2c.tiers.blocks import Block, block_of, planes_of
+from m2c.tiers.fetch import PlaneSource, RowSource
+from m2c.tiers.memory import aligned_buffer
+from m2c.tiers.plan import Plan
+from m2c.tiers.ring import LayerRing
+from m2c.tiers.ssd import LinkStats, SsdReader
+from m2c.tiers.upgrades import HitStats, UpgradePlane
+
+Ids = npt.NDArray[np.int32]
+FFN = "ffn"  # section of the neuron shards
+EMBED = "embed_tokens"
+_DECODE_ROWS = 1024  # rows decoded at a time while exact blocks load
+
+
+@dataclass(frozen=True)
+class Precisions:
+    """What the plan was made for: of the matrices outside the FFN, and of the FFN's floor."""
+
+    dense: str
+    floor: str
+
+
+@dataclass
+class StoreStats:
+    """Traffic since the last reset. `upgrades`: plane to who served it."""
+
+    ssd: LinkStats
+    link: LinkStats  # DRAM to HBM
+    upgrades: dict[str, HitStats] = field(default_factory=dict)
+
+
+class NeuronStore:
+    """Use as a context manager. `progress` is told the bytes that became resident."""
+
+    def __init__(
+        self, bundle: Bundle, plan: Plan, precisions: Precisions, *,
+        device: torch.device, io_threads: int = 8,
+        progress: Callable[[int], None] = lambda nbytes: None,
+    ) -> None:  # fmt: skip
+        self.plan = plan
+        self.device = device
+        self.reader = SsdReader(io_threads)
+        self._bundle = bundle
+        self._precisions = precisions
+        self._progress = progress
+        self._link = LinkStats()
+        self._staging = aligned_buffer(plan.footprint.staging_nbytes)
+        self._blocks = [self._block(i) for i in range(len(plan.footprint.blocks))]
+        self._resident: dict[int, dict[str, Rows]] = {}  # ready for the kernels
+        self._raw: dict[int, npt.NDArray[np.uint8]] = {}  # in DRAM behind HBM, as stored
+        self._hbm_slots: list[torch.Tensor] = []
+        self._upgrades: dict[tuple[int, str], UpgradePlane] = {}
+        self._ring: LayerRing | None = None
+        self._embed = self._row_source("embed", EMBED, precisions.dense)
+        try:
+            self._load()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "NeuronStore":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._ring is not None:
+            self._ring.close()
+        self.reader.close()
+
+    # -- what the model asks for -------------------------------------------------------------------
+
+    @contextmanager
+    def layer(self, layer: int) -> Iterator[dict[str, Rows]]:
+        """Operands of a layer's blocks by section name; the head is the layer after the last.
+
+        Layers must be entered in order, pass after pass. Raises what a failed read raised.
+        """
+        facts = self.plan.footprint.blocks
+        positions = [i for i, fact in enumerate(facts) if fact.layer == layer]
+        streamed = [i for i in positions if i in set(self.plan.streamed)]
+        rows: dict[str, Rows] = {}
+        payloads = self._ring.acquire(layer) if self._ring and streamed else []
+        for i, payload in zip(streamed, payloads, strict=True):
+            rows.update(self._to_compute(i, payload))
+        for i in positions:
+            if i in self._raw:
+                rows.update(self._to_compute(i, self._raw[i]))
+            elif i in self._resident:
+                rows.update(self._resident[i])
+        yield rows
+        if self._ring and streamed:
+            self._ring.release()
+
+    def upgrade(self, layer: int, plane: str, ids: Ids, floor: Rows, *, step: bool) -> Rows:
+        """Rows of `ids` (ascending) of a layer at `plane`; `floor` is the layer's FFN operand."""
+        assert isinstance(floor, PackedRows)
+        records = self._upgrades[layer, plane].records(ids, floor, step=step)
+        if plane == "fp16":
+            return ExactRows(floor.layout, records)
+        index = torch.from_numpy(ids.astype(np.int64)).to(floor.int4.device)
+        return PackedRows(floor.layout, floor.int4[index], records)
+
+    def embed(self, ids: Ids) -> torch.Tensor:
+        """Embeddings of token `ids` [tokens] as f32 [tokens, hidden] on the compute device."""
+        wanted, back = np.unique(ids, return_inverse=True)
+        resident = next((rows[EMBED] for rows in self._resident.values() if EMBED in rows), None)
+        if resident is None:
+            rows = self._embed.rows(wanted.astype(np.int32))
+        else:
+            rows = resident.take(torch.from_numpy(wanted.astype(np.int64)).to(self.device))
+        values = rows.values(0, len(rows))[:, 0].to(self.device)
+        return values[torch.from_numpy(back.astype(np.int64)).to(self.device)]
+
+    @property
+    def stats(self) -> StoreStats:
+        totals: dict[str, HitStats] = {}
+        for (_, plane), upgrade in self._upgrades.items():
+            totals.setdefault(plane, HitStats()).add(upgrade.stats)
+        return StoreStats(self.reader.stats, self._link, totals)
+
+    def reset_stats(self) -> None:
+        self.reader.reset_stats()
+        self._link = LinkStats()
+        for upgrade in self._upgrades.values():
+            upgrade.stats = HitStats()
+
+    # -- loading -----------------------------------------------------------------------------------
+
+    def _load(self) -> None:
+        plan = self.plan
+        in_compute = plan.in_hbm if plan.budget.hbm else plan.in_dram
+        for i in in_compute:
+            self._resident[i] = self._load_resident(i)
+        for i in plan.in_dram if plan.budget.hbm else ():
+            self._raw[i] = aligned_buffer(self._blocks[i].streamed_nbytes)
+            self._blocks[i].read(self.reader, self._raw[i]).wait()
+            self._progress(self._blocks[i].streamed_nbytes)
+        for layer in range(plan.footprint.layers):
+            for fact in plan.footprint.upgrades:
+                self._upgrades[layer, fact.plane] = self._upgrade_plane(layer, fact.plane)
+        if plan.hbm_staging_nbytes:
+            half = plan.hbm_staging_nbytes // 2
+            self._hbm_slots = [
+                torch.empty(half, dtype=torch.uint8, device=self.device) for _ in range(2)
+            ]
+        if plan.streamed:
+            self._ring = self._make_ring()
+
+    def _load_resident(self, i: int) -> dict[str, Rows]:
+        """Read a block into the compute tier; exact blocks are decoded on the way."""
+        block = self._blocks[i]
+        if block.is_exact:
+            return {name: self._load_exact(block, name) for name in block.sections}
+        buffer = aligned_buffer(block.streamed_nbytes)
+        block.read(self.reader, buffer).wait()
+        self._progress(block.streamed_nbytes)
+        return dict(block.rows(torch.from_numpy(buffer).to(self.device)))
+
+    def _load_exact(self, block: Block, name: str) -> Rows:
+        """Piece by piece through the staging buffer, so that loading needs no extra memory."""
+        section = block.shards[0].header.section(name)
+        source = RowSource(
+            [PlaneSource(self.reader, s, s.header.section(name), self._staging)
+             for s in block.shards],
+            section, block.exact_type,
+        )  # fmt: skip
+        shape = (section.records, section.vectors * section.length)
+        out = torch.empty(shape, dtype=EXACT_DTYPES[block.exact_type], device=self.device)
+        for start in range(0, section.records, _DECODE_ROWS):
+            stop = min(start + _DECODE_ROWS, section.records)
+            piece = source.rows(np.arange(start, stop, dtype=np.int32))
+            assert isinstance(piece, ExactRows)
+            out[start:stop] = piece.weights
+        self._progress(sum(s.header.section(name).nbytes for s in block.shards))
+        return ExactRows(section.layout, out)
+
+    def _upgrade_plane(self, layer: int, plane: str) -> UpgradePlane:
+        plan = self.plan
+        layout = self._bundle.shard("neurons", layer, "int4").header.section(FFN).layout
+        slots = plan.slab_slots.get(plane, 0)
+        slab = None
+        if slots:
+            width = layout.nbytes("int8") if plane == "int8" else layout.vectors * layout.length
+            exact = EXACT_DTYPES[self._bundle.manifest.exact_type]
+            dtype = torch.uint8 if plane == "int8" else exact
+            slab = torch.empty((slots, width), dtype=dtype, device=self.device)
+        source = self._plane_source(layer, plane)
+        source.pin_prefix(plan.prefix.get(plane, 0))
+        self._progress(source.prefix_nbytes)
+        below = None
+        if plane == "fp16" and self._precisions.floor == "int4":
+            known = self._upgrades.get((layer, "int8"))
+            below = known.source if known else self._plane_source(layer, "int8")
+        return UpgradePlane(
+            source, below, exact_type=self._bundle.manifest.exact_type if plane == "fp16" else None,
+            slab=slab, neurons=plan.footprint.neurons, policy=plan.policy, device=self.device,
+            copied=self._copied if plan.budget.hbm else lambda nbytes: None,
+        )  # fmt: skip
+
+    def _make_ring(self) -> LayerRing:
+        plan = self.plan
+        per_layer: dict[int, list[Block]] = {}
+        for i in plan.streamed:
+            layer = plan.footprint.blocks[i].layer
+            per_layer.setdefault(layer, []).append(self._blocks[i])
+        return LayerRing(
+            self.reader, sorted(per_layer.items()), plan.ring_slots, plan.ring_slot_nbytes
+        )
+
+    # -- small helpers -----------------------------------------------------------------------------
+
+    def _block(self, i: int) -> Block:
+        fact = self.plan.footprint.blocks[i]
+        if fact.kind == "head":
+            return block_of(self._bundle, "dense", head_name(self._bundle), self._precisions.dense)
+        precision = self._precisions.dense if fact.kind == "dense" else self._precisions.floor
+        return block_of(self._bundle, fact.kind, fact.layer, precision)
+
+    def _plane_source(self, layer: int, plane: str) -> PlaneSource:
+        index = self._bundle.shard("neurons", layer, plane)
+        return PlaneSource(self.reader, index, index.header.section(FFN), self._staging)
+
+    def _row_source(self, name: str, section: str, precision: str) -> RowSource:
+        shards = [self._bundle.shard("dense", name, plane) for plane in planes_of(precision)]
+        sources = [
+            PlaneSource(self.reader, s, s.header.section(section), self._staging) for s in shards
+        ]
+        facts = shards[0].header.section(section)
+        return RowSource(sources, facts, self._bundle.manifest.exact_type)
+
+    def _to_compute(self, i: int, payload: npt.NDArray[np.uint8]) -> dict[str, Rows]:
+        """Operands of a payload that lies in DRAM, copied to HBM if that is where we compute.
+
+        Exact payloads stay: they are decoded on the host and cross the link as values.
+        """
+        block = self._blocks[i]
+        if not self.plan.budget.hbm:
+            return dict(block.rows(payload))
+        self._copied(block.streamed_nbytes)
+        if block.is_exact:
+            return dict(block.rows(payload))
+        # a layer has at most two blocks, attention before FFN: one slot each
+        slot = self._hbm_slots[self.plan.footprint.blocks[i].kind == "neurons"]
+        begin = time.perf_counter()
+        view = slot[: block.streamed_nbytes]
+        view.copy_(torch.from_numpy(payload[: block.streamed_nbytes]))
+        self._link.busy_s += time.perf_counter() - begin
+        return dict(block.rows(view))
+
+    def _copied(self, nbytes: int) -> None:
+        self._link.nbytes += nbytes
+
+
+def head_name(bundle: Bundle) -> str:
+    """The shard that the output projection is in: the embedding's own when they are tied."""
+    return "embed" if bundle.manifest.architecture.get("tie_word_embeddings") else "head"

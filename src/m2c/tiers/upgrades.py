@@ -1,0 +1,126 @@
+"""Upgrade planes: a layer's neurons above the floor, fetched for the tokens that need them.
+
+One `UpgradePlane` serves one plane of one layer: from its slab in the compute tier, else from the
+DRAM prefix, else from the SSD. Which slot holds which neuron is the NeuronCache's business; which
+neurons are wanted is the model's.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from m2c.kernels.rows import PackedRows
+from m2c.tiers.cache import ABSENT, NeuronCache
+from m2c.tiers.fetch import PlaneSource, decode_rows
+
+Ids = npt.NDArray[np.int32]
+
+
+@dataclass
+class HitStats:
+    """Neurons served by each tier."""
+
+    compute: int = 0
+    dram: int = 0
+    ssd: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.compute + self.dram + self.ssd
+
+    def add(self, other: "HitStats") -> None:
+        self.compute += other.compute
+        self.dram += other.dram
+        self.ssd += other.ssd
+
+
+class UpgradePlane:
+    """slab: [slots, record] on the compute device, or None when the plane has no slots there.
+
+    below: sources of the planes under this one that the floor does not hold. `copied` is told the
+    bytes that cross into the compute tier.
+    """
+
+    def __init__(
+        self, source: PlaneSource, below: PlaneSource | None, *, exact_type: str | None,
+        slab: Tensor | None, neurons: int, policy: str, device: torch.device,
+        copied: Callable[[int], None],
+    ) -> None:  # fmt: skip
+        self.source = source
+        self.stats = HitStats()
+        self._below = below
+        self._exact_type = exact_type
+        self._slab = slab
+        self._device = device
+        self._copied = copied
+        self.cache = None
+        if slab is not None:
+            self.cache = NeuronCache(neurons, slab.shape[0], policy=policy)
+        self._static = policy == "pinned"
+
+    def records(self, ids: Ids, floor: PackedRows, *, step: bool) -> Tensor:
+        """Records of `ids` (ascending) on the compute device: [len(ids), record].
+
+        step: these are one token's active set, so the cache may replace what it holds. Otherwise
+        (a batch of tokens, whose sets together are nearly everything) the cache is only read.
+        """
+        if self.cache is None or self._slab is None:
+            return self._load(ids, floor)
+        if self._static and not self.cache.size:
+            hottest = self.cache.pin(np.arange(self.cache.capacity, dtype=np.int32))
+            self._fill(hottest.load_ids, hottest.load_slots, floor)
+        if step:
+            move = self.cache.step(ids)
+            slots = move.slots
+            self.stats.compute += int(move.hit_mask.sum())
+            self._fill(move.load_ids, move.load_slots, floor)
+        else:
+            slots = self.cache.lookup(ids)
+            self.stats.compute += int((slots != ABSENT).sum())
+        absent = np.flatnonzero(slots == ABSENT)
+        if not len(absent):
+            return self._slab[self._index(slots)]
+        held = np.flatnonzero(slots != ABSENT)
+        shape = (len(ids), self._slab.shape[1])
+        out = torch.empty(shape, dtype=self._slab.dtype, device=self._device)
+        out[self._index(held)] = self._slab[self._index(slots[held])]
+        out[self._index(absent)] = self._load(ids[absent], floor)
+        return out
+
+    def _fill(self, ids: Ids, slots: Ids, floor: PackedRows) -> None:
+        if len(ids):
+            assert self._slab is not None
+            self._slab[self._index(slots)] = self._load(ids, floor)
+
+    def _load(self, ids: Ids, floor: PackedRows) -> Tensor:
+        """Records from DRAM or SSD, decoded to 16 bits if this is the exact plane."""
+        if self._exact_type is None:
+            raw, from_dram = self.source.records(ids)
+            records, served = torch.from_numpy(raw), len(ids)
+        else:
+            frames, members, wanted = self.source.frames_of(ids)
+            data, from_dram = self.source.exact_frames(frames, self._exact_type)
+            served = len(frames)
+            int4, int8 = self._lower(members, floor)
+            records = decode_rows(floor.layout, int4, int8, data, wanted)
+        self.stats.dram += from_dram
+        self.stats.ssd += served - from_dram
+        self._copied(records.numel() * records.element_size())
+        return records.to(self._device)
+
+    def _lower(
+        self, ids: Ids, floor: PackedRows
+    ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+        index = torch.from_numpy(ids.astype(np.int64)).to(floor.int4.device)
+        int4 = floor.int4[index].cpu().numpy()
+        if floor.int8 is not None:
+            return int4, floor.int8[index].cpu().numpy()
+        assert self._below is not None
+        return int4, self._below.records(ids)[0]
+
+    def _index(self, values: npt.NDArray[np.integer]) -> Tensor:
+        return torch.from_numpy(values.astype(np.int64)).to(self._device)

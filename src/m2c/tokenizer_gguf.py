@@ -1,0 +1,154 @@
+"""tokenizer.json and tokenizer_config.json for a GGUF file, which has neither.
+
+Knows nothing about GGUF's bytes (it is given the metadata as a dict) nor about tokenizing.
+"""
+
+import json
+from typing import Any
+
+from m2c.errors import BadInput, UnsupportedModel
+
+_DOWNLOAD_AGAIN = "fetch the GGUF file again from where it came from"
+_BRING_TOKENIZER = "put the tokenizer.json of the original model beside it"
+
+# Pre-tokenizers of the GGUF files that can be rebuilt, under the names llama.cpp gives them.
+# The regular expressions are those of the models' own tokenizer.json.
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
+_PRE_TOKENIZERS = ("smollm", "gpt-2", "qwen2", *_LLAMA3)
+_CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
+
+
+def build_from_gguf(metadata: dict[str, Any]) -> bytes:
+    """A tokenizer.json made from GGUF metadata; the same metadata gives the same bytes.
+
+    UnsupportedModel when the vocabulary is of another kind than byte-level BPE or its
+    pre-tokenizer is not known here, BadInput when the metadata contradicts itself.
+    """
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind != "gpt2":
+        raise UnsupportedModel(
+            f"the GGUF file holds a {kind!r} vocabulary, and only 'gpt2' (BPE) can be rebuilt",
+            _BRING_TOKENIZER,
+        )
+    normalizer, pre_tokenizer = _pipeline(metadata.get("tokenizer.ggml.pre"))
+    tokens = _strings(metadata, "tokenizer.ggml.tokens")
+    vocab = {token: id for id, token in enumerate(tokens)}
+    if len(vocab) != len(tokens):
+        raise BadInput("tokenizer.ggml.tokens names a token twice", _DOWNLOAD_AGAIN)
+    document = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": _added_tokens(tokens, metadata.get("tokenizer.ggml.token_type")),
+        "normalizer": normalizer,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": None,
+        "decoder": _byte_level(),
+        "model": _bpe_model(metadata, vocab),
+    }
+    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def build_tokenizer_config(metadata: dict[str, Any]) -> bytes:
+    """A tokenizer_config.json made from GGUF metadata: bos, eos, whether to add bos, template."""
+    tokens = _strings(metadata, "tokenizer.ggml.tokens")
+    # llama.cpp adds bos for these models even where the file does not say so
+    implied = metadata.get("tokenizer.ggml.pre") in _LLAMA3
+    config: dict[str, Any] = {
+        "add_bos_token": bool(metadata.get("tokenizer.ggml.add_bos_token", implied))
+    }
+    for role in ("bos", "eos"):
+        id = metadata.get(f"tokenizer.ggml.{role}_token_id")
+        if id is None:
+            continue
+        if type(id) is not int or not 0 <= id < len(tokens):  # True is an int too
+            raise BadInput(f"tokenizer.ggml.{role}_token_id is {id!r}: no such token")
+        config[f"{role}_token"] = tokens[id]
+    template = metadata.get("tokenizer.chat_template")
+    if isinstance(template, str):
+        config["chat_template"] = template
+    return json.dumps(config, ensure_ascii=False, indent=2, sort_keys=True).encode()
+
+
+def _pipeline(name: Any) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """(normalizer, pre-tokenizer) of a model family."""
+    if name == "gpt-2":
+        return None, _byte_level(use_regex=True)
+    if name == "smollm":
+        steps = [{"type": "Digits", "individual_digits": True}, _byte_level(use_regex=True)]
+        return None, {"type": "Sequence", "pretokenizers": steps}
+    if name == "qwen2":
+        return {"type": "NFC"}, _split_words(digits="")
+    if name in _LLAMA3:
+        return None, _split_words(digits="{1,3}")
+    raise UnsupportedModel(
+        f"the GGUF file's pre-tokenizer {name!r} is not one of {', '.join(_PRE_TOKENIZERS)}",
+        _BRING_TOKENIZER,
+    )
+
+
+def _bpe_model(metadata: dict[str, Any], vocab: dict[str, int]) -> dict[str, Any]:
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        # whole words that no sequence of merges reaches
+        "ignore_merges": metadata["tokenizer.ggml.pre"] in _LLAMA3,
+        "vocab": vocab,
+        "merges": [_pair(merge, vocab) for merge in _strings(metadata, "tokenizer.ggml.merges")],
+    }
+
+
+def _byte_level(*, use_regex: bool = False) -> dict[str, Any]:
+    return {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": use_regex,
+    }
+
+
+def _split_words(*, digits: str) -> dict[str, Any]:
+    pattern = {"Regex": _WORDS.replace("DIGITS", digits)}
+    split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [split, _byte_level()]}
+
+
+def _strings(metadata: dict[str, Any], key: str) -> list[str]:
+    values = metadata.get(key)
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise BadInput(f"the GGUF file has no list of strings under {key}", _DOWNLOAD_AGAIN)
+    return values
+
+
+def _added_tokens(tokens: list[str], types: Any) -> list[dict[str, Any]]:
+    if not isinstance(types, list) or len(types) != len(tokens):
+        raise BadInput("tokenizer.ggml.token_type does not match the tokens", _DOWNLOAD_AGAIN)
+    return [
+        {
+            "id": id,
+            "content": token,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": kind == _CONTROL,
+        }
+        for id, (token, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind in (_CONTROL, _USER_DEFINED)
+    ]
+
+
+def _pair(merge: str, vocab: dict[str, int]) -> list[str]:
+    left, space, right = merge.partition(" ")
+    if not space or left not in vocab or right not in vocab or left + right not in vocab:
+        raise BadInput(f"the merge {merge[:80]!r} does not join two tokens", _DOWNLOAD_AGAIN)
+    return [left, right]

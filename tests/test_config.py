@@ -1,0 +1,278 @@
+"""config.json in, ModelConfig out: what is accepted, what is refused, what follows from it."""
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from m2c.errors import BadInput, UnsupportedModel
+from m2c.model.aliases import ALIASES
+from m2c.model.config import (
+    ModelConfig,
+    RopeScaling,
+    dense_matrices,
+    expected_tensors,
+    ffn_names,
+    parameter_count,
+)
+from m2c.model.strict_json import parse_object
+
+TINY: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+# numbers of weights in the published safetensors files
+PUBLISHED = {
+    "llama2-7b": 6_738_415_616,
+    "llama2-13b": 13_015_864_320,
+    "llama2-70b": 68_976_648_192,
+    "llama3-8b": 8_030_261_248,
+    "llama3-70b": 70_553_706_496,
+    "llama3.1-8b": 8_030_261_248,
+    "llama3.1-70b": 70_553_706_496,
+    "llama3.2-1b": 1_235_814_400,
+    "llama3.2-3b": 3_212_749_824,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-3b": 3_085_938_688,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen2.5-14b": 14_770_033_664,
+    "qwen2.5-32b": 32_763_876_352,
+    "qwen2.5-72b": 72_706_203_648,
+    "qwen2.5-coder-0.5b": 494_032_768,
+    "smollm2-135m": 134_515_008,
+    "smollm2-360m": 361_821_120,
+    "smollm2-1.7b": 1_711_376_384,
+    "prosparse-llama2-7b": 6_738_415_616,
+}
+
+
+def test_defaults_are_those_of_hugging_face() -> None:
+    config = ModelConfig.from_hf(TINY | {"unknown": [1]})
+    assert (config.head_dim, config.hidden_act, config.rms_norm_eps) == (16, "silu", 1e-6)
+    assert (config.rope_theta, config.rope_scaling) == (10000.0, None)
+    flags = (config.tie_word_embeddings, config.qkv_bias, config.o_bias)
+    assert flags == (False, False, False)
+    assert (config.bos_token_id, config.eos_token_ids) == (1, (2,))
+    without = {key: value for key, value in TINY.items() if key != "num_key_value_heads"}
+    assert ModelConfig.from_hf(without).num_key_value_heads == 4
+
+
+@pytest.mark.parametrize(("eos", "ids"), [(None, ()), (7, (7,)), ([7, 9, 7], (7, 9))])
+def test_eos_may_be_absent_one_or_many(eos: Any, ids: tuple[int, ...]) -> None:
+    assert ModelConfig.from_hf(TINY | {"eos_token_id": eos}).eos_token_ids == ids
+
+
+def test_biases_follow_the_architecture() -> None:
+    llama = ModelConfig.from_hf(TINY | {"attention_bias": True})
+    qwen = ModelConfig.from_hf(TINY | {"model_type": "qwen2", "attention_bias": False})
+    assert (llama.qkv_bias, llama.o_bias, qwen.qkv_bias, qwen.o_bias) == (True, True, True, False)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 5e5, "rope_scaling": LLAMA3},
+        {"rope_theta": 5e5, "rope_scaling": {**LLAMA3, "type": "llama3"}},
+        {"rope_parameters": {"rope_theta": 5e5, **LLAMA3}},
+    ],
+)
+def test_old_and_new_spelling_of_rope(rope: dict[str, Any]) -> None:
+    config = ModelConfig.from_hf(TINY | rope)
+    assert config.rope_theta == 5e5
+    assert config.rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 64)
+
+
+def test_other_rope_forms() -> None:
+    linear = TINY | {"rope_scaling": {"type": "linear", "factor": 2}}
+    assert ModelConfig.from_hf(linear).rope_scaling == RopeScaling("linear", 2.0)
+    plain = TINY | {"rope_parameters": {"rope_theta": 7e4, "rope_type": "default"}}
+    assert ModelConfig.from_hf(plain).rope_scaling is None
+    assert ModelConfig.from_hf(plain).rope_theta == 7e4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": "mistral"},
+        {"model_type": None},
+        {"model_type": ["llama"]},
+        {"hidden_act": "gelu"},
+        {"mlp_bias": True},
+        {"quantization_config": {"quant_method": "gptq"}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+        {"rope_scaling": {"type": "dynamic", "factor": 4.0}},
+        {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
+        {"partial_rotary_factor": 0.5},
+        {
+            "model_type": "qwen2",
+            "use_sliding_window": True,
+            "sliding_window": 32,
+            "max_window_layers": 1,
+        },
+    ],
+)
+def test_what_we_would_compute_wrongly_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedModel) as caught:
+        ModelConfig.from_hf(TINY | change, file="some/config.json")
+    assert "some/config.json" in caught.value.message
+    assert "llama and qwen2" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"use_sliding_window": False, "sliding_window": 32, "max_window_layers": 1},
+        {"use_sliding_window": True, "sliding_window": 256, "max_window_layers": 1},
+        {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 2},
+        {"use_sliding_window": True, "sliding_window": None},
+    ],
+)
+def test_a_window_that_never_slides_is_fine(change: dict[str, Any]) -> None:
+    assert ModelConfig.from_hf(TINY | {"model_type": "qwen2"} | change).qkv_bias
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": True},
+        {"hidden_size": 64.0},
+        {"hidden_size": "64"},
+        {"hidden_size": 0},
+        {"hidden_size": 2**17 + 1},
+        {"hidden_size": 66},
+        {"num_hidden_layers": 4097},
+        {"num_hidden_layers": None},
+        {"num_key_value_heads": 3},
+        {"num_key_value_heads": 8},
+        {"head_dim": 15},
+        {"head_dim": 0},
+        {"vocab_size": 2**22 + 1},
+        {"rms_norm_eps": 0},
+        {"rms_norm_eps": "1e-5"},
+        {"rms_norm_eps": float("nan")},
+        {"rope_theta": float("inf")},
+        {"rope_theta": True},
+        {"rope_theta": 10**400},
+        {"tie_word_embeddings": 1},
+        {"attention_bias": "yes"},
+        {"bos_token_id": 128},
+        {"bos_token_id": -1},
+        {"eos_token_id": True},
+        {"eos_token_id": [2, "3"]},
+        {"eos_token_id": [1] * 257},
+        {"rope_scaling": "llama3"},
+        {"rope_scaling": {"rope_type": "linear"}},
+        {"rope_scaling": {"rope_type": "linear", "factor": 0.0}},
+        {"rope_scaling": {"rope_type": 3, "factor": 2.0}},
+        {"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}},
+        {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 0}},
+    ],
+)
+def test_wrong_types_and_ranges_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match=r"some/config\.json"):
+        ModelConfig.from_hf(TINY | change, file="some/config.json")
+
+
+def test_manifest_form_is_strict() -> None:
+    config = ModelConfig.from_hf(TINY | {"rope_scaling": LLAMA3})
+    data = config.to_dict()
+    assert ModelConfig.from_dict(data) == config
+    with pytest.raises(BadInput, match="'head_dim'"):
+        ModelConfig.from_dict({key: data[key] for key in data if key != "head_dim"})
+    with pytest.raises(BadInput, match="'extra'"):
+        ModelConfig.from_dict(data | {"extra": 1})
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=6,
+)
+
+
+@given(st.sampled_from([*TINY, "rope_scaling", "rope_parameters", "head_dim"]), json_values)
+def test_any_value_of_any_field_is_accepted_or_refused_politely(key: str, value: Any) -> None:
+    try:
+        config = ModelConfig.from_hf(TINY | {key: value})
+    except (BadInput, UnsupportedModel):
+        return
+    assert ModelConfig.from_hf(config.to_hf()) == config
+
+
+def test_tensors_of_a_tied_biased_model() -> None:
+    config = ModelConfig.from_hf(TINY | {"model_type": "qwen2", "tie_word_embeddings": True})
+    tensors = expected_tensors(config)
+    assert "lm_head.weight" not in tensors
+    assert tensors["model.layers.1.self_attn.k_proj.weight"] == (32, 64)
+    assert tensors["model.layers.1.self_attn.k_proj.bias"] == (32,)
+    assert "model.layers.1.self_attn.o_proj.bias" not in tensors
+    assert [tensors[name] for name in ffn_names(0)] == [(96, 64), (96, 64), (64, 96)]
+    assert dense_matrices(config).items() <= tensors.items()
+
+
+def test_expected_tensors_are_those_of_transformers() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    for extra in ({}, {"attention_bias": True}, {"head_dim": 8}):
+        hf = transformers.LlamaConfig(**{**TINY, **extra})
+        with torch.device("meta"):
+            model = transformers.LlamaForCausalLM(hf)
+        shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        assert expected_tensors(ModelConfig.from_hf(hf.to_dict())) == shapes
+
+
+@pytest.mark.parametrize("alias", sorted(ALIASES))
+def test_alias_has_the_published_size(alias: str) -> None:
+    config = ALIASES[alias].config()
+    assert parameter_count(config) == PUBLISHED[alias]
+    assert ModelConfig.from_dict(config.to_dict()) == config
+    assert ModelConfig.from_hf(config.to_hf()) == config
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"[]",
+        b"null",
+        b'{"a": 1, "a": 2}',
+        b'{"a": {"b": 1, "b": 1}}',
+        b'{"a": NaN}',
+        b'{"a": -Infinity}',
+        b'{"a": 1} x',
+        b'{"a": "\xff"}',
+        b'\xef\xbb\xbf{"a": 1}',
+        b'{"a": ' + b"[" * 100_000,
+        b'{"a": ' + b"9" * 5000 + b"}",
+    ],
+)
+def test_json_that_is_not_an_honest_object_is_refused(text: bytes) -> None:
+    with pytest.raises(BadInput, match=r"x\.json"):
+        parse_object(text, "x.json")
+
+
+def test_planning_needs_no_torch() -> None:
+    code = "import sys, m2c.hub as h; h.alias_config('llama2-7b'); sys.exit('torch' in sys.modules)"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run([sys.executable, "-c", code], check=False, env=env).returncode == 0
