@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from m2c.bundle.strict import parse_object
 from m2c.errors import BadInput, UnsupportedModel
 from m2c.model.aliases import ALIASES
 from m2c.model.config import (
@@ -19,7 +20,6 @@ from m2c.model.config import (
     ffn_names,
     parameter_count,
 )
-from m2c.model.strict_json import parse_object
 
 TINY: dict[str, Any] = {
     "model_type": "llama",

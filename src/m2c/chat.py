@@ -80,7 +80,7 @@ def chat_template_of(sidecars: dict[str, bytes]) -> str | None:
     if "tokenizer_config.json" not in sidecars:
         return None
     # imported here because the child, which runs none of this, starts faster without it
-    from m2c.model.strict_json import parse_object
+    from m2c.bundle.strict import parse_object
 
     config = parse_object(sidecars["tokenizer_config.json"], "tokenizer_config.json")
     found = config.get("chat_template")

@@ -11,8 +11,8 @@ from typing import Any
 
 from tokenizers import Tokenizer as Engine
 
+from m2c.bundle.strict import parse_object
 from m2c.errors import BadInput, UsageError
-from m2c.model.strict_json import parse_object
 
 MAX_JSON_NBYTES = 256 << 20  # the largest published vocabularies take about 35 MB
 

@@ -33,12 +33,12 @@ def claim_folder(path: Path, recipe: str) -> Iterator[bool]:
         _lock(descriptor, path)
         # another process may have changed the folder before we had the lock
         _refuse_foreign(path, recipe)
+        _remove_temporaries(path)
         if not (path / MANIFEST).exists() and not (path / MARKER).exists():
             write_atomic(path / MARKER, recipe.encode() + b"\n")
         for folder in FOLDERS:
             with disk_errors(path / folder):
                 (path / folder).mkdir(exist_ok=True)
-        _remove_temporaries(path)
         yield (path / MANIFEST).exists()
         (path / MARKER).unlink(missing_ok=True)
     finally:
@@ -57,7 +57,8 @@ def _lock(descriptor: int, path: Path) -> None:
 def _refuse_foreign(path: Path, recipe: str) -> None:
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise UsageError(f"{path} is not a folder", "choose another --name or --ssd")
-    if not path.is_dir() or not any(path.iterdir()):
+    # a pack killed while it wrote its marker leaves nothing but the marker's temporary file
+    if not path.is_dir() or all(p.name.startswith(TEMPORARY_PREFIX) for p in path.iterdir()):
         return
     if (path / MANIFEST).exists():
         try:

@@ -10,7 +10,7 @@ import math
 import types
 import typing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from m2c.errors import BadInput
 
@@ -21,29 +21,44 @@ T = TypeVar("T")
 def load_json(data: bytes, *, file: Path | str) -> Any:
     """The JSON value in `data`. Raises BadInput on duplicate keys, NaN, bad UTF-8 or bad JSON."""
     if len(data) > MAX_JSON_NBYTES:
-        raise BadInput(f"{file}: {len(data)} bytes of JSON is more than any file of ours holds")
-
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            raise ValueError("a key appears twice")
-        return result
-
-    def no_constant(name: str) -> Any:
-        raise ValueError(f"{name} is not a number")
-
-    def finite(text: str) -> float:
-        if not math.isfinite(number := float(text)):
-            raise ValueError(f"{text[:20]} is out of range")
-        return number
-
+        raise BadInput(f"{file}: {len(data)} bytes of JSON is more than any such file holds")
     try:
         return json.loads(
-            data.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_constant,
-            parse_float=finite,
+            data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant,
+            parse_float=_finite,
         )  # fmt: skip
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{file}: not valid JSON ({error})") from None
+    except RecursionError:
+        raise BadInput(f"{file}: not valid JSON (nested too deeply)") from None
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise BadInput(f"{file}: not valid JSON ({error})", "fetch the file again") from None
+
+
+def parse_object(data: bytes, file: Path | str) -> dict[str, Any]:
+    """The JSON object in `data`; `file` names it in errors. Raises BadInput for anything else."""
+    value = load_json(data, file=file)
+    if not isinstance(value, dict):
+        raise BadInput(f"{file}: holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for i, key in enumerate(keys) if key in keys[:i])
+        raise ValueError(f"duplicate key {twice[:80]!r}")
+    return found
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:80]} is beyond any float")
+    return value
+
+
+def _no_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not JSON")
 
 
 def dump_json(value: Any) -> bytes:

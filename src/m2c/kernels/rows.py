@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from m2c.bundle.exact import apply_distances, decode_frames, round_to, widen
+from m2c.bundle.exact import apply_distances, decode_frames, round_to
 from m2c.bundle.planes import CODE_BIAS, GROUP, RecordLayout
 
 EXACT_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
@@ -55,15 +55,22 @@ class PackedRows:
         """
         last = self.layout.vectors if last is None else last
         if self.frames is not None:
-            return self._exact_values(start, stop)[:, first:last]
+            # through the same arithmetic, strides and alignment as decoded rows: the same bits
+            weights = as_exact_tensor(self.exact_bits(start, stop), self.frames.exact_type)
+            return ExactRows(self.layout, weights).values(0, len(weights), first=first, last=last)
         half, groups = self.layout.padded // 2, self.layout.groups
-        codes = _unpack(self.int4[start:stop, first * half : last * half])
-        if self.int8 is not None:
-            codes += _unpack(self.int8[start:stop, first * half : last * half]) * (1 / 16)
+        q = self.int4[start:stop, first * half : last * half]
         scales = self.int4[start:stop, self.layout.code_nbytes :].contiguous()
         scales = scales.view(torch.float16)[:, first * groups : last * groups].float()
+        if self.int8 is None:
+            codes = _join(q & 15, q >> 4).sub_(CODE_BIAS)
+        else:
+            # both codes as one byte, 16 (q + 8) + (r + 8): one conversion for two planes
+            r = self.int8[start:stop, first * half : last * half]
+            codes = _join(((q & 15) << 4) | (r & 15), (q & 0xF0) | (r >> 4)).sub_(17 * CODE_BIAS)
+            scales /= 16  # exact: a power of two
         codes *= scales.unsqueeze(-1)
-        values = codes.reshape(codes.shape[0], last - first, self.layout.padded)
+        values = codes.view(codes.shape[0], last - first, self.layout.padded)
         return values[..., : self.layout.length]
 
     def take(self, index: Tensor) -> "PackedRows":
@@ -80,11 +87,6 @@ class PackedRows:
         bits = round_to(np.ascontiguousarray(base), self.frames.exact_type).reshape(-1)
         steps = _decode(self.frames, start, stop, bits.size // max(1, stop - start))
         return apply_distances(bits, steps).reshape(stop - start, -1)
-
-    def _exact_values(self, start: int, stop: int) -> Tensor:
-        assert self.frames is not None
-        values = widen(self.exact_bits(start, stop), self.frames.exact_type)
-        return torch.from_numpy(values).view(-1, self.layout.vectors, self.layout.length)
 
 
 @dataclass(frozen=True)
@@ -131,13 +133,8 @@ def _decode(frames: ExactFrames, start: int, stop: int, weights: int) -> npt.NDA
     return decode_frames(data, held, frames.escapes[first:last])
 
 
-def _unpack(packed: Tensor) -> Tensor:
-    """Bytes [rows, n / 2] u8 to codes f32 [rows, n / GROUP, GROUP]."""
-    halves = packed.reshape(packed.shape[0], -1, 1, GROUP // 2)
-    codes = torch.empty(
-        (*halves.shape[:2], 2, GROUP // 2), dtype=torch.float32, device=packed.device
-    )
-    codes[:, :, 0] = (halves & 15)[:, :, 0]
-    codes[:, :, 1] = (halves >> 4)[:, :, 0]
-    codes -= CODE_BIAS
-    return codes.view(packed.shape[0], -1, GROUP)
+def _join(low: Tensor, high: Tensor) -> Tensor:
+    """Halves of groups, u8 [rows, n / 2] each, to codes f32 [rows, groups, GROUP]."""
+    shape = (low.shape[0], -1, GROUP // 2)
+    codes = torch.stack((low.reshape(shape), high.reshape(shape)), dim=2)
+    return codes.view(low.shape[0], -1, GROUP).float()

@@ -11,11 +11,11 @@ from typing import Any, Final
 
 import torch
 
+from m2c.bundle.strict import parse_object
 from m2c.errors import BadInput
 from m2c.model.config import ModelConfig
 from m2c.model.ranged_file import RangedFile
 from m2c.model.safetensors_file import Entry, SafetensorsFile
-from m2c.model.strict_json import parse_object
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _MAX_SHARDS = 512  # all stay open, and 1024 open files are a common limit

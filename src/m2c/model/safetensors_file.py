@@ -13,9 +13,9 @@ from typing import Any, Final
 
 import torch
 
+from m2c.bundle.strict import parse_object
 from m2c.errors import BadInput, UnsupportedModel
 from m2c.model.ranged_file import RangedFile, check_rows
-from m2c.model.strict_json import parse_object
 
 _MAX_HEADER = 100_000_000
 _MAX_DIMS = 8

@@ -26,6 +26,7 @@ import zstandard
 from numpy.typing import ArrayLike, NDArray
 
 from m2c.bundle.files import disk_errors
+from m2c.bundle.strict import parse_object
 from m2c.errors import BadInput
 from m2c.tiers.cache import checked_ids
 from m2c.tiers.policies import Ids
@@ -206,23 +207,13 @@ def _read_facts(file: BinaryIO, path: Path) -> tuple[int, int, tuple[str, ...]]:
     if nbytes > MAX_FACTS_NBYTES:
         raise _bad(path, f"its facts claim {nbytes} bytes")
     text = _exactly(file, nbytes, path)
-    try:
-        facts = json.loads(text, object_pairs_hook=_without_repeats)
-    except (ValueError, RecursionError) as error:
-        raise _bad(path, "its facts are not JSON, or repeat a name") from error
-    if not isinstance(facts, dict) or facts.keys() != {"num_layers", "num_neurons", "planes"}:
+    facts = parse_object(text, path)
+    if facts.keys() != {"num_layers", "num_neurons", "planes"}:
         raise _bad(path, "its facts have missing or unknown names")
     complaint = _shape_complaint(facts["num_layers"], facts["num_neurons"], facts["planes"])
     if complaint:
         raise _bad(path, complaint)
     return facts["num_layers"], facts["num_neurons"], tuple(facts["planes"])
-
-
-def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    facts = dict(pairs)
-    if len(facts) != len(pairs):
-        raise ValueError("repeated name")
-    return facts
 
 
 def _blocks(file: BinaryIO, path: Path, token_nbytes: int) -> Iterator[tuple[int, int]]:
