@@ -10,10 +10,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from m2c.bundle.bundle import Bundle
+from m2c.bundle.bundle import Bundle, shard_name
 from m2c.bundle.importance import Importance, decode_importance
+from m2c.bundle.shard import PLANES
 from m2c.errors import BadInput
-from m2c.model.config import ModelConfig, expected_tensors
+from m2c.model.attention import MATRICES
+from m2c.model.config import ModelConfig, dense_matrices, expected_tensors
+from m2c.model.weights import matrix_name
+from m2c.tiers.store import EMBED, FFN
 from m2c.tokenizer import Tokenizer
 
 IMPORTANCE: Final = "importance.safetensors"
@@ -21,9 +25,38 @@ VECTORS: Final = "vectors.safetensors"
 
 
 def config_of(bundle: Bundle) -> ModelConfig:
-    return ModelConfig.from_dict(
+    """Raises BadInput when the shards are not those of the architecture."""
+    config = ModelConfig.from_dict(
         bundle.manifest.architecture, file=str(bundle.path / "manifest.json")
     )
+    for (kind, name), shapes in _shard_shapes(config).items():
+        for plane in PLANES:
+            file = shard_name(kind, name, plane)
+            header = bundle.shards[file].header if file in bundle.shards else None
+            found = header and {s.name: (s.records, s.vectors, s.length) for s in header.sections}
+            if header is None or header.plane != plane or found != shapes:
+                raise BadInput(
+                    f"{bundle.path}: {file} is missing or of another model", "pack the model again"
+                )
+    return config
+
+
+def _shard_shapes(
+    config: ModelConfig,
+) -> dict[tuple[str, int | str], dict[str, tuple[int, int, int]]]:
+    """(kind, name) of every shard group: section to (records, vectors, length)."""
+    matrices = dense_matrices(config)
+    hidden = config.hidden_size
+    found: dict[tuple[str, int | str], dict[str, tuple[int, int, int]]] = {
+        ("dense", "embed"): {EMBED: (config.vocab_size, 1, hidden)}
+    }
+    for layer in range(config.num_hidden_layers):
+        attention = {short: matrices[matrix_name(layer, short)] for short in MATRICES}
+        found["dense", layer] = {short: (n, 1, length) for short, (n, length) in attention.items()}
+        found["neurons", layer] = {FFN: (config.intermediate_size, 3, hidden)}
+    if not config.tie_word_embeddings:
+        found["dense", "head"] = {"lm_head": (config.vocab_size, 1, hidden)}
+    return found
 
 
 def importance_of(bundle: Bundle) -> Importance:

@@ -16,6 +16,7 @@ from m2c.errors import BadInput
 
 MAX_JSON_NBYTES = 64 << 20
 T = TypeVar("T")
+_AGAIN = "fetch the file again"
 
 
 def load_json(data: bytes, *, file: Path | str) -> Any:
@@ -28,16 +29,16 @@ def load_json(data: bytes, *, file: Path | str) -> Any:
             parse_float=_finite,
         )  # fmt: skip
     except RecursionError:
-        raise BadInput(f"{file}: not valid JSON (nested too deeply)") from None
+        raise BadInput(f"{file}: not valid JSON (nested too deeply)", _AGAIN) from None
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise BadInput(f"{file}: not valid JSON ({error})", "fetch the file again") from None
+        raise BadInput(f"{file}: not valid JSON ({error})", _AGAIN) from None
 
 
 def parse_object(data: bytes, file: Path | str) -> dict[str, Any]:
     """The JSON object in `data`; `file` names it in errors. Raises BadInput for anything else."""
     value = load_json(data, file=file)
     if not isinstance(value, dict):
-        raise BadInput(f"{file}: holds a JSON {type(value).__name__}, not an object")
+        raise BadInput(f"{file}: holds a JSON {type(value).__name__}, not an object", _AGAIN)
     return value
 
 

@@ -29,16 +29,22 @@ class LayerRing:
         self._buffers = [aligned_buffer(nbytes) for _ in range(slots)]
         self._pending = [_NOTHING] * slots
         self._next = 0  # layers acquired so far, over all passes
+        self._acquired = False
         for i in range(slots):
             self._start(i)
 
     def acquire(self, layer: int) -> list[U8]:
         """The payloads of the layer's blocks, once they have arrived; valid until `release`.
 
-        Layers must be acquired in their order, over and over.
+        Layers must be acquired in their order, over and over; a pass that was broken off is
+        followed by one from the start.
         """
         number, blocks = self._layers[self._next % len(self._layers)]
+        if self._acquired or number != layer:
+            self._rewind()
+            number, blocks = self._layers[0]
         assert number == layer, f"layer {layer} acquired, layer {number} is next"
+        self._acquired = True
         slot = self._next % len(self._buffers)
         self._pending[slot].wait()
         payloads, position = [], 0
@@ -52,10 +58,17 @@ class LayerRing:
         if len(self._layers) > len(self._buffers):  # else every layer keeps its slot
             self._start(self._next + len(self._buffers))
         self._next += 1
+        self._acquired = False
 
     def close(self) -> None:
         for pending in self._pending:
             pending.cancel()
+
+    def _rewind(self) -> None:
+        self.close()  # nothing may land in a buffer that is read into again
+        self._next = 0
+        for i in range(len(self._buffers)):
+            self._start(i)
 
     def _start(self, position: int) -> None:
         _, blocks = self._layers[position % len(self._layers)]

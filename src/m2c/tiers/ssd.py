@@ -44,8 +44,12 @@ class Pending:
         return cls([future for part in parts for future in part._futures])
 
     def wait(self) -> None:
-        for future in self._futures:
-            future.result()
+        try:
+            for future in self._futures:
+                future.result()
+        except BaseException:
+            self.cancel()  # whoever gets this may reuse the buffer at once
+            raise
 
     def cancel(self) -> None:
         """Drop what has not started and wait for the rest, whatever its outcome."""

@@ -70,17 +70,11 @@ class UpgradePlane:
         """
         if self.cache is None or self._slab is None:
             return self._load(ids, floor)
-        if self._static and not self.cache.size:
-            hottest = self.cache.pin(np.arange(self.cache.capacity, dtype=np.int32))
-            self._fill(hottest.load_ids, hottest.load_slots, floor)
-        if step:
-            move = self.cache.step(ids)
-            slots = move.slots
-            self.stats.compute += int(move.hit_mask.sum())
-            self._fill(move.load_ids, move.load_slots, floor)
-        else:
-            slots = self.cache.lookup(ids)
-            self.stats.compute += int((slots != ABSENT).sum())
+        try:
+            slots = self._slots(self.cache, ids, floor, step)
+        except BaseException:
+            self.cache.clear()  # a slot may not hold what the cache says it does
+            raise
         absent = np.flatnonzero(slots == ABSENT)
         if not len(absent):
             return self._slab[self._index(slots)]
@@ -90,6 +84,20 @@ class UpgradePlane:
         out[self._index(held)] = self._slab[self._index(slots[held])]
         out[self._index(absent)] = self._load(ids[absent], floor)
         return out
+
+    def _slots(self, cache: NeuronCache, ids: Ids, floor: PackedRows, step: bool) -> Ids:
+        """The slot of each id, ABSENT where it has none; the slots are filled."""
+        if self._static and not cache.size:
+            hottest = cache.pin(np.arange(cache.capacity, dtype=np.int32))
+            self._fill(hottest.load_ids, hottest.load_slots, floor)
+        if not step:
+            slots = cache.lookup(ids)
+            self.stats.compute += int((slots != ABSENT).sum())
+            return slots
+        move = cache.step(ids)
+        self.stats.compute += int(move.hit_mask.sum())
+        self._fill(move.load_ids, move.load_slots, floor)
+        return move.slots
 
     def _fill(self, ids: Ids, slots: Ids, floor: PackedRows) -> None:
         if len(ids):
