@@ -50,6 +50,7 @@ class RunOptions:
     hbm: int | None = None
     policy: str | None = None
     depth: int = DEPTH
+    kernel: str = "auto"  # native.CHOICES
 
 
 class Engine:
@@ -68,7 +69,8 @@ class Engine:
         self.plan = plan_for(bundle, self.config, self.shape, importance, options)
         self.tokenizer = tokenizer_of(bundle)
         device = torch.device(options.device)
-        self.workers = Workers(self.shape.threads if device.type == "cpu" else 1)
+        threads = self.shape.threads if device.type == "cpu" else 1
+        self.workers = Workers(threads, kernel=options.kernel)
         self.store = NeuronStore(
             bundle, self.plan, self.shape.precisions, device=device, progress=progress
         )

@@ -36,17 +36,12 @@ class PackedRows:
     int4: Tensor  # [rows, layout.nbytes("int4")] u8
     int8: Tensor | None = None  # [rows, layout.nbytes("int8")] u8
     frames: ExactFrames | None = None
+    # which records of int4 and of int8 are the rows, int32 [rows]; None: all, as they lie
+    index4: Tensor | None = None
+    index8: Tensor | None = None
 
     def __len__(self) -> int:
-        return self.int4.shape[0]
-
-    @property
-    def bits(self) -> float:
-        """Bits per weight that a kernel reads."""
-        nbytes = self.int4.shape[1] + (0 if self.int8 is None else self.int8.shape[1])
-        weights = self.layout.vectors * self.layout.length
-        exact = 0 if self.frames is None else 8 * len(self.frames.data) / max(1, len(self))
-        return (8 * nbytes + exact) / weights
+        return (self.int4 if self.index4 is None else self.index4).shape[0]
 
     def values(self, start: int, stop: int, *, first: int = 0, last: int | None = None) -> Tensor:
         """Vectors [first, last) of rows [start, stop): f32 [stop - start, last - first, length].
@@ -59,22 +54,28 @@ class PackedRows:
             weights = as_exact_tensor(self.exact_bits(start, stop), self.frames.exact_type)
             return ExactRows(self.layout, weights).values(0, len(weights), first=first, last=last)
         half, groups = self.layout.padded // 2, self.layout.groups
-        q = self.int4[start:stop, first * half : last * half]
-        scales = self.int4[start:stop, self.layout.code_nbytes :].contiguous()
+        int4 = self.int4[self._chosen(self.index4, start, stop)]
+        q = int4[:, first * half : last * half]
+        scales = int4[:, self.layout.code_nbytes :].contiguous()
         scales = scales.view(torch.float16)[:, first * groups : last * groups].float()
         if self.int8 is None:
             codes = _join(q & 15, q >> 4).sub_(CODE_BIAS)
         else:
             # both codes as one byte, 16 (q + 8) + (r + 8): one conversion for two planes
-            r = self.int8[start:stop, first * half : last * half]
+            int8 = self.int8[self._chosen(self.index8, start, stop)]
+            r = int8[:, first * half : last * half]
             codes = _join(((q & 15) << 4) | (r & 15), (q & 0xF0) | (r >> 4)).sub_(17 * CODE_BIAS)
             scales /= 16  # exact: a power of two
         codes *= scales.unsqueeze(-1)
         values = codes.view(codes.shape[0], last - first, self.layout.padded)
         return values[..., : self.layout.length]
 
+    @staticmethod
+    def _chosen(index: Tensor | None, start: int, stop: int) -> Tensor | slice:
+        return slice(start, stop) if index is None else index[start:stop].long()
+
     def take(self, index: Tensor) -> "PackedRows":
-        """Rows at `index` (int64), copied. Not for rows with frames."""
+        """Rows at `index` (int64), copied. Only for rows without frames and as they lie."""
         assert self.frames is None
         int8 = None if self.int8 is None else self.int8[index]
         return PackedRows(self.layout, self.int4[index], int8)
@@ -99,16 +100,16 @@ class ExactRows:
     def __len__(self) -> int:
         return self.weights.shape[0]
 
-    @property
-    def bits(self) -> float:
-        return 16.0
-
     def values(self, start: int, stop: int, *, first: int = 0, last: int | None = None) -> Tensor:
         """As `PackedRows.values`."""
         length = self.layout.length
         last = self.layout.vectors if last is None else last
         rows = self.weights[start:stop, first * length : last * length].float()
         return rows.view(-1, last - first, length)
+
+    @staticmethod
+    def _chosen(index: Tensor | None, start: int, stop: int) -> Tensor | slice:
+        return slice(start, stop) if index is None else index[start:stop].long()
 
     def take(self, index: Tensor) -> "ExactRows":
         return ExactRows(self.layout, self.weights[index])

@@ -10,14 +10,18 @@ from typing import TypeVar
 
 import torch
 
+from m2c.kernels.native import load_native
+
 R = TypeVar("R")
 
 
 class Workers:
     """`threads` threads including the caller's. Each piece runs on one thread."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, *, kernel: str = "torch") -> None:
+        """kernel: one of `native.CHOICES`. Raises UsageError when it cannot be had here."""
         self.threads = threads
+        self.native = load_native(kernel, threads)
         # torch would cut a sum differently for each thread count; ours alone share the work
         torch.set_num_threads(1)
         self._pool = (
@@ -43,6 +47,13 @@ class Workers:
         strides += [other.result() for other in others]
         return [strides[i % self.threads][i // self.threads] for i in range(count)]
 
+    @property
+    def kernel(self) -> str:
+        """What computes: "torch" or the instruction set of the native kernels."""
+        return self.native.name if self.native is not None else "torch"
+
     def close(self) -> None:
+        if self.native is not None:
+            self.native.close()
         if self._pool is not None:
             self._pool.shutdown(wait=True)

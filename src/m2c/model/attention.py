@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from m2c.kernels.reference import matmul_rows
+from m2c.kernels.dispatch import matmul_rows
 from m2c.kernels.rows import Rows
 from m2c.kernels.workers import Workers
 from m2c.model.config import ModelConfig

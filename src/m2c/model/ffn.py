@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from m2c.kernels.reference import down, gate_up, gather_ffn
+from m2c.kernels.dispatch import down, gate_up, gather_ffn
 from m2c.kernels.rows import Rows
 from m2c.kernels.workers import Workers
 from m2c.model.mix import LEVELS, Mix, assign, scores_of

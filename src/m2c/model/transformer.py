@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from m2c.errors import BadInput
-from m2c.kernels.reference import matmul_rows
+from m2c.kernels.dispatch import matmul_rows
 from m2c.kernels.workers import Workers
 from m2c.model.attention import Rotary, attention, layer_vectors, rms_norm
 from m2c.model.config import ModelConfig

@@ -44,6 +44,13 @@ class PlaneSource:
         return int(np.searchsorted(self._offsets[1:], len(self._prefix), side="right"))
 
     @property
+    def whole(self) -> torch.Tensor | None:
+        """All fixed-size records [records, nbytes] u8, if the prefix holds them all."""
+        if self.prefix_records < self._section.records:
+            return None
+        return torch.from_numpy(self._prefix).view(self._section.records, -1)
+
+    @property
     def prefix_nbytes(self) -> int:
         return len(self._prefix)
 

@@ -113,6 +113,8 @@ class Plan:
         """Expected reads from the SSD while decoding: streamed blocks and missing upgrades."""
         blocks = self.footprint.blocks
         streamed = sum(blocks[i].streamed_nbytes for i in self.streamed)
+        if len({blocks[i].layer for i in self.streamed}) <= self.ring_slots:
+            streamed = 0  # every layer keeps its slot
         return streamed + self.footprint.layers * sum(
             self._upgrade_reads(u) for u in self.footprint.upgrades
         )

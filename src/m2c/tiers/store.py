@@ -113,11 +113,16 @@ class NeuronStore:
     def upgrade(self, layer: int, plane: str, ids: Ids, floor: Rows, *, step: bool) -> Rows:
         """Rows of `ids` (ascending) of a layer at `plane`; `floor` is the layer's FFN operand."""
         assert isinstance(floor, PackedRows)
-        records = self._upgrades[layer, plane].records(ids, floor, step=step)
+        upgrade = self._upgrades[layer, plane]
         if plane == "fp16":
-            return ExactRows(floor.layout, records)
-        index = torch.from_numpy(ids.astype(np.int64)).to(floor.int4.device)
-        return PackedRows(floor.layout, floor.int4[index], records)
+            return ExactRows(floor.layout, upgrade.records(ids, floor, step=step))
+        index = torch.from_numpy(ids).to(floor.int4.device)
+        whole = upgrade.whole
+        if whole is not None:  # nothing to gather: the kernels take the records where they lie
+            upgrade.stats.dram += len(ids)
+            return PackedRows(floor.layout, floor.int4, whole, index4=index, index8=index)
+        records = upgrade.records(ids, floor, step=step)
+        return PackedRows(floor.layout, floor.int4, records, index4=index)
 
     def embed(self, ids: Ids) -> torch.Tensor:
         """Embeddings of token `ids` [tokens] as f32 [tokens, hidden] on the compute device."""

@@ -62,6 +62,13 @@ class UpgradePlane:
             self.cache = NeuronCache(neurons, slab.shape[0], policy=policy)
         self._static = policy == "pinned"
 
+    @property
+    def whole(self) -> Tensor | None:
+        """The INT8 plane of all neurons, [neurons, record] u8, if it lies where kernels compute."""
+        if self._exact_type is not None or self.cache is not None or self._device.type != "cpu":
+            return None
+        return self.source.whole
+
     def records(self, ids: Ids, floor: PackedRows, *, step: bool) -> Tensor:
         """Records of `ids` (ascending) on the compute device: [len(ids), record].
 

@@ -1,0 +1,287 @@
+/* Primitives on one vector of one row, compiled once per instruction set by rows.c.
+ *
+ * A group is 32 weights: 16 bytes, byte j holds element j low and element j + 16 high, biased by 8.
+ * xq: the activations as int8, one scale per group; ss: weight scale times activation scale.
+ * Sums run in the same order however many tokens share a call, so results do not depend on it.
+ */
+
+#if M2C_ISA == 2
+#define SUFFIX(name) name##_avx512
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")))
+#elif M2C_ISA == 1
+#define SUFFIX(name) name##_avx2
+#define TARGET __attribute__((target("avx2,fma,f16c")))
+#else
+#define SUFFIX(name) name##_scalar
+#define TARGET
+#endif
+
+#if M2C_ISA > 0
+
+TARGET static inline float SUFFIX(sum8)(__m256 v)
+{
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+TARGET static inline __m256i SUFFIX(low_high)(const uint8_t *codes)
+{
+    __m128i raw = _mm_loadu_si128((const __m128i *)codes);
+    __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(raw), _mm_srli_epi16(raw, 4), 1);
+    return _mm256_and_si256(both, _mm256_set1_epi8(15));
+}
+
+/* eight sums of four products of u in [0, 15] and x */
+TARGET static inline __m256i SUFFIX(dot15)(__m256i u, __m256i x)
+{
+#if M2C_ISA == 2
+    return _mm256_dpbusd_epi32(_mm256_setzero_si256(), u, x);
+#else
+    return _mm256_madd_epi16(_mm256_maddubs_epi16(u, x), _mm256_set1_epi16(1));
+#endif
+}
+
+/* sum over groups of ss[g] * sum(u * x), u = q + 8 */
+TARGET static float SUFFIX(dot4)(const uint8_t *q, const float *ss, const int8_t *xq, int groups)
+{
+    __m256 even = _mm256_setzero_ps(), odd = _mm256_setzero_ps();
+    int g = 0;
+    for (; g + 1 < groups; g += 2) {
+        __m256i a = SUFFIX(dot15)(SUFFIX(low_high)(q + 16 * g),
+                                  _mm256_loadu_si256((const __m256i *)(xq + 32 * g)));
+        __m256i b = SUFFIX(dot15)(SUFFIX(low_high)(q + 16 * g + 16),
+                                  _mm256_loadu_si256((const __m256i *)(xq + 32 * g + 32)));
+        even = _mm256_fmadd_ps(_mm256_cvtepi32_ps(a), _mm256_broadcast_ss(ss + g), even);
+        odd = _mm256_fmadd_ps(_mm256_cvtepi32_ps(b), _mm256_broadcast_ss(ss + g + 1), odd);
+    }
+    if (g < groups) {
+        __m256i a = SUFFIX(dot15)(SUFFIX(low_high)(q + 16 * g),
+                                  _mm256_loadu_si256((const __m256i *)(xq + 32 * g)));
+        even = _mm256_fmadd_ps(_mm256_cvtepi32_ps(a), _mm256_broadcast_ss(ss + g), even);
+    }
+    return SUFFIX(sum8)(_mm256_add_ps(even, odd));
+}
+
+/* the same with u = 16 (q + 8) + (r + 8) */
+TARGET static float SUFFIX(dot8)(const uint8_t *q, const uint8_t *r, const float *ss,
+                                 const int8_t *xq, int groups)
+{
+    __m256 sum = _mm256_setzero_ps();
+    for (int g = 0; g < groups; g++) {
+        __m256i x = _mm256_loadu_si256((const __m256i *)(xq + 32 * g));
+        __m256i high = SUFFIX(dot15)(SUFFIX(low_high)(q + 16 * g), x);
+        __m256i low = SUFFIX(dot15)(SUFFIX(low_high)(r + 16 * g), x);
+        __m256i both = _mm256_add_epi32(_mm256_slli_epi32(high, 4), low);
+        sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(both), _mm256_broadcast_ss(ss + g), sum);
+    }
+    return SUFFIX(sum8)(sum);
+}
+
+TARGET static inline __m256 SUFFIX(widen8)(const uint16_t *w, int is_bf16)
+{
+    __m128i raw = _mm_loadu_si128((const __m128i *)w);
+    if (!is_bf16)
+        return _mm256_cvtph_ps(raw);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
+}
+
+TARGET static inline float SUFFIX(widen1)(uint16_t w, int is_bf16)
+{
+    if (!is_bf16)
+        return _cvtsh_ss(w);
+    uint32_t bits = (uint32_t)w << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+TARGET static float SUFFIX(dot16)(const uint16_t *w, const float *x, int length, int is_bf16)
+{
+    __m256 a = _mm256_setzero_ps(), b = _mm256_setzero_ps();
+    int i = 0;
+    for (; i + 15 < length; i += 16) {
+        a = _mm256_fmadd_ps(SUFFIX(widen8)(w + i, is_bf16), _mm256_loadu_ps(x + i), a);
+        b = _mm256_fmadd_ps(SUFFIX(widen8)(w + i + 8, is_bf16), _mm256_loadu_ps(x + i + 8), b);
+    }
+    float sum = SUFFIX(sum8)(_mm256_add_ps(a, b));
+    for (; i < length; i++)
+        sum += SUFFIX(widen1)(w[i], is_bf16) * x[i];
+    return sum;
+}
+
+TARGET static void SUFFIX(axpy16)(float *y, const uint16_t *w, float h, int length, int is_bf16)
+{
+    __m256 scale = _mm256_set1_ps(h);
+    int i = 0;
+    for (; i + 7 < length; i += 8)
+        _mm256_storeu_ps(y + i, _mm256_fmadd_ps(SUFFIX(widen8)(w + i, is_bf16), scale,
+                                                _mm256_loadu_ps(y + i)));
+    for (; i < length; i++)
+        y[i] += SUFFIX(widen1)(w[i], is_bf16) * h;
+}
+
+/* y += h * scale * (code - bias) over groups; r is NULL at INT4 */
+TARGET static void SUFFIX(axpy_codes)(float *y, const uint8_t *q, const uint8_t *r,
+                                      const uint8_t *scales, float h, int groups)
+{
+    const float bias = r ? 136.0f : 8.0f;
+    for (int g = 0; g < groups; g++) {
+        uint16_t raw;
+        memcpy(&raw, scales + 2 * g, 2);
+        float s = h * _cvtsh_ss(raw) * (r ? 0.0625f : 1.0f);
+        __m256 scale = _mm256_set1_ps(s), offset = _mm256_set1_ps(-bias * s);
+        __m256i u = SUFFIX(low_high)(q + 16 * g);
+        if (r)
+            u = _mm256_or_si256(_mm256_slli_epi16(u, 4), SUFFIX(low_high)(r + 16 * g));
+        __m128i half[2] = { _mm256_castsi256_si128(u), _mm256_extracti128_si256(u, 1) };
+        float *out = y + 32 * g;
+        for (int k = 0; k < 4; k++) {
+            __m128i eight = k & 1 ? _mm_srli_si128(half[k >> 1], 8) : half[k >> 1];
+            __m256 code = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(eight));
+            __m256 now = _mm256_add_ps(_mm256_loadu_ps(out + 8 * k), offset);
+            _mm256_storeu_ps(out + 8 * k, _mm256_fmadd_ps(code, scale, now));
+        }
+    }
+}
+
+TARGET static void SUFFIX(scale_products)(float *ss, const uint8_t *scales, const float *xs,
+                                          int groups)
+{
+    int g = 0;
+    for (; g + 7 < groups; g += 8) {
+        __m256 s = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(scales + 2 * g)));
+        _mm256_storeu_ps(ss + g, _mm256_mul_ps(s, _mm256_loadu_ps(xs + g)));
+    }
+    for (; g < groups; g++) {
+        uint16_t raw;
+        memcpy(&raw, scales + 2 * g, 2);
+        ss[g] = _cvtsh_ss(raw) * xs[g];
+    }
+}
+
+TARGET static float SUFFIX(dot_f32)(const float *a, const float *b, int n)
+{
+    __m256 sum = _mm256_setzero_ps();
+    int i = 0;
+    for (; i + 7 < n; i += 8)
+        sum = _mm256_fmadd_ps(_mm256_loadu_ps(a + i), _mm256_loadu_ps(b + i), sum);
+    float total = SUFFIX(sum8)(sum);
+    for (; i < n; i++)
+        total += a[i] * b[i];
+    return total;
+}
+
+#else /* scalar */
+
+static float SUFFIX(half_value)(uint16_t h)
+{
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023;
+    uint32_t bits;
+    float value;
+    if (exponent == 0) {
+        value = (float)mantissa * 5.9604644775390625e-08f; /* 2^-24 */
+        return sign ? -value : value;
+    }
+    bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | mantissa << 13;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+static float SUFFIX(scale_at)(const uint8_t *scales, int g)
+{
+    uint16_t raw;
+    memcpy(&raw, scales + 2 * g, 2);
+    return SUFFIX(half_value)(raw);
+}
+
+static int SUFFIX(group_dot)(const uint8_t *c, const int8_t *x)
+{
+    int sum = 0;
+    for (int j = 0; j < 16; j++)
+        sum += (c[j] & 15) * x[j] + (c[j] >> 4) * x[j + 16];
+    return sum;
+}
+
+static float SUFFIX(dot4)(const uint8_t *q, const float *ss, const int8_t *xq, int groups)
+{
+    float sum = 0;
+    for (int g = 0; g < groups; g++)
+        sum += ss[g] * (float)SUFFIX(group_dot)(q + 16 * g, xq + 32 * g);
+    return sum;
+}
+
+static float SUFFIX(dot8)(const uint8_t *q, const uint8_t *r, const float *ss, const int8_t *xq,
+                          int groups)
+{
+    float sum = 0;
+    for (int g = 0; g < groups; g++) {
+        const int8_t *x = xq + 32 * g;
+        int both = 16 * SUFFIX(group_dot)(q + 16 * g, x) + SUFFIX(group_dot)(r + 16 * g, x);
+        sum += ss[g] * (float)both;
+    }
+    return sum;
+}
+
+static float SUFFIX(widen1)(uint16_t w, int is_bf16)
+{
+    uint32_t bits = (uint32_t)w << 16;
+    float value;
+    if (!is_bf16)
+        return SUFFIX(half_value)(w);
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+static float SUFFIX(dot16)(const uint16_t *w, const float *x, int length, int is_bf16)
+{
+    float sum = 0;
+    for (int i = 0; i < length; i++)
+        sum += SUFFIX(widen1)(w[i], is_bf16) * x[i];
+    return sum;
+}
+
+static void SUFFIX(axpy16)(float *y, const uint16_t *w, float h, int length, int is_bf16)
+{
+    for (int i = 0; i < length; i++)
+        y[i] += SUFFIX(widen1)(w[i], is_bf16) * h;
+}
+
+static void SUFFIX(axpy_codes)(float *y, const uint8_t *q, const uint8_t *r, const uint8_t *scales,
+                               float h, int groups)
+{
+    for (int g = 0; g < groups; g++) {
+        float s = h * SUFFIX(scale_at)(scales, g) * (r ? 0.0625f : 1.0f);
+        for (int j = 0; j < 32; j++) {
+            int shift = j < 16 ? 0 : 4, at = 16 * g + (j & 15);
+            int u = (q[at] >> shift) & 15;
+            u = r ? 16 * u + ((r[at] >> shift) & 15) - 136 : u - 8;
+            y[32 * g + j] += s * (float)u;
+        }
+    }
+}
+
+static void SUFFIX(scale_products)(float *ss, const uint8_t *scales, const float *xs, int groups)
+{
+    for (int g = 0; g < groups; g++)
+        ss[g] = SUFFIX(scale_at)(scales, g) * xs[g];
+}
+
+static float SUFFIX(dot_f32)(const float *a, const float *b, int n)
+{
+    float sum = 0;
+    for (int i = 0; i < n; i++)
+        sum += a[i] * b[i];
+    return sum;
+}
+
+#endif
+
+static const struct primitives SUFFIX(primitives) = {
+    SUFFIX(dot4), SUFFIX(dot8), SUFFIX(dot16), SUFFIX(axpy16),
+    SUFFIX(axpy_codes), SUFFIX(scale_products), SUFFIX(dot_f32),
+};
+
+#undef SUFFIX
+#undef TARGET
+#undef M2C_ISA

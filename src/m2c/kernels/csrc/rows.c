@@ -1,0 +1,282 @@
+/* Packed rows times activations: the kernels of m2c in C, chosen by instruction set at run time.
+ *
+ * Every function equals its torch reference (kernels/reference.py) up to the rounding of activations
+ * to int8 per group of 32, and gives the same bits for any number of threads and of tokens: each
+ * output is summed by one thread in one order. docs/DESIGN.md, section "Kernels".
+ *
+ * Knows nothing about files, layers or which neurons a token wants.
+ */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "pool.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define GROUP 32
+
+struct primitives {
+    float (*dot4)(const uint8_t *, const float *, const int8_t *, int);
+    float (*dot8)(const uint8_t *, const uint8_t *, const float *, const int8_t *, int);
+    float (*dot16)(const uint16_t *, const float *, int, int);
+    void (*axpy16)(float *, const uint16_t *, float, int, int);
+    void (*axpy_codes)(float *, const uint8_t *, const uint8_t *, const uint8_t *, float, int);
+    void (*scale_products)(float *, const uint8_t *, const float *, int);
+    float (*dot_f32)(const float *, const float *, int);
+};
+
+#define M2C_ISA 0
+#include "isa.inc.c"
+#if defined(__x86_64__)
+#define M2C_ISA 1
+#include "isa.inc.c"
+#define M2C_ISA 2
+#include "isa.inc.c"
+#endif
+
+static const struct primitives *chosen = &primitives_scalar;
+
+/* Choose kernels: "auto", "scalar", "avx2" or "avx512". Returns the name taken, NULL if this
+ * machine cannot run the one asked for. */
+const char *m2c_init(const char *want)
+{
+    int any = !strcmp(want, "auto");
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")
+               && __builtin_cpu_supports("f16c");
+    int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
+                 && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+    if (avx512 && (any || !strcmp(want, "avx512"))) {
+        chosen = &primitives_avx512;
+        return "avx512";
+    }
+    if (avx2 && (any || !strcmp(want, "avx2"))) {
+        chosen = &primitives_avx2;
+        return "avx2";
+    }
+#endif
+    if (any || !strcmp(want, "scalar")) {
+        chosen = &primitives_scalar;
+        return "scalar";
+    }
+    return NULL;
+}
+
+/* Rows in memory. kind: 4 or 8 (codes), or 16. Mirrored by kernels/native.py. */
+struct rows {
+    const uint8_t *int4; /* records: codes of all vectors, then their FP16 scales */
+    const uint8_t *int8; /* records: second codes; NULL unless kind is 8 */
+    const uint16_t *wide; /* records: 16-bit weights, kind 16 */
+    const int32_t *index4, *index8; /* which records are the rows; NULL: all, as they lie */
+    int64_t count;
+    int32_t vectors, length, groups;
+    int32_t kind, is_bf16;
+};
+
+/* Activations of `tokens` tokens: f32, and as int8 with a scale and a scaled sum per group. */
+struct inputs {
+    const float *x; /* [tokens, length] */
+    const int8_t *xq; /* [tokens, groups * GROUP] */
+    const float *xs; /* [tokens, groups] */
+    const float *xsum; /* [tokens, groups]: sum of the int8 values */
+    int32_t tokens;
+};
+
+static size_t code_nbytes(const struct rows *r)
+{
+    return (size_t)r->vectors * r->groups * (GROUP / 2);
+}
+
+static const uint8_t *record4(const struct rows *r, int64_t row)
+{
+    size_t at = (size_t)(r->index4 ? r->index4[row] : row);
+    return r->int4 + at * (code_nbytes(r) + (size_t)r->vectors * r->groups * 2);
+}
+
+static const uint8_t *record8(const struct rows *r, int64_t row)
+{
+    return r->int8 + (size_t)(r->index8 ? r->index8[row] : row) * code_nbytes(r);
+}
+
+static void prefetch_row(const struct rows *r, int64_t row)
+{
+    const char *at;
+    size_t nbytes;
+    if (row >= r->count)
+        return;
+    if (r->kind == 16) {
+        nbytes = (size_t)r->vectors * r->length * 2;
+        at = (const char *)r->wide + (size_t)row * nbytes;
+    } else {
+        nbytes = code_nbytes(r) + (size_t)r->vectors * r->groups * 2;
+        at = (const char *)record4(r, row);
+    }
+    /* the hardware follows once a row is under way; its start is what it cannot guess */
+    for (size_t i = 0; i < nbytes && i < 512; i += 64)
+        __builtin_prefetch(at + i);
+}
+
+/* out[t] = row . x[t] for one vector of one row */
+static void dot_row(const struct rows *r, const struct inputs *in, int64_t row, int vector,
+                    float *ss, float *out, int64_t out_stride)
+{
+    if (r->kind == 16) {
+        const uint16_t *w = r->wide + ((size_t)row * r->vectors + vector) * r->length;
+        for (int t = 0; t < in->tokens; t++)
+            out[t * out_stride] = chosen->dot16(w, in->x + (size_t)t * r->length, r->length,
+                                                r->is_bf16);
+        return;
+    }
+    size_t half = (size_t)r->groups * (GROUP / 2);
+    const uint8_t *record = record4(r, row);
+    const uint8_t *q = record + vector * half;
+    const uint8_t *scales = record + code_nbytes(r) + (size_t)vector * r->groups * 2;
+    for (int t = 0; t < in->tokens; t++) {
+        const int8_t *xq = in->xq + (size_t)t * r->groups * GROUP;
+        chosen->scale_products(ss, scales, in->xs + (size_t)t * r->groups, r->groups);
+        float biased, offset = chosen->dot_f32(ss, in->xsum + (size_t)t * r->groups, r->groups);
+        if (r->kind == 4) {
+            biased = chosen->dot4(q, ss, xq, r->groups) - 8.0f * offset;
+        } else {
+            const uint8_t *r8 = record8(r, row) + vector * half;
+            biased = 0.0625f * (chosen->dot8(q, r8, ss, xq, r->groups) - 136.0f * offset);
+        }
+        out[t * out_stride] = biased;
+    }
+}
+
+struct call {
+    const struct rows *rows;
+    const struct inputs *in;
+    float *out; /* [tokens, rows] or [tokens, hidden] */
+    const float *weights; /* [tokens, rows]: activations for down */
+    int relu;
+};
+
+static void share(int64_t count, int part, int parts, int64_t *start, int64_t *stop)
+{
+    *start = count * part / parts;
+    *stop = count * (part + 1) / parts;
+}
+
+static void matmul_part(void *context, int part, int parts)
+{
+    const struct call *c = context;
+    const struct rows *r = c->rows;
+    float ss[r->groups + 1];
+    int64_t start, stop;
+    share(r->count, part, parts, &start, &stop);
+    for (int64_t i = start; i < stop; i++) {
+        prefetch_row(r, i + 2);
+        dot_row(r, c->in, i, 0, ss, c->out + i, r->count);
+    }
+}
+
+static void gate_up_part(void *context, int part, int parts)
+{
+    const struct call *c = context;
+    const struct rows *r = c->rows;
+    int tokens = c->in->tokens;
+    float ss[r->groups + 1], gate[tokens], up[tokens];
+    int64_t start, stop;
+    share(r->count, part, parts, &start, &stop);
+    for (int64_t i = start; i < stop; i++) {
+        prefetch_row(r, i + 1);
+        dot_row(r, c->in, i, 0, ss, gate, 1);
+        dot_row(r, c->in, i, 1, ss, up, 1);
+        for (int t = 0; t < tokens; t++) {
+            float g = gate[t];
+            float activated = c->relu ? (g > 0 ? g : 0) : g / (1.0f + expf(-g));
+            c->out[(size_t)t * r->count + i] = activated * up[t];
+        }
+    }
+}
+
+/* Columns are shared out, so that every output is summed over neurons in order by one thread. */
+static void down_part(void *context, int part, int parts)
+{
+    const struct call *c = context;
+    const struct rows *r = c->rows;
+    int64_t first, last;
+    share(r->groups, part, parts, &first, &last);
+    int columns = (int)(last * GROUP < r->length ? last * GROUP : r->length) - (int)first * GROUP;
+    if (columns <= 0)
+        return;
+    size_t half = (size_t)r->groups * (GROUP / 2);
+    int vector = r->vectors - 1;
+    float y[(last - first) * GROUP];
+    for (int t = 0; t < c->in->tokens; t++) {
+        const float *h = c->weights + (size_t)t * r->count;
+        float *out = c->out + (size_t)t * r->length + first * GROUP;
+        memset(y, 0, sizeof(y));
+        memcpy(y, out, (size_t)columns * sizeof(float));
+        for (int64_t i = 0; i < r->count; i++) {
+            if (h[i] == 0)
+                continue;
+            if (r->kind == 16) {
+                const uint16_t *w = r->wide + ((size_t)i * r->vectors + vector) * r->length;
+                chosen->axpy16(y, w + first * GROUP, h[i], columns, r->is_bf16);
+                continue;
+            }
+            const uint8_t *record = record4(r, i);
+            const uint8_t *scales = record + code_nbytes(r)
+                                    + ((size_t)vector * r->groups + first) * 2;
+            size_t at = vector * half + (size_t)first * (GROUP / 2);
+            const uint8_t *r8 = r->kind == 8 ? record8(r, i) + at : NULL;
+            chosen->axpy_codes(y, record + at, r8, scales, h[i], (int)(last - first));
+        }
+        memcpy(out, y, (size_t)columns * sizeof(float));
+    }
+}
+
+/* int8 activations: x = xs * xq to within half a step of the largest in each group */
+void m2c_quantize(const float *x, int32_t tokens, int32_t length, int32_t groups, int8_t *xq,
+                  float *xs, float *xsum)
+{
+    for (int32_t t = 0; t < tokens; t++) {
+        for (int32_t g = 0; g < groups; g++) {
+            float largest = 0;
+            int sum = 0, stop = length - g * GROUP < GROUP ? length - g * GROUP : GROUP;
+            const float *from = x + (size_t)t * length + g * GROUP;
+            int8_t *to = xq + ((size_t)t * groups + g) * GROUP;
+            for (int j = 0; j < stop; j++)
+                largest = fmaxf(largest, fabsf(from[j]));
+            float inverse = largest > 0 ? 127.0f / largest : 0;
+            for (int j = 0; j < GROUP; j++) {
+                int value = j < stop ? (int)lrintf(from[j] * inverse) : 0;
+                to[j] = (int8_t)value;
+                sum += value;
+            }
+            xs[(size_t)t * groups + g] = largest / 127.0f;
+            xsum[(size_t)t * groups + g] = (float)sum;
+        }
+    }
+}
+
+void m2c_matmul(struct pool *pool, const struct rows *rows, const struct inputs *in, float *out)
+{
+    struct call c = { rows, in, out, NULL, 0 };
+    pool_run(pool, matmul_part, &c);
+}
+
+void m2c_gate_up(struct pool *pool, const struct rows *rows, const struct inputs *in, int relu,
+                 float *out)
+{
+    struct call c = { rows, in, out, NULL, relu };
+    pool_run(pool, gate_up_part, &c);
+}
+
+/* adds to what is in `out` */
+void m2c_down(struct pool *pool, const struct rows *rows, const float *activations, int32_t tokens,
+              float *out)
+{
+    struct inputs in = { NULL, NULL, NULL, NULL, tokens };
+    struct call c = { rows, &in, out, activations, 0 };
+    pool_run(pool, down_part, &c);
+}

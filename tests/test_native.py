@@ -1,0 +1,179 @@
+"""The C kernels against the torch reference, for every instruction set this machine has."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from m2c.bundle.exact import round_to
+from m2c.bundle.planes import GROUP, RecordLayout, quantize
+from m2c.errors import UsageError
+from m2c.kernels import dispatch, native, reference
+from m2c.kernels.native import CHOICES, LIBRARY, MAX_TOKENS, NativeKernels, load_native
+from m2c.kernels.rows import ExactRows, PackedRows, Rows, as_exact_tensor
+from m2c.kernels.workers import Workers
+
+pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason="the native kernels were not built")
+ISAS = [name for name in CHOICES if name not in ("auto", "torch")]
+KINDS = ("int4", "int8", "bf16", "f16")
+LENGTHS = (32, 40, 72, 96, 250, 576)
+
+
+def make_rows(kind: str, count: int, vectors: int, length: int, *, scale: float = 1.0) -> Rows:
+    rng = np.random.default_rng(count + length)
+    layout = RecordLayout(vectors, length)
+    values = (scale * rng.standard_normal((count, vectors, length))).astype(np.float32)
+    if kind in ("bf16", "f16"):
+        bits = round_to(values.reshape(count, -1), kind)
+        return ExactRows(layout, as_exact_tensor(bits, kind))
+    int4, int8, _ = quantize(values)
+    second = torch.from_numpy(int8) if kind == "int8" else None
+    return PackedRows(layout, torch.from_numpy(int4), second)
+
+
+def inputs(tokens: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(tokens, length, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=ISAS)
+def kernels(request: pytest.FixtureRequest) -> Iterator[NativeKernels]:
+    try:
+        made = NativeKernels(request.param, 2)
+    except UsageError:
+        pytest.skip(f"this machine has no {request.param}")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def workers() -> Workers:
+    return Workers(1)
+
+
+def as_int8(x: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """The activations that 4- and 8-bit codes meet: rounded to int8 with a scale per group."""
+    if isinstance(rows, ExactRows):
+        return x
+    layout = rows.layout
+    padded = torch.nn.functional.pad(x, (0, layout.padded - layout.length))
+    groups = padded.view(len(x), -1, GROUP)
+    largest = groups.abs().amax(-1, keepdim=True)
+    steps = torch.round(groups * torch.where(largest > 0, 127 / largest, 0))
+    return (steps * largest / 127).view(len(x), -1)[:, : layout.length].contiguous()
+
+
+def gather(
+    kernels: NativeKernels, x: torch.Tensor, rows: Rows, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The FFN output of neurons, as `dispatch.gather_ffn` puts it together."""
+    activations = kernels.gate_up(x, rows, "silu")
+    return kernels.down(activations if mask is None else activations * mask, rows)
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Equal but for the order of f32 sums."""
+    scale = max(1.0, float(theirs.abs().max()))
+    assert float((ours - theirs).abs().max()) < 2e-5 * scale
+
+
+def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize(("count", "tokens"), [(1, 1), (2, 3), (33, 1), (257, 2)])
+def test_parity_with_the_reference(
+    kernels: NativeKernels, workers: Workers, kind: str, length: int, count: int, tokens: int
+) -> None:
+    row, neurons = make_rows(kind, count, 1, length), make_rows(kind, count, 3, length)
+    x = inputs(tokens, length)
+    met = as_int8(x, row)
+    close(kernels.matmul_rows(x, row), reference.matmul_rows(met, row, workers))
+    for act in ("silu", "relu"):
+        close(kernels.gate_up(x, neurons, act), reference.gate_up(met, neurons, act, workers))
+    activations = inputs(tokens, count, seed=1)
+    close(kernels.down(activations, neurons), reference.down(activations, neurons, workers))
+    mask = (inputs(tokens, count, seed=2) > 0).float()
+    theirs = reference.gather_ffn(met, neurons, "silu", workers, mask=mask)
+    close(gather(kernels, x, neurons, mask), theirs)
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+def test_rounding_activations_costs_under_one_percent(workers: Workers, kind: str) -> None:
+    kernels = NativeKernels("auto", 1)
+    rows = make_rows(kind, 512, 3, 576)
+    x = inputs(4, 576)
+    ours = gather(kernels, x, rows)
+    kernels.close()
+    assert relative(ours, reference.gather_ffn(x, rows, "silu", workers)) < 0.01
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_and_threads_do_not_change_a_bit(kind: str) -> None:
+    rows = make_rows(kind, 300, 3, 250)
+    x = inputs(MAX_TOKENS, 250)
+    found = []
+    for threads in (1, 2, 3, 7):
+        kernels = NativeKernels("auto", threads)
+        for tokens in (1, 2, 5, MAX_TOKENS):
+            parts = [gather(kernels, x[i : i + tokens], rows) for i in range(0, MAX_TOKENS, tokens)]
+            found.append(torch.cat(parts))
+        kernels.close()
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+def test_indexed_rows_are_the_gathered_ones(kernels: NativeKernels, kind: str) -> None:
+    whole = make_rows(kind, 90, 3, 72)
+    assert isinstance(whole, PackedRows)
+    index = torch.tensor([0, 3, 4, 50, 89], dtype=torch.int32)
+    second = None if whole.int8 is None else whole.int8[index.long()].contiguous()
+    gathered = PackedRows(whole.layout, whole.int4[index.long()].contiguous(), second)
+    x = inputs(2, 72)
+    expected = gather(kernels, x, gathered)
+    half = PackedRows(whole.layout, whole.int4, second, index4=index)
+    both = PackedRows(whole.layout, whole.int4, whole.int8, index4=index, index8=index)
+    assert torch.equal(gather(kernels, x, half), expected)
+    if whole.int8 is not None:
+        assert torch.equal(gather(kernels, x, both), expected)
+    assert torch.equal(both.values(1, 4), gathered.values(1, 4))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_extreme_values(kernels: NativeKernels, workers: Workers, kind: str) -> None:
+    rows = make_rows(kind, 40, 3, 64)
+    zero = gather(kernels, torch.zeros(1, 64), rows)
+    assert torch.equal(zero, torch.zeros(1, 64))
+    x = torch.zeros(1, 64)
+    x[0, 5], x[0, 40] = 1e4, -1e-4
+    ours = kernels.gate_up(x, rows, "silu")
+    assert torch.isfinite(ours).all()
+    assert relative(ours, reference.gate_up(as_int8(x, rows), rows, "silu", workers)) < 1e-5
+    tiny = make_rows(kind, 8, 1, 64, scale=1e-6)
+    dense = kernels.matmul_rows(inputs(1, 64), tiny)
+    assert torch.isfinite(dense).all()
+
+
+def test_dispatch_falls_back_where_native_cannot() -> None:
+    workers = Workers(1, kernel="auto")
+    rows = make_rows("int4", 20, 1, 64)
+    many = inputs(MAX_TOKENS + 1, 64)
+    expected = reference.matmul_rows(many, rows, workers)
+    assert torch.equal(dispatch.matmul_rows(many, rows, workers), expected)
+    assert workers.native is not None
+    f32 = ExactRows(RecordLayout(1, 64), torch.randn(20, 64))
+    assert not workers.native.takes(many[:1], f32)
+    workers.close()
+
+
+def test_choices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert load_native("torch", 1) is None
+    with pytest.raises(UsageError, match="choose one of"):
+        load_native("sse9", 1)
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "absent.so")
+    assert load_native("auto", 1) is None
+    with pytest.raises(UsageError, match="were not built"):
+        load_native("avx2", 1)
