@@ -42,7 +42,8 @@ def m2c(*words: str) -> str:
 
 def make_checkpoint_module() -> ModuleType:
     spec = importlib.util.spec_from_file_location("make_checkpoint", HERE / "make_checkpoint.py")
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise FileNotFoundError("make_checkpoint.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

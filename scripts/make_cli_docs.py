@@ -26,7 +26,7 @@ written `20GiB`, `512MiB` or `1.5GB`; a bare number is refused. Errors are one l
 | 6 | I/O error |
 | 7 | does not fit in the given memory; the message names the smallest that works |
 | 8 | another process is writing this bundle |
-| 130 | interrupted |
+| 130, 143 | interrupted, terminated |
 """
 
 

@@ -86,7 +86,7 @@ def test_what_was_tried_and_what_to_type(cache: Path) -> None:
     assert caught.value.hint == "fetch it: hf download meta-llama/Llama-2-70b-chat-hf"
     with pytest.raises(BadInput, match="hf download org/name --revision v1"):
         resolve_model("org/name@v1")
-    with pytest.raises(BadInput, match=r"no such file.*smollm2-135m"):
+    with pytest.raises(BadInput, match=r"no such file.*did you mean smollm2"):
         resolve_model("smollm3")
 
 

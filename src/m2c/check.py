@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from m2c.bundle.bundle import Bundle, verified_file, verify_blocks
+from m2c.bundle.claim import MARKER
 from m2c.bundle.exact import round_to
 from m2c.bundle.files import TEMPORARY_PREFIX
 from m2c.bundle.manifest import MANIFEST, Manifest, read_manifest
@@ -44,7 +45,8 @@ def check_bundle(
     for name in sorted(manifest.shards):
         yield from _check_shard(path / name, name, manifest, read_data)
         progress(manifest.shards[name].nbytes)
-    known = {MANIFEST, *manifest.files, *manifest.shards}
+    # a pack stopped right after its manifest leaves its marker: the bundle is complete
+    known = {MANIFEST, MARKER, *manifest.files, *manifest.shards}
     for file in sorted(p for p in path.rglob("*") if not p.is_dir()):
         name = file.relative_to(path).as_posix()
         if name not in known and not file.name.startswith(TEMPORARY_PREFIX):

@@ -1,6 +1,6 @@
 """What a bundle holds besides shards: config, importance, norms and biases, tokenizer.
 
-Everything is verified against the manifest and checked for shape. Knows nothing about tiers.
+Everything is verified against the manifest and checked for shape. Knows nothing about memory.
 """
 
 from typing import Final

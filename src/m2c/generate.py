@@ -88,7 +88,7 @@ def stream_generate(
 
     Raises UsageError when the prompt is empty or does not fit the context.
     """
-    _check_prompt(engine, ids)
+    require_prompt(ids, engine.shape.ctx_size, engine.config.vocab_size)
     stats = GenerationStats(prompt_tokens=len(ids))
     decoder = StreamDecoder(engine.tokenizer, context=ids[-8:])
     watch = StopWatch(stop)
@@ -155,15 +155,14 @@ class StopWatch:
         return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)
 
 
-def _check_prompt(engine: Engine, ids: Sequence[int]) -> None:
+def require_prompt(ids: Sequence[int], ctx_size: int, vocab_size: int) -> None:
+    """Raises UsageError for a prompt the model cannot answer. Needs no weights."""
     if not ids:
         raise UsageError("the prompt is empty", 'give one with --prompt "..." or on stdin')
-    if len(ids) >= engine.shape.ctx_size:
+    if len(ids) >= ctx_size:
         raise UsageError(
-            f"the prompt has {len(ids)} tokens, the context holds {engine.shape.ctx_size}",
+            f"the prompt has {len(ids)} tokens, the context holds {ctx_size}",
             "use a larger --ctx-size or a shorter prompt",
         )
-    if max(ids) >= engine.config.vocab_size:
-        raise UsageError(
-            f"the tokenizer gives id {max(ids)}, the model has {engine.config.vocab_size} tokens"
-        )
+    if max(ids) >= vocab_size:
+        raise UsageError(f"the tokenizer gives id {max(ids)}, the model has {vocab_size} tokens")

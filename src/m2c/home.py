@@ -47,7 +47,7 @@ def record(*, model: str | None = None, bundle: Path | None = None) -> None:
         known.model if model is None else model,
         known.bundle if bundle is None else str(bundle.resolve()),
     )
-    write_atomic(_folder(home()) / "state.json", dump_json(asdict(state)) + b"\n")
+    write_atomic(make_folder(home()) / "state.json", dump_json(asdict(state)) + b"\n")
 
 
 def profile_path(name: str, fingerprint: str) -> Path:
@@ -56,7 +56,8 @@ def profile_path(name: str, fingerprint: str) -> Path:
     return home() / "profiles" / f"{safe[:80]}-{fingerprint[:12]}.safetensors"
 
 
-def _folder(path: Path) -> Path:
+def make_folder(path: Path) -> Path:
+    """`path`, there when this returns."""
     with disk_errors(path):
         path.mkdir(parents=True, exist_ok=True)
     return path

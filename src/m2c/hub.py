@@ -7,6 +7,7 @@ Knows nothing about what is in the files, and does not import torch.
 import os
 import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Final, Literal
@@ -47,9 +48,9 @@ def resolve_model(text: str) -> Resolved:
         if snapshot is None:
             raise _not_found(text, repo, revision)
         return Resolved("hf", snapshot, match[2], f"the Hugging Face cache, {repo}")
-    raise BadInput(
-        f"{text}: no such file, folder or alias", f"aliases are {', '.join(sorted(ALIASES))}"
-    )
+    near = get_close_matches(text.lower(), ALIASES, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"aliases are {', '.join(sorted(ALIASES))}"
+    raise BadInput(f"{text}: no such file, folder or alias", hint)
 
 
 def alias_config(name: str) -> ModelConfig | None:

@@ -274,15 +274,26 @@ def _manifest(
 
 
 def _require_matching(job: PackJob) -> None:
+    """The profile must be of this checkpoint, and of its shapes: it comes from a file."""
     known = job.importance
     config = job.checkpoint.config
-    matches = known.calibration.fingerprint == job.checkpoint.fingerprint()
-    shapes = all(
-        len(layer.order) == config.intermediate_size
-        and layer.ffn_input.shape == (config.hidden_size,)
-        for layer in known.layers
+    heads = config.num_attention_heads * config.head_dim
+    shapes = {
+        "order": config.intermediate_size, "attn_input": config.hidden_size,
+        "o_input": heads, "ffn_input": config.hidden_size,
+    }  # fmt: skip
+    matches = (
+        known.calibration.fingerprint == job.checkpoint.fingerprint()
+        and len(known.layers) == config.num_hidden_layers
+        and known.head_input.shape == (config.hidden_size,)
+        and all(
+            getattr(layer, name).shape == (size,)
+            for layer in known.layers
+            for name, size in shapes.items()
+        )
+        and all(layer.sample.shape[1] == config.hidden_size for layer in known.layers)
     )
-    if not matches or not shapes or len(known.layers) != config.num_hidden_layers:
+    if not matches:
         raise UsageError(
             f"the profile of {known.calibration.model} does not belong to {job.checkpoint.path}",
             "run m2c profile on this model",

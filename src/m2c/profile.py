@@ -39,6 +39,11 @@ def profile(
     `progress` is told each finished layer.
     """
     config = checkpoint.config
+    if max(ids) >= config.vocab_size:
+        raise BadInput(
+            f"{checkpoint.path}: the tokenizer gives id {max(ids)}, the model has "
+            f"{config.vocab_size} tokens", "fetch the tokenizer that belongs to this model",
+        )  # fmt: skip
     vectors = vector_tensors(checkpoint)
     rotary = Rotary(config, torch.device("cpu"))
     states = [_embed(checkpoint, part) for part in _sequences(ids)]

@@ -42,6 +42,6 @@ def _encode_around(tokenizer: Tokenizer, rendered: str, places: dict[str, str]) 
             return [
                 *_encode_around(tokenizer, before, rest),
                 *tokenizer.encode(text),
-                *_encode_around(tokenizer, after, rest),
+                *_encode_around(tokenizer, after, places),  # a template may say it twice
             ]
     return tokenizer.encode(rendered, special=True) if rendered else []

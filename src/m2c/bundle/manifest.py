@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
+from m2c.bundle.exact import EXACT_TYPES
 from m2c.bundle.files import read_small, write_atomic
 from m2c.bundle.strict import MAX_JSON_NBYTES, decode, dump_json, load_json
 from m2c.errors import BadInput
@@ -95,6 +96,8 @@ def read_manifest(directory: Path) -> Manifest:
     manifest = decode(Manifest, facts, file=path)
     for name in (*manifest.shards, *manifest.files):
         _check_name(name, path)
+    if manifest.exact_type not in EXACT_TYPES:
+        raise BadInput(f"{path}: exact_type must be one of {', '.join(EXACT_TYPES)}")
     if len(manifest.mix.percent) != 3 or sum(manifest.mix.percent) != 100:
         raise BadInput(f"{path}: the mix must be three percentages that add up to 100")
     return manifest

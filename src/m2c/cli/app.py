@@ -4,67 +4,61 @@ Imports nothing heavy: `m2c --help` must not wait for torch.
 """
 
 import contextlib
-import functools
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Callable
+import traceback
 from typing import Final
 
 from m2c import __version__
+from m2c.cli.console import result, say
 from m2c.errors import DoesNotFit, M2CError, UsageError
 
 COMMANDS: Final = ("profile", "pack", "run", "plan", "show", "check", "bench")
 EPILOG: Final = (
     "Exit codes: 0 ok, 1 internal error, 2 usage, 3 unsupported model, 4 bad or damaged input, "
-    "5 no space, 6 I/O error, 7 does not fit in the given memory, 8 busy, 130 interrupted."
+    "5 no space, 6 I/O error, 7 does not fit in the given memory, 8 busy, 130 interrupted, "
+    "143 terminated."
 )
 _INTERRUPTED: Final = 130
+_TERMINATED: Final = 143
+
+
+class Terminated(BaseException):
+    """SIGTERM: unwinds like Ctrl-C, so that temporary files go."""
 
 
 def main() -> None:
     """Entry point of the `m2c` command."""
-    if sys.argv[1:] == ["--version"]:
-        print(f"m2c {__version__}")
-        return
+    signal.signal(signal.SIGTERM, _terminate)
+    _fill_closed_streams()
+    code = call(sys.argv[1:])
+    # reads ahead and worker threads would keep the shell waiting
+    os._exit(code)
+
+
+def call(words: list[str]) -> int:
+    """Run one command line; its exit code, once the reason for it is on stderr."""
     try:
-        outcome = make_app()(args=sys.argv[1:] or ["--help"], standalone_mode=False)
-    except Exception as error:
-        _fail_usage(error)
-    else:
-        sys.exit(outcome if isinstance(outcome, int) else 0)
-
-
-def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """`command`, with every way it can end turned into one line and an exit code."""
-
-    @functools.wraps(command)
-    def run(*args: object, **kwargs: object) -> None:
-        try:
-            command(*args, **kwargs)
+        code = _dispatch(words)
+        sys.stdout.flush()
+    except BaseException as error:
+        code, text = _explain(error)
+        if os.environ.get("M2C_DEBUG"):
+            say("".join(traceback.format_exception(error)).rstrip())
+        with contextlib.suppress(OSError):
             sys.stdout.flush()
-        except M2CError as error:
-            _fail(error, error.exit_code)
-        except KeyboardInterrupt:
-            _leave(_INTERRUPTED, "interrupted")
-        except BrokenPipeError:
-            # the reader has what it wanted; give Python's own last flush somewhere to go
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            _leave(0)
-        except MemoryError as error:
-            _fail(error, DoesNotFit.exit_code)
-        except Exception as error:
-            if type(error).__module__.startswith("typer"):
-                raise
-            _fail(error, 1)
-        # reads ahead and worker threads would keep the shell waiting
-        _leave(0)
-
-    return run
+    else:
+        # typer swallows Ctrl-C and keeps its code
+        text = "interrupted" if code == _INTERRUPTED else ""
+    if text:
+        say(f"m2c: {' '.join(text.split())}")
+    return code
 
 
 def make_app():  # type: ignore[no-untyped-def]
-    """The typer application with the command named in argv, or with all of them for help."""
+    """The typer application with all commands."""
     import typer
 
     app = typer.Typer(
@@ -81,46 +75,76 @@ def make_app():  # type: ignore[no-untyped-def]
         ),
     ) -> None:
         if version:
-            print(f"m2c {__version__}")
+            result(f"m2c {__version__}")
             raise typer.Exit
         if debug:
             os.environ["M2C_DEBUG"] = "1"
 
     for name in COMMANDS:
         module = importlib.import_module(f"m2c.cli.{name}")
-        app.command(name, epilog=module.EXAMPLE)(guarded(module.command))
+        app.command(name, epilog=module.EXAMPLE)(module.command)
     return app
 
 
-def _fail_usage(error: Exception) -> None:
-    """typer's own complaints about the command line."""
-    import typer
-
-    if isinstance(error, typer.Abort):
-        _leave(_INTERRUPTED, "interrupted")
-    explain = getattr(error, "format_message", None)
-    if explain is None:
-        _fail(error, 1)
-    else:
-        _fail(UsageError(explain().rstrip("."), "see m2c --help"), UsageError.exit_code)
+def _dispatch(words: list[str]) -> int:
+    if words[:1] == ["--version"]:
+        result(f"m2c {__version__}")
+        return 0
+    code = make_app()(args=words or ["--help"], prog_name="m2c", standalone_mode=False)
+    return code if isinstance(code, int) else 0
 
 
-def _fail(error: BaseException, code: int) -> None:
-    if os.environ.get("M2C_DEBUG"):
-        raise error
-    text = str(error) or type(error).__name__
-    if code == 1:
-        text = f"internal error, {type(error).__name__}: {text}; m2c --debug shows where"
-    _leave(code, text)
+def _explain(error: BaseException) -> tuple[int, str]:
+    """(exit code, one line or nothing) for any way a command can end."""
+    if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):
+        error = error.__context__  # typer and rich turn the one into the other
+    if isinstance(error, BrokenPipeError):
+        # the reader has what it wanted; what is still buffered goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0, ""
+    if isinstance(error, OSError):
+        error = _disk_error(error)
+    if isinstance(error, M2CError):
+        return error.exit_code, str(error)
+    if isinstance(error, MemoryError):
+        return DoesNotFit.exit_code, str(error) or "out of memory; give a smaller --dram"
+    if isinstance(error, KeyboardInterrupt):
+        return _INTERRUPTED, "interrupted"
+    if isinstance(error, Terminated):
+        return _TERMINATED, "terminated"
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 0, ""
+    if complain := getattr(error, "format_message", None):  # typer's: the words are wrong
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "m2c"
+        usage = UsageError(complain().rstrip("."), f"see {command} --help")
+        return usage.exit_code, str(usage)
+    what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return 1, f"internal error, {what}; m2c --debug shows where"
 
 
-def _leave(code: int, text: str = "") -> None:
-    """Say why, on one line, and exit at once."""
-    with contextlib.suppress(OSError):
-        sys.stdout.flush()
-    if text:
-        print(f"m2c: {' '.join(text.split())}", file=sys.stderr, flush=True)
-    os._exit(code)
+def _disk_error(error: OSError) -> M2CError:
+    """An OSError that nothing below foresaw: mostly of the stream that results go to."""
+    from m2c.bundle.files import disk_errors
+
+    try:
+        with disk_errors(error.filename or "standard output"):
+            raise error
+    except M2CError as ours:
+        return ours
+
+
+def _fill_closed_streams() -> None:
+    """A closed stream means that nobody listens, not that the next file we open is stdout."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            mode = "r" if descriptor == 0 else "w"
+            # the lowest free number, so the one that was closed
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+
+
+def _terminate(*_: object) -> None:
+    raise Terminated
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 Knows nothing about what is said.
 """
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,13 +14,20 @@ if TYPE_CHECKING:
 
 
 def say(text: str) -> None:
-    """A line for people, on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """A line for people, on stderr. Work does not stop because nobody can read about it."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def result(text: str) -> None:
     """A line of the result, on stdout."""
     print(text, flush=True)
+
+
+def write(text: str) -> None:
+    """A piece of the result, on stdout, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def tables() -> "Console":

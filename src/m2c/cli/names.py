@@ -1,20 +1,21 @@
-"""From what a person typed to a checkpoint or a bundle, and the defaults recorded before.
+"""From what a person typed to a checkpoint, a bundle or a file, and the defaults recorded before.
 
 Says on stderr which default was taken and why.
 """
 
 import os
+from difflib import get_close_matches
 from pathlib import Path
 
 from m2c.cli.console import say
-from m2c.errors import BadInput, UsageError
+from m2c.errors import BadInput, M2CError, StorageError, UsageError
 
 
 def checkpoint_name(text: str | None) -> str:
     """The MODEL given, else $M2C_MODEL, else the one profiled last."""
     from m2c.home import read_state
 
-    if text:
+    if text is not None:
         return text
     if given := os.environ.get("M2C_MODEL"):
         say(f"m2c: using {given} (M2C_MODEL)")
@@ -41,12 +42,12 @@ def bundle_path(text: str | None, ssd: Path | None) -> Path:
                 "no bundle given and none packed before",
                 "type: m2c profile MODEL, then m2c pack --ssd DIR",
             )
+    if not text:
+        raise UsageError("the bundle's name is empty", "give the path that m2c pack printed")
     if found := find_bundle(text, ssd):
         return found
     where = f" here or under {ssd}" if ssd else ""
-    raise BadInput(
-        f"{text}: no such bundle{where}", "give the path that m2c pack printed, or --ssd DIR"
-    )
+    raise BadInput(f"{text}: no such bundle{where}", _what_instead(text, ssd))
 
 
 def find_bundle(text: str, ssd: Path | None) -> Path | None:
@@ -67,3 +68,37 @@ def parse_budget(text: str | None) -> int | None:
     from m2c.units import parse_size
 
     return None if text is None or text == "auto" else parse_size(text)
+
+
+def require_writable(path: Path, flag: str) -> None:
+    """Raises BadInput or StorageError now rather than after the work whose result goes there."""
+    # it will be put in place by a rename, which would turn a device or a link into a file
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+        raise BadInput(f"{flag} {path}: is not a regular file", "give the name of a file")
+    if not path.parent.is_dir():
+        raise BadInput(f"{flag} {path}: no such folder", f"create it: mkdir -p {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise StorageError(f"{flag} {path}: the folder is not writable", "give another place")
+
+
+def remember(*, model: str | None = None, bundle: Path | None = None) -> None:
+    """Record a default for later commands; the work that was done counts without it."""
+    from m2c import home
+
+    try:
+        home.record(model=model, bundle=bundle)
+    except M2CError as error:
+        say(f"m2c: not recorded as the default of later commands ({error})")
+
+
+def _what_instead(text: str, ssd: Path | None) -> str:
+    from m2c.bundle.bundle import SUFFIX
+    from m2c.hub import alias_config
+
+    known = [path.stem for path in ssd.glob(f"*{SUFFIX}")] if ssd else []
+    if near := get_close_matches(text, known, n=1):
+        return f"did you mean {near[0]}?"
+    path = Path(text)
+    if alias_config(text) or path.suffix == ".gguf" or (path / "config.json").is_file():
+        return f"pack that model (m2c profile {text} | m2c pack - --ssd DIR), or give --ssd DIR"
+    return "give the path that m2c pack printed, or --ssd DIR"

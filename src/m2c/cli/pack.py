@@ -46,20 +46,24 @@ def command(
     Every neuron is quantized into nested FP16/INT8/INT4 planes. Stopped at any moment, it is
     finished by running it again. Prints the path of the bundle.
     """
-    from m2c import home
-    from m2c.cli.names import checkpoint_name
+    from m2c.cli.names import checkpoint_name, remember
     from m2c.hardware import auto_threads
+    from m2c.hub import resolve_model
     from m2c.kernels.workers import Workers
     from m2c.pack import pack
 
     if ssd is None:
         raise UsageError("where to? no --ssd given and M2C_SSD is not set", "use --ssd DIR")
     if not ssd.is_dir():
+        if ssd.exists():
+            raise BadInput(f"{ssd}: is not a folder", "give the folder for bundles as --ssd")
         raise BadInput(f"{ssd}: no such folder", f"create it: mkdir -p {ssd}")
     if model == "-":
         profile, model = _profile_from_stdin(), None
-    job = _job(model, profile, exact_type, mix, bits, checkpoint_name)
-    path = ssd / f"{_safe(name or job.checkpoint.name)}.m2c"
+    given = checkpoint_name(model)
+    found = resolve_model(given)
+    job = _job(given, found.path, profile, exact_type, mix, bits)
+    path = ssd / f"{_safe(name or found.name)}.m2c"
     workers = Workers(threads or auto_threads())
     if plan:
         _say_plan(job, path, workers)
@@ -69,16 +73,17 @@ def command(
             job, path, workers=workers, progress=advance,
             choose_mix=lambda bundle: _choose(bundle, job, workers, quiet),
         )  # fmt: skip
-    home.record(bundle=path)
+    remember(bundle=path)
     if not fresh and not quiet:
         say(f"m2c: {path} was complete already")
     result(str(path))
 
 
-def _job(model, profile, exact_type, mix, bits, checkpoint_name) -> "PackJob":  # type: ignore[no-untyped-def]
+def _job(
+    given: str, source: Path, profile: Path | None, exact_type: str, mix: str, bits: float
+) -> "PackJob":
     from m2c import home
     from m2c.bundle.importance import read_importance
-    from m2c.hub import resolve_model
     from m2c.model.checkpoint import open_checkpoint
     from m2c.model.mix import Mix
     from m2c.pack import PackJob, choose_exact_type
@@ -88,11 +93,11 @@ def _job(model, profile, exact_type, mix, bits, checkpoint_name) -> "PackJob":  
         mix = str(Mix.parse(mix))
     if exact_type not in ("auto", "bf16", "f16"):
         raise UsageError(f"--exact-type {exact_type}: choose bf16, f16 or auto")
-    given = checkpoint_name(model)
-    checkpoint = open_checkpoint(resolve_model(given).path)
+    checkpoint = open_checkpoint(source)
     path = profile or home.profile_path(checkpoint.name, checkpoint.fingerprint())
     if not path.exists():
-        raise BadInput(f"{given} has no profile yet ({path})", f"type: m2c profile {given}")
+        missing = "no such profile" if profile else f"{given} has no profile yet"
+        raise BadInput(f"{path}: {missing}", f"type: m2c profile {given}")
     importance, _ = read_importance(path)
     chosen = choose_exact_type(checkpoint) if exact_type == "auto" else exact_type
     return PackJob(checkpoint, importance, model_files(checkpoint), chosen, mix, bits)

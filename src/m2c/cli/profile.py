@@ -38,7 +38,7 @@ def command(
     """
     from m2c import home
     from m2c.bundle.importance import write_importance
-    from m2c.cli.names import checkpoint_name
+    from m2c.cli.names import checkpoint_name, remember, require_writable
     from m2c.hardware import auto_threads
     from m2c.hub import resolve_model
     from m2c.kernels.workers import Workers
@@ -55,7 +55,9 @@ def command(
     if len(ids) < 16:
         raise UsageError(f"the calibration text has {len(ids)} tokens", "give a longer --text")
     path = output or home.profile_path(checkpoint.name, checkpoint.fingerprint())
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if output is None:
+        home.make_folder(path.parent)
+    require_writable(path, "--output" if output else "M2C_HOME")
     if not quiet:
         say(f"m2c: profiling {checkpoint.name} on {len(ids)} tokens of {source} ({found.how})")
     layers = checkpoint.config.num_hidden_layers
@@ -65,7 +67,7 @@ def command(
             workers=Workers(threads or auto_threads()), progress=advance,
         )  # fmt: skip
     write_importance(path, importance)
-    home.record(model=str(Path(name).resolve()) if Path(name).exists() else name)
+    remember(model=str(Path(name).resolve()) if Path(name).exists() else name)
     if not quiet:
         _summarise(importance)
     result(str(path))
@@ -78,12 +80,12 @@ def _read_text(path: Path | None) -> tuple[str, str]:
 
     if path is None:
         return calibration_text(), "prose in the package"
-    with disk_errors(path):
-        data = path.open("rb").read(_MAX_TEXT_NBYTES)
+    with disk_errors(path), path.open("rb") as file:
+        data = file.read(_MAX_TEXT_NBYTES)
     try:
         return data.decode("utf-8"), path.name
     except UnicodeDecodeError as error:
-        raise BadInput(f"{path}: not UTF-8 text (byte {error.start})") from None
+        raise BadInput(f"{path}: not UTF-8 text (byte {error.start})", "convert it") from None
 
 
 def _summarise(importance) -> None:  # type: ignore[no-untyped-def]

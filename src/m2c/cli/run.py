@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from m2c.cli import options
-from m2c.cli.console import progress, say
-from m2c.errors import UsageError
+from m2c.cli.console import progress, say, write
+from m2c.errors import M2CError, UsageError
 
 if TYPE_CHECKING:
     from m2c.bundle.bundle import Bundle
     from m2c.engine import Engine, RunOptions
     from m2c.generate import GenerationStats
 
+_GIVE_ONE = 'give one with --prompt "..." or on stdin'
 EXAMPLE = 'Example: m2c run --prompt "Why is the sky blue?"'
-_MAX_PROMPT_CHARS = 16 << 20
+_MAX_PROMPT_NBYTES = 16 << 20
 
 
 def command(
@@ -67,7 +68,7 @@ def command(
     the plan puts them: in the top tier, in DRAM, or on the SSD they are read from.
     """
     from m2c.bundle.bundle import open_bundle
-    from m2c.cli.names import bundle_path
+    from m2c.cli.names import bundle_path, require_writable
     from m2c.cli.runs import run_options
     from m2c.sampling import Sampler, SamplingParams
 
@@ -81,15 +82,18 @@ def command(
             repeat_penalty=repeat_penalty, seed=seed,
         )
     )  # fmt: skip
+    _require_unicode(prompt, system, *(stop or []))
+    for flag, path in (("--stats", stats), ("--trace", trace)):
+        if path is not None:
+            require_writable(path, flag)
     opened = open_bundle(bundle_path(bundle, ssd))
     chosen = _with_drop(opened, chosen, drop)
     if plan:
         _print_plan(opened, chosen)
         return
-    text = _read_prompt(prompt)
+    ids = _prompt_ids(opened, chosen, _read_prompt(prompt), system, raw)
     _say_price(opened, drop, quiet)
     with _open_engine(opened, chosen, trace, quiet) as engine:
-        ids = _ids(engine, text, system, raw)
         if temperature > 0 and seed is None and not quiet:
             say(f"m2c: seed {sampler.seed}")
         figures = _generate(engine, ids, sampler, max_tokens, stop or [], no_stream)
@@ -97,15 +101,35 @@ def command(
 
 
 def _read_prompt(prompt: str | None) -> str:
-    if prompt is not None and prompt != "-":
-        return prompt
     if prompt is None and sys.stdin.isatty():
-        raise UsageError("no prompt", 'give one with --prompt "..." or on stdin')
-    data = sys.stdin.buffer.read(_MAX_PROMPT_CHARS)
+        raise UsageError("no prompt", _GIVE_ONE)
+    if prompt in (None, "-"):
+        prompt = _read_stdin()
+    if not prompt:
+        raise UsageError("the prompt is empty", _GIVE_ONE)
+    return prompt
+
+
+def _read_stdin() -> str:
+    from m2c.bundle.files import disk_errors
+
+    with disk_errors("standard input"):
+        data = sys.stdin.buffer.read(_MAX_PROMPT_NBYTES + 1)
+    if len(data) > _MAX_PROMPT_NBYTES:
+        raise UsageError(f"the prompt on stdin is larger than {_MAX_PROMPT_NBYTES >> 20} MiB")
     try:
         return data.decode("utf-8").rstrip("\n")
     except UnicodeDecodeError as error:
-        raise UsageError(f"stdin is not UTF-8 text (byte {error.start})") from None
+        raise UsageError(
+            f"stdin is not UTF-8 text (byte {error.start})", "convert it, e.g. with iconv"
+        ) from None
+
+
+def _require_unicode(*texts: str | None) -> None:
+    """Python carries bytes of the command line that are not UTF-8 as lone surrogates."""
+    for text in texts:
+        if text and any("\ud800" <= character <= "\udfff" for character in text):
+            raise UsageError(f"{ascii(text)[:60]} is not UTF-8 text", "convert it, e.g. with iconv")
 
 
 def _with_drop(bundle: "Bundle", chosen: "RunOptions", drop: float) -> "RunOptions":
@@ -147,17 +171,27 @@ def _open_engine(
         return tracing_engine(bundle, chosen, trace, advance)
 
 
-def _ids(engine: "Engine", text: str, system: str | None, raw: bool) -> list[int]:
+def _prompt_ids(
+    bundle: "Bundle", chosen: "RunOptions", text: str, system: str | None, raw: bool
+) -> list[int]:
+    """Known to fit before a byte of weights is read: loading can take minutes."""
     from m2c.chat import chat_template_of
-    from m2c.contents import sidecars_of
+    from m2c.contents import config_of, sidecars_of, tokenizer_of
+    from m2c.engine import run_shape
+    from m2c.generate import require_prompt
     from m2c.prompt import chat_ids, raw_ids
 
-    template = None if raw else chat_template_of(sidecars_of(engine.bundle))
-    if template is None:
-        if system is not None:
-            raise UsageError("--system needs a chat format, and there is none", "drop --system")
-        return raw_ids(engine.tokenizer, text)
-    return chat_ids(engine.tokenizer, template, text, system=system)
+    tokenizer = tokenizer_of(bundle)
+    template = None if raw else chat_template_of(sidecars_of(bundle))
+    if template is not None:
+        ids = chat_ids(tokenizer, template, text, system=system)
+    elif system is None:
+        ids = raw_ids(tokenizer, text)
+    else:
+        raise UsageError("--system needs a chat format, and there is none", "drop --system")
+    config = config_of(bundle)
+    require_prompt(ids, run_shape(bundle, config, chosen).ctx_size, config.vocab_size)
+    return ids
 
 
 def _generate(
@@ -166,16 +200,19 @@ def _generate(
     from m2c.generate import GenerationStats, stream_generate
 
     figures = GenerationStats()
-    held: list[str] = []
-    for piece in stream_generate(engine, ids, sampler, max_tokens=max_tokens, stop=stop):
-        if no_stream:
-            held.append(piece.text)
-        elif piece.text:
-            sys.stdout.write(piece.text)
-            sys.stdout.flush()
-        figures = piece.stats or figures
-    sys.stdout.write("".join(held) + "\n")
-    sys.stdout.flush()
+    text = ""
+    try:
+        for piece in stream_generate(engine, ids, sampler, max_tokens=max_tokens, stop=stop):
+            text += piece.text
+            if not no_stream:
+                write(piece.text)
+            figures = piece.stats or figures
+    except (KeyboardInterrupt, M2CError):
+        # what there is belongs to the person, and the reason starts a line of its own
+        if text:
+            write(text + "\n" if no_stream else "\n")
+        raise
+    write(text + "\n" if no_stream else "\n")
     return figures
 
 

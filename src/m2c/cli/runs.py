@@ -3,6 +3,7 @@
 Knows nothing about argument parsing.
 """
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from m2c.tiers.plan import Plan
 from m2c.tiers.trace import TraceWriter
 from m2c.units import format_size
 
+_CUT = {"length": "stopped at --max-tokens", "context": "stopped as the context is full"}
+
 
 def run_options(
     *, mix: str | None, drop: float, dense: str | None, ctx_size: int | None, kv: str,
@@ -31,7 +34,7 @@ def run_options(
         raise UsageError(f"--dense {dense}: choose one of {', '.join(PRECISIONS)}")
     if kv not in KV_DTYPES:
         raise UsageError(f"--kv {kv}: choose one of {', '.join(KV_DTYPES)}")
-    if device != "cpu" and device.split(":")[0] != "cuda":
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", device, re.ASCII):
         raise UsageError(f"--device {device}: choose cpu or cuda[:N]")
     if hbm == "auto" and device == "cpu":
         hbm = None
@@ -158,10 +161,17 @@ def stats_facts(engine: Engine, figures: GenerationStats) -> dict[str, Any]:
 
 
 def summary_line(facts: dict[str, Any]) -> str:
-    """One line: speed, traffic, hits, roof, memory."""
+    """One line: speed, traffic, hits, roof, memory, and what cut the text short."""
+    parts = [f"TTFT {facts['ttft_s']:.2f} s", f"prefill {facts['prefill_tps']:.1f} tok/s"]
+    parts += _decode_words(facts) if facts["generated_tokens"] > 1 else []
+    parts.append(f"peak {format_size(facts['peak_memory_nbytes'])}")
+    if why := _CUT.get(facts["finish_reason"]):
+        parts.append(why)
+    return "m2c: " + ", ".join(parts)
+
+
+def _decode_words(facts: dict[str, Any]) -> list[str]:
     parts = [
-        f"TTFT {facts['ttft_s']:.2f} s",
-        f"prefill {facts['prefill_tps']:.1f} tok/s",
         f"decode {facts['decode_tps']:.2f} tok/s",
         f"SSD {facts['ssd_nbytes_per_token'] / 1e6:.1f} MB/token"
         + (
@@ -178,6 +188,4 @@ def summary_line(facts: dict[str, Any]) -> str:
         shares = [f"{hits[key] / total:.0%} {name}" for key, name in served if hits[key]]
         if shares:
             parts.append(f"{plane.upper()} from " + " + ".join(shares))
-    parts.append(f"{facts['share_of_roof']:.0%} of the roof")
-    parts.append(f"peak {format_size(facts['peak_memory_nbytes'])}")
-    return "m2c: " + ", ".join(parts)
+    return [*parts, f"{facts['share_of_roof']:.0%} of the roof"]

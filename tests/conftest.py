@@ -1,0 +1,91 @@
+"""Fixtures that several test files share: a clean environment, small shards, packed models."""
+
+import multiprocessing
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+from running import MIXES, Run, decode, options_for
+from shards import write_exact, write_int4
+from tiny_models import digest, job_for, pack_folder, write_checkpoint
+
+from m2c.bundle.bundle import Bundle
+from m2c.engine import Engine
+from m2c.model.mix import Mix
+from m2c.pack import PackJob
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """No test reads or writes the state of the person who runs it, nor that of another test."""
+    monkeypatch.setenv("M2C_HOME", str(tmp_path_factory.getbasetemp() / "homes" / uuid4().hex))
+    for name in ("M2C_MODEL", "M2C_SSD"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama checkpoint of two small layers, bf16. Do not change it."""
+    return write_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path) -> Bundle:
+    """`tiny_checkpoint` profiled and packed. Do not change it."""
+    return pack_folder(tiny_checkpoint, tiny_checkpoint.parent / "bundle.m2c")
+
+
+@pytest.fixture(scope="session")
+def deep_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Eight layers whose shards span several checksum blocks; lengths are no multiple of 32."""
+    shape = {"num_hidden_layers": 8, "hidden_size": 120, "intermediate_size": 700}
+    folder = tmp_path_factory.mktemp("deep")
+    return pack_folder(write_checkpoint(folder / "checkpoint", shape), folder / "bundle.m2c")
+
+
+@pytest.fixture(scope="session")
+def reference(deep_bundle: Bundle) -> dict[Mix, Run]:
+    """What each mix computes with everything in DRAM, nothing cached and one thread."""
+    found = {}
+    for mix in MIXES.values():
+        with Engine(deep_bundle, options_for(mix)) as engine:
+            assert not engine.plan.streamed
+            found[mix] = decode(engine)
+    return found
+
+
+@pytest.fixture(scope="session", params=["int4", "fp16"])
+def shard(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A shard of a few small records. Do not change it."""
+    path: Path = tmp_path_factory.mktemp("shard") / f"a.{request.param}"
+    if request.param == "int4":
+        write_int4(path, 12)
+    else:
+        write_exact(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def job(tiny_checkpoint: Path) -> PackJob:
+    """The job whose result `tiny_bundle` is."""
+    return job_for(tiny_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tiny_bundle: Bundle) -> str:
+    """Digest of the files that `job` makes when nothing happens."""
+    return digest(tiny_bundle.path)
+
+
+@pytest.fixture(scope="session")
+def processes() -> ForkServerContext:
+    """Starts processes that have imported everything already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["m2c.pack", "m2c.profile"])
+    first = context.Process(target=int)  # waits for the imports, so that later ones start at once
+    first.start()
+    first.join()
+    return context

@@ -1,0 +1,116 @@
+"""`pack` killed at any moment: never a wrong bundle, and running it again finishes the job."""
+
+import random
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+
+import pytest
+from tiny_models import digest, pack_again, run_pack
+
+from m2c.bundle.bundle import Bundle, open_bundle
+from m2c.check import check_bundle
+from m2c.contents import IMPORTANCE
+from m2c.errors import BadInput
+from m2c.pack import PackJob
+
+
+@pytest.fixture
+def kill_pack(
+    processes: ForkServerContext, tiny_checkpoint: Path, tiny_bundle: Bundle
+) -> Callable[..., bool]:
+    """A function that packs into a folder and kills; False if the pack was done before."""
+    profile = tiny_bundle.path / IMPORTANCE
+
+    def kill(out: Path, *, after_s: float = 60.0, at_call: int = 0) -> bool:
+        arguments = (tiny_checkpoint, profile, out, at_call)
+        process = processes.Process(target=pack_again, args=arguments)
+        process.start()
+        process.join(after_s)
+        process.kill()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+        return process.exitcode != 0
+
+    return kill
+
+
+def require_sound(out: Path) -> None:
+    """No bundle, or the right one; never one that looks complete and is not."""
+    try:
+        open_bundle(out)
+    except BadInput:
+        return
+    assert not list(check_bundle(out, read_data=True))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_killed_at_random_moments(
+    kill_pack: Callable[..., bool], job: PackJob, undisturbed: str, tmp_path: Path, seed: int
+) -> None:
+    rng = random.Random(seed)
+    start = time.monotonic()
+    kill_pack(tmp_path / "whole")
+    whole = time.monotonic() - start
+    for moment in range(4):
+        out = tmp_path / str(moment)
+        kill_pack(out, after_s=rng.random() * whole)
+        require_sound(out)
+        run_pack(job, out)
+        assert digest(out) == undisturbed
+
+
+@pytest.mark.parametrize("first", range(1, 6))
+def test_killed_where_files_become_durable(
+    kill_pack: Callable[..., bool], job: PackJob, undisturbed: str, tmp_path: Path, first: int
+) -> None:
+    """Before an fsync or a rename, early and late: the folder's marker, shards, the manifest."""
+    for call in range(first, 120, 17):
+        out = tmp_path / str(call)
+        killed = kill_pack(out, at_call=call)
+        require_sound(out)
+        run_pack(job, out)
+        assert digest(out) == undisturbed
+        if not killed:
+            return
+    pytest.fail("no pack has so many files: the last call was never reached")
+
+
+def test_killed_again_and_again(
+    kill_pack: Callable[..., bool], undisturbed: str, tmp_path: Path
+) -> None:
+    """Each attempt goes on where the one before was stopped, and the last one finishes."""
+    out = tmp_path / "out"
+    attempts = 0
+    while kill_pack(out, at_call=20):
+        require_sound(out)
+        attempts += 1
+        assert attempts < 20
+    assert attempts > 2
+    assert digest(out) == undisturbed
+
+
+def test_finished_shards_are_not_written_again(
+    kill_pack: Callable[..., bool], job: PackJob, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert kill_pack(out, at_call=40)
+    before = {p: p.stat().st_ino for p in out.rglob("*.int4") if not p.name.startswith(".")}
+    assert len(before) > 1
+    run_pack(job, out)
+    assert [p.stat().st_ino for p in before] == list(before.values())
+
+
+def test_a_finished_shard_that_was_damaged_is_written_again(
+    kill_pack: Callable[..., bool], job: PackJob, undisturbed: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert kill_pack(out, at_call=40)
+    shard = out / "dense" / "00000.int8"
+    data = bytearray(shard.read_bytes())
+    data[5000] ^= 1
+    shard.write_bytes(data)
+    run_pack(job, out)
+    assert digest(out) == undisturbed
