@@ -43,11 +43,13 @@ TARGET static inline __m256i SUFFIX(dot15)(__m256i u, __m256i x)
 }
 
 /* sum over groups of ss[g] * sum(u * x), u = q + 8 */
-TARGET static float SUFFIX(dot4)(const uint8_t *q, const float *ss, const int8_t *xq, int groups)
+TARGET static float SUFFIX(dot4)(const uint8_t *q, const uint8_t *next, const float *ss,
+                                 const int8_t *xq, int groups)
 {
     __m256 even = _mm256_setzero_ps(), odd = _mm256_setzero_ps();
     int g = 0;
     for (; g + 1 < groups; g += 2) {
+        __builtin_prefetch(next + 16 * g);
         __m256i a = SUFFIX(dot15)(SUFFIX(low_high)(q + 16 * g),
                                   _mm256_loadu_si256((const __m256i *)(xq + 32 * g)));
         __m256i b = SUFFIX(dot15)(SUFFIX(low_high)(q + 16 * g + 16),
@@ -64,11 +66,12 @@ TARGET static float SUFFIX(dot4)(const uint8_t *q, const float *ss, const int8_t
 }
 
 /* the same with u = 16 (q + 8) + (r + 8) */
-TARGET static float SUFFIX(dot8)(const uint8_t *q, const uint8_t *r, const float *ss,
-                                 const int8_t *xq, int groups)
+TARGET static float SUFFIX(dot8)(const uint8_t *q, const uint8_t *r, const uint8_t *next,
+                                 const float *ss, const int8_t *xq, int groups)
 {
     __m256 sum = _mm256_setzero_ps();
     for (int g = 0; g < groups; g++) {
+        __builtin_prefetch(next + 16 * g);
         __m256i x = _mm256_loadu_si256((const __m256i *)(xq + 32 * g));
         __m256i high = SUFFIX(dot15)(SUFFIX(low_high)(q + 16 * g), x);
         __m256i low = SUFFIX(dot15)(SUFFIX(low_high)(r + 16 * g), x);
@@ -121,27 +124,56 @@ TARGET static void SUFFIX(axpy16)(float *y, const uint16_t *w, float h, int leng
         y[i] += SUFFIX(widen1)(w[i], is_bf16) * h;
 }
 
-/* y += h * scale * (code - bias) over groups; r is NULL at INT4 */
-TARGET static void SUFFIX(axpy_codes)(float *y, const uint8_t *q, const uint8_t *r,
-                                      const uint8_t *scales, float h, int groups)
+/* The 32 biased codes of a group, in order. */
+TARGET static inline __m256i SUFFIX(codes)(const struct column *c, int g)
 {
-    const float bias = r ? 136.0f : 8.0f;
+    __m256i u = SUFFIX(low_high)(c->q + 16 * g);
+    if (c->r)
+        u = _mm256_or_si256(_mm256_slli_epi16(u, 4), SUFFIX(low_high)(c->r + 16 * g));
+    return u;
+}
+
+/* y += sum over columns of scale * (code - bias): `count` columns with y in registers */
+TARGET static void SUFFIX(axpy_codes)(float *y, const struct column *columns, int count, float bias,
+                                      int groups)
+{
     for (int g = 0; g < groups; g++) {
+        float *out = y + 32 * g;
+        __m256 sum[4];
+        for (int k = 0; k < 4; k++)
+            sum[k] = _mm256_loadu_ps(out + 8 * k);
+        for (int n = 0; n < count; n++) {
+            const struct column *c = columns + n;
+            if (!(g & 3)) {
+                __builtin_prefetch(c->q + c->ahead + 16 * g);
+            }
+            __m256 scale = _mm256_broadcast_ss(c->scales + g);
+            __m256 offset = _mm256_mul_ps(scale, _mm256_set1_ps(-bias));
+            __m256i u = SUFFIX(codes)(c, g);
+            __m128i half[2] = { _mm256_castsi256_si128(u), _mm256_extracti128_si256(u, 1) };
+            for (int k = 0; k < 4; k++) {
+                __m128i eight = k & 1 ? _mm_srli_si128(half[k >> 1], 8) : half[k >> 1];
+                __m256 code = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(eight));
+                sum[k] = _mm256_fmadd_ps(code, scale, _mm256_add_ps(sum[k], offset));
+            }
+        }
+        for (int k = 0; k < 4; k++)
+            _mm256_storeu_ps(out + 8 * k, sum[k]);
+    }
+}
+
+/* scales of `groups` groups, times h */
+TARGET static void SUFFIX(scaled)(float *to, const uint8_t *scales, float h, int groups)
+{
+    int g = 0;
+    for (; g + 7 < groups; g += 8) {
+        __m256 s = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(scales + 2 * g)));
+        _mm256_storeu_ps(to + g, _mm256_mul_ps(s, _mm256_set1_ps(h)));
+    }
+    for (; g < groups; g++) {
         uint16_t raw;
         memcpy(&raw, scales + 2 * g, 2);
-        float s = h * _cvtsh_ss(raw) * (r ? 0.0625f : 1.0f);
-        __m256 scale = _mm256_set1_ps(s), offset = _mm256_set1_ps(-bias * s);
-        __m256i u = SUFFIX(low_high)(q + 16 * g);
-        if (r)
-            u = _mm256_or_si256(_mm256_slli_epi16(u, 4), SUFFIX(low_high)(r + 16 * g));
-        __m128i half[2] = { _mm256_castsi256_si128(u), _mm256_extracti128_si256(u, 1) };
-        float *out = y + 32 * g;
-        for (int k = 0; k < 4; k++) {
-            __m128i eight = k & 1 ? _mm_srli_si128(half[k >> 1], 8) : half[k >> 1];
-            __m256 code = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(eight));
-            __m256 now = _mm256_add_ps(_mm256_loadu_ps(out + 8 * k), offset);
-            _mm256_storeu_ps(out + 8 * k, _mm256_fmadd_ps(code, scale, now));
-        }
+        to[g] = _cvtsh_ss(raw) * h;
     }
 }
 
@@ -203,17 +235,20 @@ static int SUFFIX(group_dot)(const uint8_t *c, const int8_t *x)
     return sum;
 }
 
-static float SUFFIX(dot4)(const uint8_t *q, const float *ss, const int8_t *xq, int groups)
+static float SUFFIX(dot4)(const uint8_t *q, const uint8_t *next, const float *ss,
+                          const int8_t *xq, int groups)
 {
+    (void)next;
     float sum = 0;
     for (int g = 0; g < groups; g++)
         sum += ss[g] * (float)SUFFIX(group_dot)(q + 16 * g, xq + 32 * g);
     return sum;
 }
 
-static float SUFFIX(dot8)(const uint8_t *q, const uint8_t *r, const float *ss, const int8_t *xq,
-                          int groups)
+static float SUFFIX(dot8)(const uint8_t *q, const uint8_t *r, const uint8_t *next,
+                          const float *ss, const int8_t *xq, int groups)
 {
+    (void)next;
     float sum = 0;
     for (int g = 0; g < groups; g++) {
         const int8_t *x = xq + 32 * g;
@@ -247,18 +282,25 @@ static void SUFFIX(axpy16)(float *y, const uint16_t *w, float h, int length, int
         y[i] += SUFFIX(widen1)(w[i], is_bf16) * h;
 }
 
-static void SUFFIX(axpy_codes)(float *y, const uint8_t *q, const uint8_t *r, const uint8_t *scales,
-                               float h, int groups)
+static void SUFFIX(axpy_codes)(float *y, const struct column *columns, int count, float bias,
+                               int groups)
 {
-    for (int g = 0; g < groups; g++) {
-        float s = h * SUFFIX(scale_at)(scales, g) * (r ? 0.0625f : 1.0f);
-        for (int j = 0; j < 32; j++) {
-            int shift = j < 16 ? 0 : 4, at = 16 * g + (j & 15);
-            int u = (q[at] >> shift) & 15;
-            u = r ? 16 * u + ((r[at] >> shift) & 15) - 136 : u - 8;
-            y[32 * g + j] += s * (float)u;
+    for (int n = 0; n < count; n++) {
+        const struct column *c = columns + n;
+        for (int i = 0; i < 32 * groups; i++) {
+            int shift = (i & 31) < 16 ? 0 : 4, at = 16 * (i / 32) + (i & 15);
+            int u = (c->q[at] >> shift) & 15;
+            if (c->r)
+                u = 16 * u + ((c->r[at] >> shift) & 15);
+            y[i] += c->scales[i / 32] * ((float)u - bias);
         }
     }
+}
+
+static void SUFFIX(scaled)(float *to, const uint8_t *scales, float h, int groups)
+{
+    for (int g = 0; g < groups; g++)
+        to[g] = SUFFIX(scale_at)(scales, g) * h;
 }
 
 static void SUFFIX(scale_products)(float *ss, const uint8_t *scales, const float *xs, int groups)
@@ -279,7 +321,7 @@ static float SUFFIX(dot_f32)(const float *a, const float *b, int n)
 
 static const struct primitives SUFFIX(primitives) = {
     SUFFIX(dot4), SUFFIX(dot8), SUFFIX(dot16), SUFFIX(axpy16),
-    SUFFIX(axpy_codes), SUFFIX(scale_products), SUFFIX(dot_f32),
+    SUFFIX(axpy_codes), SUFFIX(scaled), SUFFIX(scale_products), SUFFIX(dot_f32),
 };
 
 #undef SUFFIX

@@ -2,12 +2,13 @@
  *
  * Every function equals its torch reference (kernels/reference.py) up to the rounding of activations
  * to int8 per group of 32, and gives the same bits for any number of threads and of tokens: each
- * output is summed by one thread in one order. docs/DESIGN.md, section "Kernels".
+ * output is summed by one thread in one order. docs/DESIGN.md, section 6.
  *
  * Knows nothing about files, layers or which neurons a token wants.
  */
 
 #include <math.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -20,12 +21,21 @@
 
 #define GROUP 32
 
+/* One down column, or a part of it. */
+struct column {
+    const uint8_t *q, *r; /* r is NULL at INT4 */
+    const float *scales; /* of its groups, times the neuron's activation */
+    ptrdiff_t ahead; /* from q to the same place in the next column */
+};
+
 struct primitives {
-    float (*dot4)(const uint8_t *, const float *, const int8_t *, int);
-    float (*dot8)(const uint8_t *, const uint8_t *, const float *, const int8_t *, int);
+    float (*dot4)(const uint8_t *, const uint8_t *, const float *, const int8_t *, int);
+    float (*dot8)(const uint8_t *, const uint8_t *, const uint8_t *, const float *, const int8_t *,
+                  int);
     float (*dot16)(const uint16_t *, const float *, int, int);
     void (*axpy16)(float *, const uint16_t *, float, int, int);
-    void (*axpy_codes)(float *, const uint8_t *, const uint8_t *, const uint8_t *, float, int);
+    void (*axpy_codes)(float *, const struct column *, int, float, int);
+    void (*scaled)(float *, const uint8_t *, float, int);
     void (*scale_products)(float *, const uint8_t *, const float *, int);
     float (*dot_f32)(const float *, const float *, int);
 };
@@ -104,24 +114,6 @@ static const uint8_t *record8(const struct rows *r, int64_t row)
     return r->int8 + (size_t)(r->index8 ? r->index8[row] : row) * code_nbytes(r);
 }
 
-static void prefetch_row(const struct rows *r, int64_t row)
-{
-    const char *at;
-    size_t nbytes;
-    if (row >= r->count)
-        return;
-    if (r->kind == 16) {
-        nbytes = (size_t)r->vectors * r->length * 2;
-        at = (const char *)r->wide + (size_t)row * nbytes;
-    } else {
-        nbytes = code_nbytes(r) + (size_t)r->vectors * r->groups * 2;
-        at = (const char *)record4(r, row);
-    }
-    /* the hardware follows once a row is under way; its start is what it cannot guess */
-    for (size_t i = 0; i < nbytes && i < 512; i += 64)
-        __builtin_prefetch(at + i);
-}
-
 /* out[t] = row . x[t] for one vector of one row */
 static void dot_row(const struct rows *r, const struct inputs *in, int64_t row, int vector,
                     float *ss, float *out, int64_t out_stride)
@@ -136,16 +128,18 @@ static void dot_row(const struct rows *r, const struct inputs *in, int64_t row, 
     size_t half = (size_t)r->groups * (GROUP / 2);
     const uint8_t *record = record4(r, row);
     const uint8_t *q = record + vector * half;
+    /* what the hardware cannot guess: where the next chosen row starts */
+    const uint8_t *next = record4(r, row + 1 < r->count ? row + 1 : row) + vector * half;
     const uint8_t *scales = record + code_nbytes(r) + (size_t)vector * r->groups * 2;
     for (int t = 0; t < in->tokens; t++) {
         const int8_t *xq = in->xq + (size_t)t * r->groups * GROUP;
         chosen->scale_products(ss, scales, in->xs + (size_t)t * r->groups, r->groups);
         float biased, offset = chosen->dot_f32(ss, in->xsum + (size_t)t * r->groups, r->groups);
         if (r->kind == 4) {
-            biased = chosen->dot4(q, ss, xq, r->groups) - 8.0f * offset;
+            biased = chosen->dot4(q, next, ss, xq, r->groups) - 8.0f * offset;
         } else {
             const uint8_t *r8 = record8(r, row) + vector * half;
-            biased = 0.0625f * (chosen->dot8(q, r8, ss, xq, r->groups) - 136.0f * offset);
+            biased = 0.0625f * (chosen->dot8(q, r8, next, ss, xq, r->groups) - 136.0f * offset);
         }
         out[t * out_stride] = biased;
     }
@@ -173,7 +167,6 @@ static void matmul_part(void *context, int part, int parts)
     int64_t start, stop;
     share(r->count, part, parts, &start, &stop);
     for (int64_t i = start; i < stop; i++) {
-        prefetch_row(r, i + 2);
         dot_row(r, c->in, i, 0, ss, c->out + i, r->count);
     }
 }
@@ -187,7 +180,6 @@ static void gate_up_part(void *context, int part, int parts)
     int64_t start, stop;
     share(r->count, part, parts, &start, &stop);
     for (int64_t i = start; i < stop; i++) {
-        prefetch_row(r, i + 1);
         dot_row(r, c->in, i, 0, ss, gate, 1);
         dot_row(r, c->in, i, 1, ss, up, 1);
         for (int t = 0; t < tokens; t++) {
@@ -196,6 +188,41 @@ static void gate_up_part(void *context, int part, int parts)
             c->out[(size_t)t * r->count + i] = activated * up[t];
         }
     }
+}
+
+static void down_wide(const struct rows *r, const float *h, float *y, int first, int columns)
+{
+    for (int64_t i = 0; i < r->count; i++) {
+        const uint16_t *w = r->wide + ((size_t)i * r->vectors + r->vectors - 1) * r->length;
+        if (h[i] != 0)
+            chosen->axpy16(y, w + first, h[i], columns, r->is_bf16);
+    }
+}
+
+/* A few neurons at a time, so that y is loaded and stored once for all of them. */
+#define AT_ONCE 4
+static void down_codes(const struct rows *r, const float *h, float *y, int first, int groups)
+{
+    int vector = r->vectors - 1, held = 0;
+    float scales[AT_ONCE][groups], step = r->kind == 8 ? 0.0625f : 1.0f;
+    float bias = r->kind == 8 ? 136.0f : 8.0f;
+    struct column columns[AT_ONCE];
+    size_t at = (size_t)(vector * r->groups + first) * (GROUP / 2);
+    for (int64_t i = 0; i < r->count; i++) {
+        if (h[i] == 0)
+            continue;
+        const uint8_t *record = record4(r, i);
+        chosen->scaled(scales[held], record + code_nbytes(r) + (vector * r->groups + first) * 2,
+                       h[i] * step, groups);
+        int64_t later = i + AT_ONCE < r->count ? i + AT_ONCE : i;
+        columns[held] = (struct column){ record + at, r->kind == 8 ? record8(r, i) + at : NULL,
+                                         scales[held], record4(r, later) - record };
+        if (++held == AT_ONCE) {
+            chosen->axpy_codes(y, columns, held, bias, groups);
+            held = 0;
+        }
+    }
+    chosen->axpy_codes(y, columns, held, bias, groups);
 }
 
 /* Columns are shared out, so that every output is summed over neurons in order by one thread. */
@@ -208,29 +235,16 @@ static void down_part(void *context, int part, int parts)
     int columns = (int)(last * GROUP < r->length ? last * GROUP : r->length) - (int)first * GROUP;
     if (columns <= 0)
         return;
-    size_t half = (size_t)r->groups * (GROUP / 2);
-    int vector = r->vectors - 1;
     float y[(last - first) * GROUP];
     for (int t = 0; t < c->in->tokens; t++) {
         const float *h = c->weights + (size_t)t * r->count;
         float *out = c->out + (size_t)t * r->length + first * GROUP;
         memset(y, 0, sizeof(y));
         memcpy(y, out, (size_t)columns * sizeof(float));
-        for (int64_t i = 0; i < r->count; i++) {
-            if (h[i] == 0)
-                continue;
-            if (r->kind == 16) {
-                const uint16_t *w = r->wide + ((size_t)i * r->vectors + vector) * r->length;
-                chosen->axpy16(y, w + first * GROUP, h[i], columns, r->is_bf16);
-                continue;
-            }
-            const uint8_t *record = record4(r, i);
-            const uint8_t *scales = record + code_nbytes(r)
-                                    + ((size_t)vector * r->groups + first) * 2;
-            size_t at = vector * half + (size_t)first * (GROUP / 2);
-            const uint8_t *r8 = r->kind == 8 ? record8(r, i) + at : NULL;
-            chosen->axpy_codes(y, record + at, r8, scales, h[i], (int)(last - first));
-        }
+        if (r->kind == 16)
+            down_wide(r, h, y, (int)first * GROUP, columns);
+        else
+            down_codes(r, h, y, (int)first, (int)(last - first));
         memcpy(out, y, (size_t)columns * sizeof(float));
     }
 }
