@@ -2,7 +2,7 @@
 
     python scripts/bench_kernels.py [--threads 1 2] [--repeats 15]
 
-One layer of the llama2-7b shape (11,008 neurons of 3 x 4,096), random codes, INT4; the operands rotate
+One layer of the llama2-7b shape (11,008 neurons of 3 x 4,096), random codes, INT4; operands rotate
 through 6 copies (450 MB) so that no cache holds them. Medians, GB/s of the bytes a kernel needs.
 """
 

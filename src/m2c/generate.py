@@ -135,10 +135,11 @@ class StopWatch:
         if self.stopped:
             return ""
         self._held += text
-        found = [at for s in self._stop if (at := self._held.find(s)) >= 0]
+        found = [(at + len(s), at) for s in self._stop if (at := self._held.find(s)) >= 0]
         if found:
             self.stopped = True
-            out, self._held = self._held[: min(found)], ""
+            # the one complete first, as if the text had come letter by letter
+            out, self._held = self._held[: min(found)[1]], ""
             return out
         keep = max((self._overlap(s) for s in self._stop), default=0)
         out = self._held[: len(self._held) - keep]
