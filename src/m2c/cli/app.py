@@ -31,7 +31,10 @@ class Terminated(BaseException):
 
 def main() -> None:
     """Entry point of the `m2c` command."""
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, _unwind)
+    # a shell that starts us in the background may have SIGINT ignored
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _unwind)
     _fill_closed_streams()
     code = call(sys.argv[1:])
     # reads ahead and worker threads would keep the shell waiting
@@ -143,8 +146,11 @@ def _fill_closed_streams() -> None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
-def _terminate(*_: object) -> None:
-    raise Terminated
+def _unwind(number: int, _: object) -> None:
+    # one is enough: an impatient second would stop the tidying up
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)
+    raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
 
 if __name__ == "__main__":
