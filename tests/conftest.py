@@ -1,6 +1,7 @@
 """Fixtures that several test files share: a clean environment, small shards, packed models."""
 
 import multiprocessing
+import os
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from uuid import uuid4
@@ -21,9 +22,9 @@ def clean_environment(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """No test reads or writes the state of the person who runs it, nor that of another test."""
+    for name in [name for name in os.environ if name.startswith("M2C_")]:
+        monkeypatch.delenv(name)
     monkeypatch.setenv("M2C_HOME", str(tmp_path_factory.getbasetemp() / "homes" / uuid4().hex))
-    for name in ("M2C_MODEL", "M2C_SSD"):
-        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="session")

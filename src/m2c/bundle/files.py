@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from m2c.errors import BadInput, NoSpace, StorageError
+from m2c.errors import BadInput, NoSpace, StorageError, UsageError
 
 TEMPORARY_PREFIX = ".m2c-tmp-"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -37,6 +37,9 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     The data are synced before the rename and the folder after it, so a power cut leaves the old
     state or the new one. On any failure the temporary file is removed and `path` is untouched.
     """
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        # a rename would put a file in the place of a device or of a link
+        raise UsageError(f"{path} is not a regular file", "give another name")
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}")
     with disk_errors(path):
         try:

@@ -19,6 +19,10 @@ Threads = Annotated[
         help="Compute threads [default: all allowed cores].",
     ),
 ]  # fmt: skip
+Kernel = Annotated[
+    str,
+    typer.Option(envvar="M2C_KERNEL", help="Compute kernels: auto, avx512, avx2, scalar or torch."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no figures.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Mix = Annotated[

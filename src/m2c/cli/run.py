@@ -54,6 +54,7 @@ def command(
     depth: Annotated[int, typer.Option(min=2, max=16, help="Layers read ahead.")] = 2,
     ssd: options.Ssd = None,
     threads: options.Threads = None,
+    kernel: options.Kernel = "auto",
     plan: Annotated[
         bool, typer.Option("--plan", "--dry-run", help="Print the plan and stop.")
     ] = False,
@@ -74,7 +75,7 @@ def command(
 
     chosen = run_options(
         mix=mix, drop=drop, dense=dense, ctx_size=ctx_size, kv=kv, dram=dram, hbm=hbm,
-        device=device, policy=policy, depth=depth, threads=threads,
+        device=device, policy=policy, depth=depth, threads=threads, kernel=kernel,
     )  # fmt: skip
     sampler = Sampler(
         SamplingParams(

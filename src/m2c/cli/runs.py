@@ -14,6 +14,7 @@ from m2c.engine import Engine, RunOptions
 from m2c.errors import UsageError
 from m2c.generate import GenerationStats
 from m2c.hardware import probe_dram, probe_ssd
+from m2c.kernels.native import CHOICES
 from m2c.model.footprint import RunShape
 from m2c.model.kv import KV_DTYPES
 from m2c.model.mix import PRECISIONS, Mix
@@ -27,7 +28,7 @@ _CUT = {"length": "stopped at --max-tokens", "context": "stopped as the context 
 def run_options(
     *, mix: str | None, drop: float, dense: str | None, ctx_size: int | None, kv: str,
     dram: str | None, hbm: str | None, device: str, policy: str | None, depth: int,
-    threads: int | None,
+    threads: int | None, kernel: str = "auto",
 ) -> RunOptions:  # fmt: skip
     """Checked options. Raises UsageError naming the flag."""
     if dense not in (None, *PRECISIONS):
@@ -36,12 +37,14 @@ def run_options(
         raise UsageError(f"--kv {kv}: choose one of {', '.join(KV_DTYPES)}")
     if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", device, re.ASCII):
         raise UsageError(f"--device {device}: choose cpu or cuda[:N]")
+    if kernel not in CHOICES:
+        raise UsageError(f"--kernel {kernel}: choose one of {', '.join(CHOICES)}")
     if hbm == "auto" and device == "cpu":
         hbm = None
     return RunOptions(
         mix=None if mix is None else Mix.parse(mix, drop), dense=dense, ctx_size=ctx_size,
         kv_type=kv, threads=threads, device=device, dram=parse_budget(dram),
-        hbm=parse_budget(hbm), policy=policy, depth=depth,
+        hbm=parse_budget(hbm), policy=policy, depth=depth, kernel=kernel,
     )  # fmt: skip
 
 
@@ -128,8 +131,12 @@ def stats_facts(engine: Engine, figures: GenerationStats) -> dict[str, Any]:
     steps = max(1, figures.decode_steps)
     decode = figures.decode
     assert decode is not None
-    ssd_bandwidth = probe_ssd(engine.bundle, engine.store.reader) if decode.ssd.nbytes else 0.0
-    dram_bandwidth = probe_dram()
+    achieved = decode.ssd.nbytes / decode.ssd.busy_s if decode.ssd.busy_s else 0.0
+    # disks swing: the roof is at least what this very run has reached
+    ssd_bandwidth = (
+        max(achieved, probe_ssd(engine.bundle, engine.store.reader)) if achieved else 0.0
+    )
+    dram_bandwidth = probe_dram(min(engine.shape.threads, 8))
     moved = decode.ssd.nbytes / steps
     computed = engine.plan.compute_nbytes_per_token
     # reads overlap compute, so the slower of the two bounds a token
@@ -137,6 +144,8 @@ def stats_facts(engine: Engine, figures: GenerationStats) -> dict[str, Any]:
     return {
         "mix": str(engine.shape.mix),
         "dense": engine.shape.dense,
+        "kernel": engine.workers.kernel,
+        "threads": engine.shape.threads,
         "prompt_tokens": figures.prompt_tokens,
         "generated_tokens": figures.generated_tokens,
         "finish_reason": figures.finish_reason,
@@ -145,8 +154,8 @@ def stats_facts(engine: Engine, figures: GenerationStats) -> dict[str, Any]:
         "decode_tps": figures.decode_tps,
         "prefill_ssd_nbytes": figures.prefill_ssd_nbytes,
         "ssd_nbytes_per_token": moved,
-        "ssd_bytes_per_second": decode.ssd.nbytes / decode.ssd.busy_s if decode.ssd.busy_s else 0,
-        "ssd_probe_bytes_per_second": ssd_bandwidth,
+        "ssd_bytes_per_second": achieved,
+        "ssd_roof_bytes_per_second": ssd_bandwidth,
         "link_nbytes_per_token": decode.link.nbytes / steps,
         "dram_probe_bytes_per_second": dram_bandwidth,
         "weights_nbytes_per_token": computed,
@@ -165,6 +174,7 @@ def summary_line(facts: dict[str, Any]) -> str:
     parts = [f"TTFT {facts['ttft_s']:.2f} s", f"prefill {facts['prefill_tps']:.1f} tok/s"]
     parts += _decode_words(facts) if facts["generated_tokens"] > 1 else []
     parts.append(f"peak {format_size(facts['peak_memory_nbytes'])}")
+    parts.append(f"{facts['kernel']} kernels, {facts['threads']} threads")
     if why := _CUT.get(facts["finish_reason"]):
         parts.append(why)
     return "m2c: " + ", ".join(parts)
