@@ -253,3 +253,12 @@ def test_options_that_mean_nothing(deep_bundle: Bundle) -> None:
     for changes in ({"policy": "magic"}, {"ctx_size": 100_000}):
         with pytest.raises(UsageError):
             plan_of(deep_bundle, options_for(MIXES["0/25/75"], **changes))
+
+
+def test_stats_are_a_snapshot(tiny_bundle: Bundle) -> None:
+    with Engine(tiny_bundle, options_for(Mix(100, 0, 0))) as engine:
+        engine.model.forward(np.asarray([1, 2], np.int32))
+        before = engine.store.stats
+        known = before.ssd.nbytes
+        engine.model.forward(np.asarray([3], np.int32))
+        assert engine.store.stats.ssd.nbytes > known == before.ssd.nbytes

@@ -7,7 +7,7 @@ upgrades on demand. It knows bytes and tiers; which neurons a token needs is dec
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -39,7 +39,7 @@ class Precisions:
 
 @dataclass
 class StoreStats:
-    """Traffic since the last reset. `upgrades`: plane to who served it."""
+    """A snapshot of the traffic since the last reset. `upgrades`: plane to who served it."""
 
     ssd: LinkStats
     link: LinkStats  # DRAM to HBM
@@ -140,7 +140,7 @@ class NeuronStore:
         totals: dict[str, HitStats] = {}
         for (_, plane), upgrade in self._upgrades.items():
             totals.setdefault(plane, HitStats()).add(upgrade.stats)
-        return StoreStats(self.reader.stats, self._link, totals)
+        return StoreStats(replace(self.reader.stats), replace(self._link), totals)
 
     def reset_stats(self) -> None:
         self.reader.reset_stats()
