@@ -90,3 +90,9 @@ def processes() -> ForkServerContext:
     first.start()
     first.join()
     return context
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Bundle) -> Path:
+    """Path of `tiny_bundle`."""
+    return tiny_bundle.path

@@ -20,17 +20,6 @@ from m2c.model.aliases import ALIASES
 CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|answer|>"
 
 
-@pytest.fixture(autouse=True)
-def no_options_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("M2C_HBM", "M2C_DRAM", "M2C_DEVICE", "M2C_THREADS", "M2C_DEBUG"):
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def bundle(tiny_bundle: Bundle) -> Path:
-    return tiny_bundle.path
-
-
 @pytest.fixture(scope="module")
 def chat_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model with a chat format."""

@@ -10,7 +10,6 @@ import pytest
 from command_line import m2c, m2c_ok
 from tiny_models import write_checkpoint
 
-from m2c.bundle.bundle import Bundle
 from m2c.cli import plan as plan_command
 from m2c.home import home
 
@@ -20,11 +19,6 @@ def no_options_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     for name in ("M2C_HBM", "M2C_DRAM", "M2C_DEVICE", "M2C_THREADS", "M2C_DEBUG"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "no-hub"))
-
-
-@pytest.fixture
-def bundle(tiny_bundle: Bundle) -> Path:
-    return tiny_bundle.path
 
 
 @pytest.fixture

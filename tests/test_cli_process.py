@@ -9,21 +9,9 @@ import pytest
 from command_line import m2c, m2c_ok, shell, start
 from tiny_models import pack_folder, write_checkpoint
 
-from m2c.bundle.bundle import Bundle
 from m2c.bundle.files import TEMPORARY_PREFIX
 
 FULL = Path("/dev/full")
-
-
-@pytest.fixture(autouse=True)
-def no_options_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("M2C_HBM", "M2C_DRAM", "M2C_DEVICE", "M2C_THREADS", "M2C_DEBUG"):
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def bundle(tiny_bundle: Bundle) -> Path:
-    return tiny_bundle.path
 
 
 @pytest.fixture(scope="module")

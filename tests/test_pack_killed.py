@@ -46,7 +46,7 @@ def require_sound(out: Path) -> None:
     assert not list(check_bundle(out, read_data=True))
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(5))
 def test_killed_at_random_moments(
     kill_pack: Callable[..., bool], job: PackJob, undisturbed: str, tmp_path: Path, seed: int
 ) -> None:

@@ -6,6 +6,7 @@ import typer
 
 from m2c.cli import options
 from m2c.cli.console import result
+from m2c.errors import UsageError
 
 if TYPE_CHECKING:
     from m2c.engine import RunOptions
@@ -35,6 +36,8 @@ def command(
     ssd_speed: Annotated[
         str, typer.Option(help="What the SSD reads per second, for the bound.")
     ] = "2GB",
+    link_speed: Annotated[str, typer.Option(help="Likewise from DRAM to HBM.")] = "12GB",
+    dram_speed: Annotated[str, typer.Option(help="Likewise from DRAM to the processor.")] = "20GB",
     threads: options.Threads = None,
     json_output: options.Json = False,
 ) -> None:
@@ -43,19 +46,22 @@ def command(
     Prints bytes per tier, bytes per token on each link and the bound on tok/s that follows.
     """
     from m2c.bundle.strict import dump_json
-    from m2c.cli.runs import describe_plan, plan_facts, run_options
+    from m2c.cli.runs import Speeds, describe_plan, plan_facts, run_options
     from m2c.units import parse_size
 
     chosen = run_options(
         mix=mix, drop=drop, dense=dense, ctx_size=ctx_size, kv=kv, dram=dram, hbm=hbm,
         device="cpu", policy=policy, depth=2, threads=threads,
     )  # fmt: skip
-    speed = parse_size(ssd_speed) / 1e9
+    given = [parse_size(speed) for speed in (ssd_speed, link_speed, dram_speed)]
+    if 0 in given:
+        raise UsageError("a speed of 0 bounds nothing", "write it like 2GB")
+    speeds = Speeds(*given)
     plan, shape, title = _plan(model, chosen, ssd)
     if json_output:
         result(dump_json(plan_facts(plan)).decode())
         return
-    for line in [title, *describe_plan(plan, shape, speed)]:
+    for line in [title, *describe_plan(plan, shape, speeds)]:
         result(line)
 
 

@@ -5,6 +5,7 @@ Knows nothing about argument parsing.
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,16 @@ def tracing_engine(
     return engine
 
 
-def describe_plan(plan: Plan, shape: RunShape, ssd_gbps: float | None = None) -> list[str]:
+@dataclass(frozen=True)
+class Speeds:
+    """Bytes per second of what a token's bytes come through."""
+
+    ssd: int
+    link: int  # DRAM to HBM
+    dram: int
+
+
+def describe_plan(plan: Plan, shape: RunShape, speeds: Speeds | None = None) -> list[str]:
     """The plan in lines of text: what lies where, traffic per token, the bound that follows."""
     f = plan.footprint
     kinds = {"dense": "attention", "neurons": "FFN", "head": "head"}
@@ -101,10 +111,22 @@ def describe_plan(plan: Plan, shape: RunShape, ssd_gbps: float | None = None) ->
         + (f"DRAM to HBM {format_size(plan.link_nbytes_per_token)}, " if plan.budget.hbm else "")
         + f"weights computed {format_size(plan.compute_nbytes_per_token)}"
     )
-    if plan.ssd_nbytes_per_token and ssd_gbps:
-        bound = ssd_gbps * 1e9 / plan.ssd_nbytes_per_token
-        lines.append(f"the SSD bounds decoding at {bound:.3g} tok/s if it reads {ssd_gbps:g} GB/s")
+    if speeds is not None:
+        lines.append(_bound(plan, speeds))
     return lines
+
+
+def _bound(plan: Plan, speeds: Speeds) -> str:
+    """Transfers overlap, so the slowest of them bounds a token."""
+    seconds = {
+        f"the SSD at {speeds.ssd / 1e9:g} GB/s": plan.ssd_nbytes_per_token / speeds.ssd,
+        f"DRAM to HBM at {speeds.link / 1e9:g} GB/s": plan.link_nbytes_per_token / speeds.link,
+    }
+    if not plan.budget.hbm:
+        dram = f"DRAM at {speeds.dram / 1e9:g} GB/s"
+        seconds[dram] = plan.compute_nbytes_per_token / speeds.dram
+    slowest = max(seconds, key=lambda name: seconds[name])
+    return f"bound: {1 / seconds[slowest]:.3g} tok/s, by {slowest}"
 
 
 def _tier(name: str, used: int, budget: int, blocks: str) -> str:
