@@ -18,6 +18,7 @@ from m2c.bundle.planes import RecordLayout
 from m2c.errors import UsageError
 from m2c.kernels.native import CHOICES, NativeKernels
 from m2c.kernels.rows import PackedRows
+from m2c.tiers.memory import aligned_buffer
 
 NEURONS, HIDDEN, COPIES = 11008, 4096, 6
 
@@ -27,7 +28,13 @@ def operands() -> list[torch.Tensor]:
     codes = torch.randint(0, 256, (NEURONS, layout.nbytes("int4")), dtype=torch.uint8)
     scales = torch.full((NEURONS, 3 * layout.groups), 0.01, dtype=torch.float16)
     codes[:, layout.code_nbytes :] = scales.view(torch.uint8)
-    return [codes.clone() for _ in range(COPIES)]
+    return [in_arena(codes) for _ in range(COPIES)]
+
+
+def in_arena(records: torch.Tensor) -> torch.Tensor:
+    """A copy in memory of the kind that holds weights: page-aligned, huge pages where granted."""
+    arena = torch.from_numpy(aligned_buffer(records.numel()))[: records.numel()]
+    return arena.view(records.shape).copy_(records)
 
 
 def bandwidth(call: Callable[[int], object], nbytes: float, repeats: int) -> float:
@@ -51,7 +58,7 @@ def measure(kernels: NativeKernels, records: list[torch.Tensor], repeats: int) -
         bandwidth(lambda i: kernels.gate_up(x, neurons[i], "silu"), whole * 2 / 3, repeats),
         bandwidth(lambda i: kernels.down(h, neurons[i]), whole / 3, repeats),
         bandwidth(
-            lambda i: kernels.down(kernels.gate_up(x, neurons[i], "silu"), neurons[i]),
+            lambda i: kernels.ffn(x, neurons[i], "silu", mask=None, into=torch.zeros(1, HIDDEN)),
             whole, repeats,
         ),
         bandwidth(lambda i: kernels.matmul_rows(x, PackedRows(row, dense[i])), whole, repeats),

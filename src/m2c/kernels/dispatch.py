@@ -54,10 +54,8 @@ def gather_ffn(
         return reference.gather_ffn(x, rows, act, workers, mask=mask)
     total, start = torch.zeros_like(x), 0
     for part in _parts(rows, workers):
-        activations = native.gate_up(x, part, act)
-        if mask is not None:
-            activations = activations * mask[:, start : start + len(part)]
-        native.down(activations, part, into=total)
+        own = None if mask is None else mask[:, start : start + len(part)]
+        native.ffn(x, part, act, mask=own, into=total)
         start += len(part)
     return total
 

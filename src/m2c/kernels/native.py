@@ -114,6 +114,23 @@ class NativeKernels:
         )  # fmt: skip
         return out
 
+    def ffn(
+        self, x: Tensor, rows: Rows, act: str, *, mask: Tensor | None, into: Tensor
+    ) -> None:  # fmt: skip
+        """Add the neurons' FFN output to `into` [tokens, hidden]: one pass over each record.
+
+        A call with a multiple of CHUNK rows, continued by another, gives the bits of one call.
+        """
+        given, _keep = self._inputs(x, rows)
+        packed = _rows(rows)
+        mask = None if mask is None else mask.contiguous()
+        failed = self._library.m2c_ffn(
+            self._pool, ctypes.byref(packed), ctypes.byref(given), ctypes.c_int32(act == "relu"),
+            _POINTER(None if mask is None else mask.data_ptr()), _POINTER(into.data_ptr()),
+        )  # fmt: skip
+        if failed:
+            raise MemoryError("no memory for the partial sums of a kernel")
+
     def _inputs(self, x: Tensor, rows: Rows) -> tuple[_Inputs, list[Tensor]]:
         """The structure, and the tensors that must outlive the call."""
         x = x.contiguous()

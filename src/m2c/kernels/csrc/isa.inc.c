@@ -124,41 +124,65 @@ TARGET static void SUFFIX(axpy16)(float *y, const uint16_t *w, float h, int leng
         y[i] += SUFFIX(widen1)(w[i], is_bf16) * h;
 }
 
-/* The 32 biased codes of a group, in order. */
+/* The 32 codes of a group in order, as signed bytes: q at INT4; 16 q + r + 8 at INT8. */
 TARGET static inline __m256i SUFFIX(codes)(const struct column *c, int g)
 {
     __m256i u = SUFFIX(low_high)(c->q + 16 * g);
-    if (c->r)
-        u = _mm256_or_si256(_mm256_slli_epi16(u, 4), SUFFIX(low_high)(c->r + 16 * g));
-    return u;
+    if (!c->r)
+        return _mm256_sub_epi8(u, _mm256_set1_epi8(8));
+    u = _mm256_or_si256(_mm256_slli_epi16(u, 4), SUFFIX(low_high)(c->r + 16 * g));
+    return _mm256_xor_si256(u, _mm256_set1_epi8((char)0x80));
 }
 
-/* y += sum over columns of scale * (code - bias): `count` columns with y in registers */
-TARGET static void SUFFIX(axpy_codes)(float *y, const struct column *columns, int count, float bias,
-                                      int groups)
+/* y += sum over columns of scale * code: `count` columns with y in registers. At INT8 the bytes are
+ * 8 above the code (biased by 136, not 128), which costs one more addition. */
+TARGET static void SUFFIX(axpy_codes)(float *y, const struct column *columns, int count, int groups)
 {
     for (int g = 0; g < groups; g++) {
         float *out = y + 32 * g;
+#if M2C_ISA == 2
+        __m512 low = _mm512_loadu_ps(out), high = _mm512_loadu_ps(out + 16);
+        for (int n = 0; n < count; n++) {
+            const struct column *c = columns + n;
+            if (!(g & 3))
+                __builtin_prefetch(c->q + c->ahead + 16 * g);
+            __m512 scale = _mm512_set1_ps(c->scales[g]);
+            __m256i u = SUFFIX(codes)(c, g);
+            if (c->r) {
+                __m512 offset = _mm512_mul_ps(scale, _mm512_set1_ps(-8.0f));
+                low = _mm512_add_ps(low, offset);
+                high = _mm512_add_ps(high, offset);
+            }
+            __m512i a = _mm512_cvtepi8_epi32(_mm256_castsi256_si128(u));
+            __m512i b = _mm512_cvtepi8_epi32(_mm256_extracti128_si256(u, 1));
+            low = _mm512_fmadd_ps(_mm512_cvtepi32_ps(a), scale, low);
+            high = _mm512_fmadd_ps(_mm512_cvtepi32_ps(b), scale, high);
+        }
+        _mm512_storeu_ps(out, low);
+        _mm512_storeu_ps(out + 16, high);
+#else
         __m256 sum[4];
         for (int k = 0; k < 4; k++)
             sum[k] = _mm256_loadu_ps(out + 8 * k);
         for (int n = 0; n < count; n++) {
             const struct column *c = columns + n;
-            if (!(g & 3)) {
+            if (!(g & 3))
                 __builtin_prefetch(c->q + c->ahead + 16 * g);
-            }
             __m256 scale = _mm256_broadcast_ss(c->scales + g);
-            __m256 offset = _mm256_mul_ps(scale, _mm256_set1_ps(-bias));
+            __m256 offset = _mm256_mul_ps(scale, _mm256_set1_ps(-8.0f));
             __m256i u = SUFFIX(codes)(c, g);
             __m128i half[2] = { _mm256_castsi256_si128(u), _mm256_extracti128_si256(u, 1) };
             for (int k = 0; k < 4; k++) {
                 __m128i eight = k & 1 ? _mm_srli_si128(half[k >> 1], 8) : half[k >> 1];
-                __m256 code = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(eight));
-                sum[k] = _mm256_fmadd_ps(code, scale, _mm256_add_ps(sum[k], offset));
+                __m256 code = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight));
+                if (c->r)
+                    sum[k] = _mm256_add_ps(sum[k], offset);
+                sum[k] = _mm256_fmadd_ps(code, scale, sum[k]);
             }
         }
         for (int k = 0; k < 4; k++)
             _mm256_storeu_ps(out + 8 * k, sum[k]);
+#endif
     }
 }
 
@@ -282,17 +306,16 @@ static void SUFFIX(axpy16)(float *y, const uint16_t *w, float h, int length, int
         y[i] += SUFFIX(widen1)(w[i], is_bf16) * h;
 }
 
-static void SUFFIX(axpy_codes)(float *y, const struct column *columns, int count, float bias,
-                               int groups)
+static void SUFFIX(axpy_codes)(float *y, const struct column *columns, int count, int groups)
 {
     for (int n = 0; n < count; n++) {
         const struct column *c = columns + n;
         for (int i = 0; i < 32 * groups; i++) {
             int shift = (i & 31) < 16 ? 0 : 4, at = 16 * (i / 32) + (i & 15);
-            int u = (c->q[at] >> shift) & 15;
+            int u = ((c->q[at] >> shift) & 15) - 8;
             if (c->r)
-                u = 16 * u + ((c->r[at] >> shift) & 15);
-            y[i] += c->scales[i / 32] * ((float)u - bias);
+                u = 16 * u + ((c->r[at] >> shift) & 15) - 8;
+            y[i] += c->scales[i / 32] * (float)u;
         }
     }
 }

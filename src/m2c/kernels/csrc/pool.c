@@ -99,6 +99,11 @@ struct pool *m2c_pool_new(int threads)
     return p;
 }
 
+int pool_threads(const struct pool *p)
+{
+    return p->threads;
+}
+
 void pool_run(struct pool *p, pool_work work, void *context)
 {
     if (p->threads == 1) {

@@ -34,7 +34,7 @@ struct primitives {
                   int);
     float (*dot16)(const uint16_t *, const float *, int, int);
     void (*axpy16)(float *, const uint16_t *, float, int, int);
-    void (*axpy_codes)(float *, const struct column *, int, float, int);
+    void (*axpy_codes)(float *, const struct column *, int, int);
     void (*scaled)(float *, const uint8_t *, float, int);
     void (*scale_products)(float *, const uint8_t *, const float *, int);
     float (*dot_f32)(const float *, const float *, int);
@@ -114,6 +114,12 @@ static const uint8_t *record8(const struct rows *r, int64_t row)
     return r->int8 + (size_t)(r->index8 ? r->index8[row] : row) * code_nbytes(r);
 }
 
+static inline void prefetch(const uint8_t *at, size_t nbytes)
+{
+    for (size_t i = 0; i < nbytes; i += 64)
+        __builtin_prefetch(at + i);
+}
+
 /* out[t] = row . x[t] for one vector of one row */
 static void dot_row(const struct rows *r, const struct inputs *in, int64_t row, int vector,
                     float *ss, float *out, int64_t out_stride)
@@ -127,10 +133,12 @@ static void dot_row(const struct rows *r, const struct inputs *in, int64_t row, 
     }
     size_t half = (size_t)r->groups * (GROUP / 2);
     const uint8_t *record = record4(r, row);
+    const uint8_t *scales = record + code_nbytes(r) + (size_t)vector * r->groups * 2;
     const uint8_t *q = record + vector * half;
     /* what the hardware cannot guess: where the next chosen row starts */
-    const uint8_t *next = record4(r, row + 1 < r->count ? row + 1 : row) + vector * half;
-    const uint8_t *scales = record + code_nbytes(r) + (size_t)vector * r->groups * 2;
+    const uint8_t *later = record4(r, row + 1 < r->count ? row + 1 : row);
+    const uint8_t *next = later + vector * half;
+    prefetch(later + (scales - record), (size_t)r->groups * 2);
     for (int t = 0; t < in->tokens; t++) {
         const int8_t *xq = in->xq + (size_t)t * r->groups * GROUP;
         chosen->scale_products(ss, scales, in->xs + (size_t)t * r->groups, r->groups);
@@ -171,6 +179,11 @@ static void matmul_part(void *context, int part, int parts)
     }
 }
 
+static float activate(float gate, float up, int relu)
+{
+    return (relu ? (gate > 0 ? gate : 0) : gate / (1.0f + expf(-gate))) * up;
+}
+
 static void gate_up_part(void *context, int part, int parts)
 {
     const struct call *c = context;
@@ -183,9 +196,7 @@ static void gate_up_part(void *context, int part, int parts)
         dot_row(r, c->in, i, 0, ss, gate, 1);
         dot_row(r, c->in, i, 1, ss, up, 1);
         for (int t = 0; t < tokens; t++) {
-            float g = gate[t];
-            float activated = c->relu ? (g > 0 ? g : 0) : g / (1.0f + expf(-g));
-            c->out[(size_t)t * r->count + i] = activated * up[t];
+            c->out[(size_t)t * r->count + i] = activate(gate[t], up[t], c->relu);
         }
     }
 }
@@ -205,7 +216,6 @@ static void down_codes(const struct rows *r, const float *h, float *y, int first
 {
     int vector = r->vectors - 1, held = 0;
     float scales[AT_ONCE][groups], step = r->kind == 8 ? 0.0625f : 1.0f;
-    float bias = r->kind == 8 ? 136.0f : 8.0f;
     struct column columns[AT_ONCE];
     size_t at = (size_t)(vector * r->groups + first) * (GROUP / 2);
     for (int64_t i = 0; i < r->count; i++) {
@@ -215,14 +225,16 @@ static void down_codes(const struct rows *r, const float *h, float *y, int first
         chosen->scaled(scales[held], record + code_nbytes(r) + (vector * r->groups + first) * 2,
                        h[i] * step, groups);
         int64_t later = i + AT_ONCE < r->count ? i + AT_ONCE : i;
+        prefetch(record4(r, later) + code_nbytes(r) + (vector * r->groups + first) * 2,
+                 (size_t)groups * 2);
         columns[held] = (struct column){ record + at, r->kind == 8 ? record8(r, i) + at : NULL,
                                          scales[held], record4(r, later) - record };
         if (++held == AT_ONCE) {
-            chosen->axpy_codes(y, columns, held, bias, groups);
+            chosen->axpy_codes(y, columns, held, groups);
             held = 0;
         }
     }
-    chosen->axpy_codes(y, columns, held, bias, groups);
+    chosen->axpy_codes(y, columns, held, groups);
 }
 
 /* Columns are shared out, so that every output is summed over neurons in order by one thread. */
@@ -246,6 +258,84 @@ static void down_part(void *context, int part, int parts)
         else
             down_codes(r, h, y, (int)first, (int)(last - first));
         memcpy(out, y, (size_t)columns * sizeof(float));
+    }
+}
+
+/* The whole FFN of some neurons: one pass over each record, gate and up, then its down column.
+ *
+ * Neurons are summed in chunks of CHUNK and the chunks in order, whoever computed them. A wave of
+ * chunks is computed at a time, so that partial sums stay small. */
+#define CHUNK 256
+#define CHUNKS_PER_THREAD 4
+
+struct ffn_call {
+    const struct rows *rows;
+    const struct inputs *in;
+    const float *mask; /* [tokens, rows] or NULL */
+    int relu;
+    int64_t first, chunks; /* of this wave */
+    float *partial; /* [chunks, tokens, groups * GROUP] */
+};
+
+/* y[t] += h[k][t] * down column of neuron i + k, for `held` neurons */
+static void flush_columns(const struct rows *r, int64_t i, int held, int tokens, const float *h,
+                          float *y, float *scales)
+{
+    int vector = r->vectors - 1;
+    size_t at = (size_t)vector * r->groups * (GROUP / 2);
+    float step = r->kind == 8 ? 0.0625f : 1.0f;
+    for (int t = 0; t < tokens; t++, y += (size_t)r->groups * GROUP) {
+        struct column columns[AT_ONCE];
+        int count = 0;
+        for (int k = 0; k < held; k++) {
+            float value = h[k * tokens + t];
+            if (value == 0)
+                continue;
+            if (r->kind == 16) {
+                const uint16_t *w = r->wide + ((size_t)(i + k) * r->vectors + vector) * r->length;
+                chosen->axpy16(y, w, value, r->length, r->is_bf16);
+                continue;
+            }
+            const uint8_t *record = record4(r, i + k);
+            float *own = scales + (size_t)count * r->groups;
+            chosen->scaled(own, record + code_nbytes(r) + (size_t)vector * r->groups * 2,
+                           value * step, r->groups);
+            columns[count++] = (struct column){
+                record + at, r->kind == 8 ? record8(r, i + k) + at : NULL, own, 0
+            };
+        }
+        if (count)
+            chosen->axpy_codes(y, columns, count, r->groups);
+    }
+}
+
+static void ffn_part(void *context, int part, int parts)
+{
+    const struct ffn_call *c = context;
+    const struct rows *r = c->rows;
+    int tokens = c->in->tokens;
+    size_t padded = (size_t)r->groups * GROUP;
+    float ss[r->groups + 1], scales[AT_ONCE * r->groups], gate[tokens], up[tokens];
+    float h[AT_ONCE * tokens];
+    for (int64_t k = part; k < c->chunks; k += parts) {
+        float *y = c->partial + (size_t)k * tokens * padded;
+        int64_t start = (c->first + k) * CHUNK;
+        int64_t stop = start + CHUNK < r->count ? start + CHUNK : r->count;
+        memset(y, 0, tokens * padded * sizeof(float));
+        for (int64_t i = start; i < stop; i += AT_ONCE) {
+            int held = (int)(stop - i < AT_ONCE ? stop - i : AT_ONCE);
+            for (int n = 0; n < held; n++) {
+                dot_row(r, c->in, i + n, 0, ss, gate, 1);
+                dot_row(r, c->in, i + n, 1, ss, up, 1);
+                for (int t = 0; t < tokens; t++) {
+                    float value = activate(gate[t], up[t], c->relu);
+                    if (c->mask)
+                        value *= c->mask[(size_t)t * r->count + i + n];
+                    h[n * tokens + t] = value;
+                }
+            }
+            flush_columns(r, i, held, tokens, h, y, scales);
+        }
     }
 }
 
@@ -293,4 +383,32 @@ void m2c_down(struct pool *pool, const struct rows *rows, const float *activatio
     struct inputs in = { NULL, NULL, NULL, NULL, tokens };
     struct call c = { rows, &in, out, activations, 0 };
     pool_run(pool, down_part, &c);
+}
+
+/* adds to what is in `out`; returns 0, or 1 when there is no memory for partial sums */
+int m2c_ffn(struct pool *pool, const struct rows *rows, const struct inputs *in, int relu,
+            const float *mask, float *out)
+{
+    int64_t chunks = (rows->count + CHUNK - 1) / CHUNK;
+    int64_t wave = (int64_t)pool_threads(pool) * CHUNKS_PER_THREAD;
+    size_t padded = (size_t)rows->groups * GROUP;
+    wave = wave < chunks ? wave : chunks;
+    float *partial = malloc((size_t)wave * in->tokens * padded * sizeof(float));
+    if (!partial)
+        return 1;
+    for (int64_t first = 0; first < chunks; first += wave) {
+        int64_t count = chunks - first < wave ? chunks - first : wave;
+        struct ffn_call c = { rows, in, mask, relu, first, count, partial };
+        pool_run(pool, ffn_part, &c);
+        for (int64_t k = 0; k < count; k++) {
+            for (int t = 0; t < in->tokens; t++) {
+                const float *from = partial + ((size_t)k * in->tokens + t) * padded;
+                float *to = out + (size_t)t * rows->length;
+                for (int j = 0; j < rows->length; j++)
+                    to[j] += from[j];
+            }
+        }
+    }
+    free(partial);
+    return 0;
 }
