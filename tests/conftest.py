@@ -7,6 +7,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
+import torch
 from running import MIXES, Run, decode, options_for
 from shards import write_exact, write_int4
 from tiny_models import digest, job_for, pack_folder, write_checkpoint
@@ -96,3 +97,9 @@ def processes() -> ForkServerContext:
 def bundle(tiny_bundle: Bundle) -> Path:
     """Path of `tiny_bundle`."""
     return tiny_bundle.path
+
+
+@pytest.fixture(params=["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+def device(request: pytest.FixtureRequest) -> str:
+    """Every device present."""
+    return str(request.param)

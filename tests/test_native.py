@@ -178,3 +178,27 @@ def test_choices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert load_native("auto", 1) is None
     with pytest.raises(UsageError, match="were not built"):
         load_native("avx2", 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so(kernels: NativeKernels, kind: str, bad: float) -> None:
+    x = inputs(1, 64)
+    x[0, 37] = bad
+    assert not torch.isfinite(kernels.matmul_rows(x, make_rows(kind, 3, 1, 64))).all()
+
+
+def test_tiny_activations_are_zero_not_undefined(kernels: NativeKernels) -> None:
+    x = torch.full((1, 64), 1e-38)
+    assert torch.equal(kernels.matmul_rows(x, make_rows("int4", 3, 1, 64)), torch.zeros(1, 3))
+
+
+def test_two_instruction_sets_side_by_side() -> None:
+    first, second = NativeKernels("auto", 1), NativeKernels("scalar", 2)
+    x, rows = inputs(1, 250), make_rows("int4", 50, 1, 250)
+    before = first.matmul_rows(x, rows)
+    second.matmul_rows(x, rows)
+    assert torch.equal(first.matmul_rows(x, rows), before)
+    assert (first.name, second.name)[1] == "scalar"
+    first.close()
+    second.close()

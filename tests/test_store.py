@@ -262,3 +262,31 @@ def test_stats_are_a_snapshot(tiny_bundle: Bundle) -> None:
         known = before.ssd.nbytes
         engine.model.forward(np.asarray([3], np.int32))
         assert engine.store.stats.ssd.nbytes > known == before.ssd.nbytes
+
+
+LONG = [
+    (5 * i * i + i) % 300 for i in range(45)
+]  # above native.MAX_TOKENS: the batch goes to torch
+
+
+@pytest.mark.parametrize("mix", [Mix(100, 0, 0), Mix(5, 15, 80), Mix(0, 0, 100)], ids=str)
+def test_a_long_prompt_does_not_see_the_tiers(deep_bundle: Bundle, mix: Mix) -> None:
+    found = []
+    for dram in budgets(deep_bundle, options_for(mix, ctx_size=64)):
+        with Engine(deep_bundle, options_for(mix, dram=dram, ctx_size=64)) as engine:
+            batch = engine.model.forward(np.asarray(LONG, np.int32), all_logits=True)
+            one = engine.model.forward(np.asarray([7], np.int32))
+            found.append(torch.cat((batch, one[None])))
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+def test_every_device_decodes_like_the_first(deep_bundle: Bundle, device: str) -> None:
+    """On a GPU: the same greedy tokens as the torch kernels on the CPU. Runs where there is one."""
+    runs = []
+    for options in (
+        options_for(Mix(0, 25, 75), kernel="torch"),
+        options_for(Mix(0, 25, 75), kernel="torch", device=device, hbm=64 << 20),
+    ):
+        with Engine(deep_bundle, options) as engine:
+            runs.append(decode(engine)[0])
+    assert runs[0] == runs[1]

@@ -122,7 +122,7 @@ def test_a_fetch_that_was_broken_off_leaves_no_trace(
                 decode(engine)  # warm: fetches fill the slots of others
             countdown = iter(range(failing - 1, -1, -1))
             for upgrade in engine.store._upgrades.values():
-                upgrade._load = break_off(upgrade._load, countdown)  # type: ignore[method-assign]
+                upgrade._load_piece = break_off(upgrade._load_piece, countdown)  # type: ignore[method-assign]
             with pytest.raises(KeyboardInterrupt):
                 decode(engine)
             assert same(decode(engine), reference[mix])

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m2c.errors import UsageError
-from m2c.units import format_bandwidth, format_size, parse_size
+from m2c.units import format_size, parse_size
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,3 @@ def test_what_means_nothing(text: str, reason: str) -> None:
 def test_a_size_survives_being_shown(nbytes: int) -> None:
     # two decimals are shown
     assert parse_size(format_size(nbytes)) == pytest.approx(nbytes, rel=0.006)
-
-
-def test_bandwidth_is_decimal() -> None:
-    assert format_bandwidth(3.5e9) == "3.50 GB/s"

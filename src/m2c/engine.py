@@ -70,7 +70,7 @@ class Engine:
         self.tokenizer = tokenizer_of(bundle)
         device = torch.device(options.device)
         threads = self.shape.threads if device.type == "cpu" else 1
-        self.workers = Workers(threads, kernel=options.kernel)
+        self.workers = Workers(threads, kernel=kernel_for(options))
         self.store = NeuronStore(
             bundle, self.plan, self.shape.precisions, device=device, progress=progress
         )
@@ -111,12 +111,25 @@ def shape_for(config: ModelConfig, options: RunOptions, mix: Mix) -> RunShape:
 def budget_for(options: RunOptions) -> Budget:
     """The memory to use. Raises UsageError for a device that is not there."""
     hbm = options.hbm
-    if options.device != "cpu" and hbm is None:
-        if not torch.cuda.is_available():
-            raise UsageError(f"--device {options.device}: this torch sees no GPU", "use cpu")
-        hbm = torch.cuda.mem_get_info(options.device)[0] * 9 // 10
+    if options.device != "cpu":
+        device = torch.device(options.device)
+        if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+            raise UsageError(f"--device {options.device}: this torch sees no such GPU", "use cpu")
+        if hbm is None:
+            hbm = torch.cuda.mem_get_info(device)[0] * 9 // 10
+        if not hbm:
+            raise UsageError("--hbm 0 leaves a GPU nothing to compute on", "use --device cpu")
     dram = auto_dram() if options.dram is None else options.dram
     return Budget(dram, hbm or 0)
+
+
+def kernel_for(options: RunOptions) -> str:
+    """Native kernels compute in host memory; on a GPU torch computes."""
+    if options.device == "cpu":
+        return options.kernel
+    if options.kernel not in ("auto", "torch"):
+        raise UsageError(f"--kernel {options.kernel} computes on the CPU", "use --device cpu")
+    return "torch"
 
 
 def policy_for(options: RunOptions, budget: Budget) -> str:

@@ -73,12 +73,6 @@ def probe_ssd(bundle: Bundle, reader: SsdReader) -> float:
     return position / (time.perf_counter() - begin)
 
 
-def cgroup_limit() -> int | None:
-    """The memory limit of this process's cgroup, bytes, None where there is none."""
-    limits = [limit for limit, _ in _cgroups() if limit < _UNLIMITED]
-    return min(limits, default=None)
-
-
 def _system_available() -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):

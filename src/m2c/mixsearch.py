@@ -26,10 +26,10 @@ from m2c.kernels.rows import PackedRows
 from m2c.kernels.workers import Workers
 from m2c.model.config import ModelConfig
 from m2c.model.mix import LEVELS, Mix, assign, bits_per_weight, scores_of
+from m2c.prompt import raw_ids
 from m2c.tiers.blocks import block_of
 from m2c.tiers.memory import aligned_buffer
 
-DEFAULT_BITS: Final = 5.5  # INT4 with a quarter of the neurons at INT8
 FP16_SHARES: Final = (0, 1, 2, 5, 10)
 SAMPLED_LAYERS: Final = 8
 DROPS: Final = (0, 10, 20, 30, 40, 50, 60, 70)
@@ -109,7 +109,7 @@ def choose_mix(
         mixes = [Mix.parse(request)]
     lines = []
     if request == "entropy":
-        ranked = [(summed_entropy(bundle, mix), mix) for mix in mixes]
+        ranked = [(mean_entropy(bundle, mix, workers.threads), mix) for mix in mixes]
         lines = [f"mix {mix}: {entropy:.3f} nats per generated token" for entropy, mix in ranked]
         best = min(ranked, key=lambda pair: pair[0])[1]
     else:
@@ -131,14 +131,14 @@ def choose_mix(
     return choice, quality, [*lines, f"default mix {best}"]
 
 
-def summed_entropy(bundle: Bundle, mix: Mix) -> float:
+def mean_entropy(bundle: Bundle, mix: Mix, threads: int) -> float:
     """Mean entropy, in nats, of the model's next-token distribution over its own greedy text.
 
     The paper's uncertainty estimate (UQEst): generated from a fixed prompt, ENTROPY_TOKENS tokens.
     """
-    options = RunOptions(mix=mix, ctx_size=4 * ENTROPY_TOKENS)
+    options = RunOptions(mix=mix, ctx_size=4 * ENTROPY_TOKENS, threads=threads)
     with Engine(bundle, options) as engine:
-        logits = prefill(engine.model, engine.tokenizer.encode(ENTROPY_PROMPT))
+        logits = prefill(engine.model, raw_ids(engine.tokenizer, ENTROPY_PROMPT))
         total = 0.0
         for _ in range(ENTROPY_TOKENS):
             logp = logits.double().log_softmax(0)

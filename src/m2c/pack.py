@@ -46,7 +46,6 @@ from m2c.tiers.store import EMBED, FFN
 from m2c.units import format_size
 
 _SAMPLE_ROWS: Final = 64
-_LARGEST_F16: Final = 65504.0
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def profile(
             f"{config.vocab_size} tokens", "fetch the tokenizer that belongs to this model",
         )  # fmt: skip
     vectors = vector_tensors(checkpoint)
-    rotary = Rotary(config, torch.device("cpu"))
+    rotary = Rotary(config, SEQUENCE, torch.device("cpu"))
     states = [_embed(checkpoint, part) for part in _sequences(ids)]
     layers = []
     for layer in range(config.num_hidden_layers):

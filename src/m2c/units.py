@@ -41,7 +41,3 @@ def format_size(nbytes: int | float) -> str:
         if nbytes >= factor:
             return f"{nbytes / factor:.2f} {unit}"
     return f"{int(nbytes)} B"
-
-
-def format_bandwidth(bytes_per_second: float) -> str:
-    return f"{bytes_per_second / 1e9:.2f} GB/s"

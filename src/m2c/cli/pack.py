@@ -90,7 +90,10 @@ def _job(
     from m2c.source import model_files
 
     if mix not in ("error", "entropy"):
-        mix = str(Mix.parse(mix))
+        given_mix = Mix.parse(mix)
+        if any(part % 1 for part in (given_mix.fp16, given_mix.int8, given_mix.int4)):
+            raise UsageError(f"--mix {mix}: a bundle records whole percents", "round the shares")
+        mix = str(given_mix)
     if exact_type not in ("auto", "bf16", "f16"):
         raise UsageError(f"--exact-type {exact_type}: choose bf16, f16 or auto")
     checkpoint = open_checkpoint(source)

@@ -38,6 +38,7 @@ def command(
     ] = "2GB",
     link_speed: Annotated[str, typer.Option(help="Likewise from DRAM to HBM.")] = "12GB",
     dram_speed: Annotated[str, typer.Option(help="Likewise from DRAM to the processor.")] = "20GB",
+    hbm_speed: Annotated[str, typer.Option(help="Likewise of the GPU's memory.")] = "300GB",
     threads: options.Threads = None,
     json_output: options.Json = False,
 ) -> None:
@@ -53,7 +54,7 @@ def command(
         mix=mix, drop=drop, dense=dense, ctx_size=ctx_size, kv=kv, dram=dram, hbm=hbm,
         device="cpu", policy=policy, depth=2, threads=threads,
     )  # fmt: skip
-    given = [parse_size(speed) for speed in (ssd_speed, link_speed, dram_speed)]
+    given = [parse_size(speed) for speed in (ssd_speed, link_speed, dram_speed, hbm_speed)]
     if 0 in given:
         raise UsageError("a speed of 0 bounds nothing", "write it like 2GB")
     speeds = Speeds(*given)

@@ -148,12 +148,13 @@ def _say_price(bundle: "Bundle", drop: float, quiet: bool) -> None:
     if not drop or quiet:
         return
     known = bundle.manifest.quality
+    mix = "/".join(str(part) for part in bundle.manifest.mix.percent)
     measured = [d for d in range(10, 80, 10) if d >= drop and f"ffn_error_drop_{d}" in known]
     if measured:
         before, after = known["ffn_error_drop_0"], known[f"ffn_error_drop_{measured[0]}"]
         say(
             f"m2c: dropping up to {measured[0]} % raises the FFN output error from {before:.3f} to "
-            f"{after:.3f} (measured when packing)"
+            f"{after:.3f} (measured when packing, with mix {mix})"
         )
     else:
         say(f"m2c: what dropping {drop:g} % costs was never measured: expect bad text")

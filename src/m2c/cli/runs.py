@@ -23,6 +23,10 @@ from m2c.tiers.plan import Plan
 from m2c.tiers.trace import TraceWriter
 from m2c.units import format_size
 
+POLICY_WORDS = {
+    "pinned": "pinned", "lru": "LRU", "lfu": "LFU", "atu": "adjacent-token update",
+    "ema": "moving average",
+}  # fmt: skip
 _CUT = {"length": "stopped at --max-tokens", "context": "stopped as the context is full"}
 
 
@@ -76,6 +80,7 @@ class Speeds:
     ssd: int
     link: int  # DRAM to HBM
     dram: int
+    hbm: int
 
 
 def describe_plan(plan: Plan, shape: RunShape, speeds: Speeds | None = None) -> list[str]:
@@ -103,7 +108,7 @@ def describe_plan(plan: Plan, shape: RunShape, speeds: Speeds | None = None) -> 
     for u in f.upgrades:
         lines.append(
             f"{u.plane.upper():5} {u.active} of {f.neurons} neurons a layer and token; "
-            f"{plan.slab_slots[u.plane]} cached ({plan.policy}), "
+            f"{plan.slab_slots[u.plane]} cached ({POLICY_WORDS[plan.policy]}), "
             f"{plan.prefix[u.plane]} hottest pinned in DRAM"
         )
     lines.append(
@@ -122,9 +127,8 @@ def _bound(plan: Plan, speeds: Speeds) -> str:
         f"the SSD at {speeds.ssd / 1e9:g} GB/s": plan.ssd_nbytes_per_token / speeds.ssd,
         f"DRAM to HBM at {speeds.link / 1e9:g} GB/s": plan.link_nbytes_per_token / speeds.link,
     }
-    if not plan.budget.hbm:
-        dram = f"DRAM at {speeds.dram / 1e9:g} GB/s"
-        seconds[dram] = plan.compute_nbytes_per_token / speeds.dram
+    computes, speed = ("HBM", speeds.hbm) if plan.budget.hbm else ("DRAM", speeds.dram)
+    seconds[f"{computes} at {speed / 1e9:g} GB/s"] = plan.compute_nbytes_per_token / speed
     slowest = max(seconds, key=lambda name: seconds[name])
     return f"bound: {1 / seconds[slowest]:.3g} tok/s, by {slowest}"
 
@@ -163,6 +167,10 @@ def stats_facts(engine: Engine, figures: GenerationStats) -> dict[str, Any]:
     computed = engine.plan.compute_nbytes_per_token
     # reads overlap compute, so the slower of the two bounds a token
     floor_s = max(moved / ssd_bandwidth if moved else 0.0, computed / dram_bandwidth)
+    crossed, link_speed = decode.link.nbytes / steps, 0.0
+    if decode.link.busy_s:
+        link_speed = decode.link.nbytes / decode.link.busy_s
+        floor_s = max(floor_s, crossed / link_speed)
     return {
         "mix": str(engine.shape.mix),
         "dense": engine.shape.dense,
@@ -178,7 +186,8 @@ def stats_facts(engine: Engine, figures: GenerationStats) -> dict[str, Any]:
         "ssd_nbytes_per_token": moved,
         "ssd_bytes_per_second": achieved,
         "ssd_roof_bytes_per_second": ssd_bandwidth,
-        "link_nbytes_per_token": decode.link.nbytes / steps,
+        "link_nbytes_per_token": crossed,
+        "link_bytes_per_second": link_speed,
         "dram_probe_bytes_per_second": dram_bandwidth,
         "weights_nbytes_per_token": computed,
         "share_of_roof": figures.decode_tps * floor_s,
@@ -213,7 +222,9 @@ def _decode_words(facts: dict[str, Any]) -> list[str]:
         ),
     ]
     if facts["plan"]["hbm_budget"]:
-        parts.append(f"DRAM-HBM {facts['link_nbytes_per_token'] / 1e6:.1f} MB/token")
+        link = f"DRAM-HBM {facts['link_nbytes_per_token'] / 1e6:.1f} MB/token"
+        speed = facts["link_bytes_per_second"]
+        parts.append(link + (f" at {speed / 1e9:.2f} GB/s" if speed else ""))
     for plane, hits in facts["upgrades"].items():
         total = max(1, sum(hits.values()))
         served = (("hbm_or_cache", "cached"), ("dram", "DRAM"), ("ssd", "SSD"))

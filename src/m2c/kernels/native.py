@@ -25,7 +25,7 @@ class _Rows(ctypes.Structure):
         ("int4", _POINTER), ("int8", _POINTER), ("wide", _POINTER),
         ("index4", _POINTER), ("index8", _POINTER), ("count", ctypes.c_int64),
         ("vectors", ctypes.c_int32), ("length", ctypes.c_int32), ("groups", ctypes.c_int32),
-        ("kind", ctypes.c_int32), ("is_bf16", ctypes.c_int32),
+        ("kind", ctypes.c_int32), ("is_bf16", ctypes.c_int32), ("use", _POINTER),
     )  # fmt: skip
 
 
@@ -63,17 +63,14 @@ class NativeKernels:
     def __init__(self, choice: str, threads: int) -> None:
         """Raises UsageError when this machine cannot run `choice`, OSError without the library."""
         self._library = _load(LIBRARY)
-        name = self._library.m2c_init(choice.encode())
-        if name is None:
-            raise UsageError(
-                f"this processor cannot run the {choice} kernels", "use M2C_KERNEL=auto"
-            )
-        self.name = name.decode()
-        self._pool = _POINTER(self._library.m2c_pool_new(threads))
+        self._handle = _POINTER(self._library.m2c_open(choice.encode(), threads))
+        if not self._handle:
+            raise UsageError(f"this processor cannot run {choice} kernels", "use M2C_KERNEL=auto")
+        self.name = self._library.m2c_name(self._handle).decode()
 
     def close(self) -> None:
-        self._library.m2c_pool_free(self._pool)
-        self._pool = _POINTER(None)
+        self._library.m2c_close(self._handle)
+        self._handle = _POINTER(None)
 
     def takes(self, x: Tensor, rows: Rows) -> bool:
         """Whether these kernels can compute this; if not, the reference does."""
@@ -88,7 +85,7 @@ class NativeKernels:
         given, _keep = self._inputs(x, rows)
         packed = _rows(rows)
         self._library.m2c_matmul(
-            self._pool, ctypes.byref(packed), ctypes.byref(given), _POINTER(out.data_ptr())
+            self._handle, ctypes.byref(packed), ctypes.byref(given), _POINTER(out.data_ptr())
         )
         return out
 
@@ -97,7 +94,7 @@ class NativeKernels:
         given, _keep = self._inputs(x, rows)
         packed = _rows(rows)
         self._library.m2c_gate_up(
-            self._pool, ctypes.byref(packed), ctypes.byref(given), ctypes.c_int32(act == "relu"),
+            self._handle, ctypes.byref(packed), ctypes.byref(given), ctypes.c_int32(act == "relu"),
             _POINTER(out.data_ptr()),
         )  # fmt: skip
         return out
@@ -109,7 +106,7 @@ class NativeKernels:
         out = torch.zeros((tokens, rows.layout.length)) if into is None else into
         packed = _rows(rows)
         self._library.m2c_down(
-            self._pool, ctypes.byref(packed), _POINTER(activations.data_ptr()),
+            self._handle, ctypes.byref(packed), _POINTER(activations.data_ptr()),
             ctypes.c_int32(tokens), _POINTER(out.data_ptr()),
         )  # fmt: skip
         return out
@@ -125,7 +122,7 @@ class NativeKernels:
         packed = _rows(rows)
         mask = None if mask is None else mask.contiguous()
         failed = self._library.m2c_ffn(
-            self._pool, ctypes.byref(packed), ctypes.byref(given), ctypes.c_int32(act == "relu"),
+            self._handle, ctypes.byref(packed), ctypes.byref(given), ctypes.c_int32(act == "relu"),
             _POINTER(None if mask is None else mask.data_ptr()), _POINTER(into.data_ptr()),
         )  # fmt: skip
         if failed:
@@ -171,8 +168,8 @@ def _at(tensor: Tensor) -> int:
 
 def _load(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
-    library.m2c_init.restype = ctypes.c_char_p
-    library.m2c_pool_new.restype = _POINTER
-    for name in ("m2c_matmul", "m2c_gate_up", "m2c_down", "m2c_quantize", "m2c_pool_free"):
+    library.m2c_name.restype = ctypes.c_char_p
+    library.m2c_open.restype = _POINTER
+    for name in ("m2c_matmul", "m2c_gate_up", "m2c_down", "m2c_quantize", "m2c_close"):
         getattr(library, name).restype = None
     return library

@@ -107,10 +107,6 @@ class ExactRows:
         rows = self.weights[start:stop, first * length : last * length].float()
         return rows.view(-1, last - first, length)
 
-    @staticmethod
-    def _chosen(index: Tensor | None, start: int, stop: int) -> Tensor | slice:
-        return slice(start, stop) if index is None else index[start:stop].long()
-
     def take(self, index: Tensor) -> "ExactRows":
         return ExactRows(self.layout, self.weights[index])
 

@@ -47,20 +47,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class Rotary:
-    """cos and sin tables [positions, head_dim / 2] f32, grown on demand."""
+    """cos and sin tables [positions, head_dim / 2] f32."""
 
-    def __init__(self, config: ModelConfig, device: torch.device) -> None:
-        self._frequencies = rope_frequencies(config).to(device)
-        self._cos = self._sin = torch.zeros(0, config.head_dim // 2, device=device)
+    def __init__(self, config: ModelConfig, positions: int, device: torch.device) -> None:
+        at = torch.arange(positions, device=device, dtype=torch.float32)
+        angles = at[:, None] * rope_frequencies(config).to(device)
+        self._cos, self._sin = angles.cos(), angles.sin()
 
     def __call__(self, x: Tensor, start: int) -> Tensor:
         """Rotate x [tokens, heads, head_dim] whose first token is at position `start`."""
         stop = start + x.shape[0]
-        if stop > len(self._cos):
-            size = max(stop, 2 * len(self._cos))
-            positions = torch.arange(size, device=x.device, dtype=torch.float32)
-            angles = positions[:, None] * self._frequencies
-            self._cos, self._sin = angles.cos(), angles.sin()
         cos, sin = self._cos[start:stop, None], self._sin[start:stop, None]
         low, high = x.chunk(2, dim=-1)
         return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
@@ -114,12 +110,14 @@ def _softmax_attention(q: Tensor, keys: Tensor, values: Tensor, start: int) -> T
     Causal: the token at position start + t sees positions up to its own.
     """
     tokens, heads, dim = q.shape
-    shared = heads // keys.shape[0]
-    grouped = q.view(tokens, -1, shared, dim).permute(1, 2, 0, 3)  # [kv, shared, tokens, dim]
-    scores = grouped @ keys.transpose(-1, -2).unsqueeze(1) / math.sqrt(dim)
+    groups = keys.shape[0]
+    # heads that share keys become rows of one product: broadcasting would copy the keys
+    grouped = q.view(tokens, groups, -1, dim).permute(1, 2, 0, 3).reshape(groups, -1, dim)
+    scores = grouped @ keys.transpose(-1, -2) / math.sqrt(dim)  # [kv, shared * tokens, positions]
     if tokens > 1:
         positions = torch.arange(keys.shape[1], device=q.device)
         own = start + torch.arange(tokens, device=q.device)
-        scores = scores.masked_fill(positions > own[:, None], float("-inf"))
-    mixed = scores.softmax(dim=-1) @ values.unsqueeze(1)
+        hidden = (positions > own[:, None]).repeat(heads // groups, 1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+    mixed = (scores.softmax(dim=-1) @ values).view(groups, -1, tokens, dim)
     return mixed.permute(2, 0, 1, 3).reshape(tokens, heads * dim)

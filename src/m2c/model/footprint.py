@@ -18,7 +18,7 @@ from m2c.model.config import ModelConfig, dense_matrices
 from m2c.model.ffn import FETCH
 from m2c.model.kv import kv_nbytes
 from m2c.model.mix import Mix
-from m2c.tiers.fetch import staging_nbytes
+from m2c.tiers.fetch import DECODE_WEIGHTS, staging_nbytes
 from m2c.tiers.plan import BlockFact, Footprint, UpgradeFact
 from m2c.tiers.store import Precisions, head_name
 from m2c.units import MiB
@@ -27,6 +27,7 @@ from m2c.units import MiB
 ESTIMATED_EXACT_BITS: Final = {"bf16": 4.4, "f16": 7.2}
 _ACTIVATIONS_NBYTES: Final = 64 * MiB  # of a prefill batch
 _STAGING_NBYTES: Final = 32 * MiB
+_DECODE_NBYTES: Final = 44  # temporary bytes per weight while the exact plane is decoded
 _CHANCE: Final = tuple(k / 100 for k in range(101))
 
 
@@ -105,9 +106,9 @@ def footprint_of_config(config: ModelConfig, shape: RunShape, exact_type: str) -
 def bundle_nbytes(config: ModelConfig, exact_type: str) -> int:
     """Estimated size on the SSD of a bundle with all planes."""
     shape = RunShape(Mix(100, 0, 0), "fp16", 1, "f16", 1)
-    print_ = footprint_of_config(config, shape, exact_type)
-    total = sum(block.streamed_nbytes for block in print_.blocks)
-    head = next(block for block in print_.blocks if block.kind == "head")
+    footprint = footprint_of_config(config, shape, exact_type)
+    total = sum(block.streamed_nbytes for block in footprint.blocks)
+    head = next(block for block in footprint.blocks if block.kind == "head")
     return total + (0 if config.tie_word_embeddings else head.streamed_nbytes)
 
 
@@ -135,7 +136,7 @@ def _footprint(
         upgrades=tuple(upgrades),
         kv_nbytes=kv_nbytes(config, shape.ctx_size, shape.kv_type),
         fixed_nbytes=_vectors_nbytes(config),
-        workspace_nbytes=_workspace_nbytes(config, shape, exact_type),
+        workspace_nbytes=_workspace_nbytes(config, shape),
         staging_nbytes=max(min(plane_nbytes, _STAGING_NBYTES), 0) // BLOCK * BLOCK
         + staging_nbytes(max(largest_frame, layout.nbytes("int4"))),
     )
@@ -145,20 +146,28 @@ def _block(kind: str, layer: int, sizes: _Sizes, precision: str) -> BlockFact:
     return BlockFact(kind, layer, sizes.resident(precision), sizes.stored(precision))
 
 
-def _workspace_nbytes(config: ModelConfig, shape: RunShape, exact_type: str) -> int:
-    """Temporary values: kernels (f32 chunks per thread), a prefill batch, gathered neurons."""
+def _workspace_nbytes(config: ModelConfig, shape: RunShape) -> int:
+    """Temporary values: chunks per thread, a prefill batch, attention, gathered neurons."""
     width = max(3 * config.hidden_size, config.num_attention_heads * config.head_dim)
-    kernels = shape.threads * CHUNK * width * 4 * 3
+    # exact rows that stream are decoded a chunk per thread
+    decoding = "fp16" in (shape.dense, shape.mix.floor)
+    kernels = shape.threads * CHUNK * width * (_DECODE_NBYTES if decoding else 12)
     tokens = batch_tokens(config)
     batch = tokens * 4 * (8 * config.intermediate_size + 8 * config.hidden_size)
-    # attention scores of one batch against the whole context, and the f32 view of one layer's KV
+    # scores of one batch against the whole context, the f32 view of one layer's KV, rotary tables
     attend = 3 * 4 * config.num_attention_heads * tokens * shape.ctx_size
     attend += 2 * 4 * config.num_key_value_heads * config.head_dim * shape.ctx_size
+    attend += 2 * 4 * config.head_dim * shape.ctx_size
     logits = 6 * 4 * config.vocab_size
     gathered = 0
     for plane in shape.mix.upgrades:
         count = max(FETCH, shape.mix.counts(config.intermediate_size)[plane])
-        gathered = max(gathered, count * config.hidden_size * (6 + 6 + 3))
+        weights = min(count, config.intermediate_size) * 3 * config.hidden_size
+        if plane == "fp16":  # gathered at 16 bits, a piece of it being decoded
+            need = 4 * weights + _DECODE_NBYTES * max(DECODE_WEIGHTS, 3 * config.hidden_size)
+        else:
+            need = 2 * weights
+        gathered = max(gathered, need)
     return kernels + batch + attend + logits + gathered
 
 

@@ -34,17 +34,19 @@ class KvCache:
         self._keys = torch.zeros(shape, dtype=KV_DTYPES[kv_type], device=device)
         self._values = torch.zeros(shape, dtype=KV_DTYPES[kv_type], device=device)
 
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v [tokens, kv_heads, head_dim] after `length`; all so far [kv_heads, n, dim].
-
-        `length` moves only with `advance`, once every layer has stored its part. Raises UsageError
-        when the context is full.
-        """
-        stop = self.length + keys.shape[0]
-        if stop > self.ctx_size:
+    def require_room(self, tokens: int) -> None:
+        """Raises UsageError when the context cannot take `tokens` more."""
+        if self.length + tokens > self.ctx_size:
             raise UsageError(
                 f"the context of {self.ctx_size} tokens is full", "use a larger --ctx-size"
             )
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v [tokens, kv_heads, head_dim] after `length`; all so far [kv_heads, n, dim].
+
+        `length` moves only with `advance`, once every layer has stored its part.
+        """
+        stop = self.length + keys.shape[0]
         self._keys[layer, :, self.length : stop] = keys.transpose(0, 1)
         self._values[layer, :, self.length : stop] = values.transpose(0, 1)
         return self._keys[layer, :, :stop].float(), self._values[layer, :, :stop].float()

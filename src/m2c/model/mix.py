@@ -109,4 +109,5 @@ def bits_per_weight(mix: Mix, exact_bits: float) -> float:
     """Average stored bits read per FFN weight of a token, the floor included."""
     kept = {"int4": 4.5, "int8": 8.5, "fp16": 8.5 + exact_bits}
     counts = mix.counts(100_000)
+    counts[mix.floor] += counts["drop"]  # a dropped neuron was read to be scored
     return sum(kept[p] * counts[p] for p in kept) / 100_000

@@ -40,7 +40,7 @@ class Transformer:
         self._layers = [layer_vectors(vectors, i) for i in range(config.num_hidden_layers)]
         self._norm = vectors["model.norm.weight"]
         self._down_norms = down_norms
-        self._rotary = Rotary(config, store.device)
+        self._rotary = Rotary(config, kv.ctx_size, store.device)
 
     def forward(self, ids: Ids, *, all_logits: bool = False) -> Tensor:
         """Append `ids` [tokens] to the context; logits of the last one [vocab], or of all
@@ -49,6 +49,7 @@ class Transformer:
         Every layer's weights are read once, however many tokens there are. Raises UsageError when
         the context is full, BadInput when the logits are not finite.
         """
+        self.kv.require_room(len(ids))
         x = self._store.embed(ids)
         for layer in range(self.config.num_hidden_layers):
             x = self._layer(layer, x)

@@ -20,6 +20,8 @@ from m2c.tiers.ssd import SsdReader
 
 GAP_BLOCKS: Final = 1  # reading over a gap this small costs less than a second request
 
+DECODE_WEIGHTS: Final = 1 << 19
+
 U8 = npt.NDArray[np.uint8]
 I64 = npt.NDArray[np.int64]
 
@@ -185,6 +187,12 @@ class RowSource:
             self._section.layout, int4.records(members)[0], int8.records(members)[0],
             exact.exact_frames(frames, self._exact_type)[0], wanted,
         )  # fmt: skip
+
+
+def rows_at_once(layout: RecordLayout, frame_records: int = 1) -> int:
+    """Rows to decode at a time: DECODE_WEIGHTS bounds the temporary values, about 40 B a weight."""
+    per_frame = frame_records * layout.vectors * layout.length
+    return max(1, DECODE_WEIGHTS // per_frame) * frame_records
 
 
 def decode_rows(

@@ -58,10 +58,6 @@ class Budget:
     dram: int
     hbm: int = 0  # 0: compute happens in DRAM, there are two tiers
 
-    @property
-    def tiers(self) -> int:
-        return 3 if self.hbm else 2
-
 
 @dataclass(frozen=True)
 class Plan:

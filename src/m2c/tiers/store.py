@@ -16,7 +16,7 @@ import torch
 from m2c.bundle.bundle import Bundle
 from m2c.kernels.rows import EXACT_DTYPES, ExactRows, PackedRows, Rows
 from m2c.tiers.blocks import Block, block_of, planes_of
-from m2c.tiers.fetch import PlaneSource, RowSource
+from m2c.tiers.fetch import PlaneSource, RowSource, rows_at_once
 from m2c.tiers.memory import aligned_buffer
 from m2c.tiers.plan import Plan
 from m2c.tiers.ring import LayerRing
@@ -26,7 +26,6 @@ from m2c.tiers.upgrades import HitStats, UpgradePlane
 Ids = npt.NDArray[np.int32]
 FFN = "ffn"  # section of the neuron shards
 EMBED = "embed_tokens"
-_DECODE_ROWS = 1024  # rows decoded at a time while exact blocks load
 
 
 @dataclass(frozen=True)
@@ -190,8 +189,10 @@ class NeuronStore:
         )  # fmt: skip
         shape = (section.records, section.vectors * section.length)
         out = torch.empty(shape, dtype=EXACT_DTYPES[block.exact_type], device=self.device)
-        for start in range(0, section.records, _DECODE_ROWS):
-            stop = min(start + _DECODE_ROWS, section.records)
+        frame_records = block.shards[-1].header.section(name).frame_records
+        step = rows_at_once(section.layout, frame_records)
+        for start in range(0, section.records, step):
+            stop = min(start + step, section.records)
             piece = source.rows(np.arange(start, stop, dtype=np.int32))
             assert isinstance(piece, ExactRows)
             out[start:stop] = piece.weights
@@ -218,7 +219,7 @@ class NeuronStore:
         return UpgradePlane(
             source, below, exact_type=self._bundle.manifest.exact_type if plane == "fp16" else None,
             slab=slab, neurons=plan.footprint.neurons, policy=plan.policy, device=self.device,
-            copied=self._copied if plan.budget.hbm else lambda nbytes: None,
+            copied=self._copied if plan.budget.hbm else lambda nbytes, seconds: None,
         )  # fmt: skip
 
     def _make_ring(self) -> LayerRing:
@@ -260,19 +261,20 @@ class NeuronStore:
         block = self._blocks[i]
         if not self.plan.budget.hbm:
             return dict(block.rows(payload))
-        self._copied(block.streamed_nbytes)
         if block.is_exact:
+            self._copied(block.streamed_nbytes, 0.0)
             return dict(block.rows(payload))
         # a layer has at most two blocks, attention before FFN: one slot each
         slot = self._hbm_slots[self.plan.footprint.blocks[i].kind == "neurons"]
         begin = time.perf_counter()
         view = slot[: block.streamed_nbytes]
         view.copy_(torch.from_numpy(payload[: block.streamed_nbytes]))
-        self._link.busy_s += time.perf_counter() - begin
+        self._copied(block.streamed_nbytes, time.perf_counter() - begin)
         return dict(block.rows(view))
 
-    def _copied(self, nbytes: int) -> None:
+    def _copied(self, nbytes: int, seconds: float) -> None:
         self._link.nbytes += nbytes
+        self._link.busy_s += seconds
 
 
 def head_name(bundle: Bundle) -> str:

@@ -5,6 +5,7 @@ DRAM prefix, else from the SSD. Which slot holds which neuron is the NeuronCache
 neurons are wanted is the model's.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,9 +14,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from m2c.kernels.rows import PackedRows
+from m2c.kernels.rows import EXACT_DTYPES, PackedRows
 from m2c.tiers.cache import ABSENT, NeuronCache
-from m2c.tiers.fetch import PlaneSource, decode_rows
+from m2c.tiers.fetch import PlaneSource, decode_rows, rows_at_once
 
 Ids = npt.NDArray[np.int32]
 
@@ -48,7 +49,7 @@ class UpgradePlane:
     def __init__(
         self, source: PlaneSource, below: PlaneSource | None, *, exact_type: str | None,
         slab: Tensor | None, neurons: int, policy: str, device: torch.device,
-        copied: Callable[[int], None],
+        copied: Callable[[int, float], None],
     ) -> None:  # fmt: skip
         self.source = source
         self.stats = HitStats()
@@ -107,12 +108,26 @@ class UpgradePlane:
         return move.slots
 
     def _fill(self, ids: Ids, slots: Ids, floor: PackedRows) -> None:
-        if len(ids):
-            assert self._slab is not None
-            self._slab[self._index(slots)] = self._load(ids, floor)
+        """Load `ids` into their slots, a piece at a time: at first use that is the whole slab."""
+        assert self._slab is not None
+        step = rows_at_once(floor.layout)
+        for start in range(0, len(ids), step):
+            part = slice(start, start + step)
+            self._slab[self._index(slots[part])] = self._load_piece(ids[part], floor)
 
     def _load(self, ids: Ids, floor: PackedRows) -> Tensor:
         """Records from DRAM or SSD, decoded to 16 bits if this is the exact plane."""
+        step = rows_at_once(floor.layout)
+        if len(ids) <= step or self._exact_type is None:
+            return self._load_piece(ids, floor)
+        width = floor.layout.vectors * floor.layout.length
+        dtype = EXACT_DTYPES[self._exact_type]
+        out = torch.empty((len(ids), width), dtype=dtype, device=self._device)
+        for start in range(0, len(ids), step):
+            out[start : start + step] = self._load_piece(ids[start : start + step], floor)
+        return out
+
+    def _load_piece(self, ids: Ids, floor: PackedRows) -> Tensor:
         if self._exact_type is None:
             raw, from_dram = self.source.records(ids)
             records, served = torch.from_numpy(raw), len(ids)
@@ -124,8 +139,10 @@ class UpgradePlane:
             records = decode_rows(floor.layout, int4, int8, data, wanted)
         self.stats.dram += from_dram
         self.stats.ssd += served - from_dram
-        self._copied(records.numel() * records.element_size())
-        return records.to(self._device)
+        begin = time.perf_counter()
+        moved = records.to(self._device)
+        self._copied(records.numel() * records.element_size(), time.perf_counter() - begin)
+        return moved
 
     def _lower(
         self, ids: Ids, floor: PackedRows

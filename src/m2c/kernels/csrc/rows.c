@@ -49,11 +49,14 @@ struct primitives {
 #include "isa.inc.c"
 #endif
 
-static const struct primitives *chosen = &primitives_scalar;
+/* An instruction set and the threads that use it. */
+struct kernels {
+    const struct primitives *use;
+    const char *name;
+    struct pool *pool;
+};
 
-/* Choose kernels: "auto", "scalar", "avx2" or "avx512". Returns the name taken, NULL if this
- * machine cannot run the one asked for. */
-const char *m2c_init(const char *want)
+static int choose(struct kernels *k, const char *want)
 {
     int any = !strcmp(want, "auto");
 #if defined(__x86_64__)
@@ -63,19 +66,42 @@ const char *m2c_init(const char *want)
     int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
                  && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
     if (avx512 && (any || !strcmp(want, "avx512"))) {
-        chosen = &primitives_avx512;
-        return "avx512";
+        k->use = &primitives_avx512;
+        k->name = "avx512";
+        return 1;
     }
     if (avx2 && (any || !strcmp(want, "avx2"))) {
-        chosen = &primitives_avx2;
-        return "avx2";
+        k->use = &primitives_avx2;
+        k->name = "avx2";
+        return 1;
     }
 #endif
-    if (any || !strcmp(want, "scalar")) {
-        chosen = &primitives_scalar;
-        return "scalar";
+    k->use = &primitives_scalar;
+    k->name = "scalar";
+    return any || !strcmp(want, "scalar");
+}
+
+/* want: "auto", "scalar", "avx2" or "avx512". NULL if this machine cannot run it or has no memory. */
+struct kernels *m2c_open(const char *want, int threads)
+{
+    struct kernels *k = calloc(1, sizeof(*k));
+    if (!k || !choose(k, want) || !(k->pool = m2c_pool_new(threads))) {
+        free(k);
+        return NULL;
     }
-    return NULL;
+    return k;
+}
+
+const char *m2c_name(const struct kernels *k)
+{
+    return k->name;
+}
+
+void m2c_close(struct kernels *k)
+{
+    if (k)
+        m2c_pool_free(k->pool);
+    free(k);
 }
 
 /* Rows in memory. kind: 4 or 8 (codes), or 16. Mirrored by kernels/native.py. */
@@ -87,6 +113,7 @@ struct rows {
     int64_t count;
     int32_t vectors, length, groups;
     int32_t kind, is_bf16;
+    const struct primitives *use; /* set by the entry points */
 };
 
 /* Activations of `tokens` tokens: f32, and as int8 with a scale and a scaled sum per group. */
@@ -127,7 +154,7 @@ static void dot_row(const struct rows *r, const struct inputs *in, int64_t row, 
     if (r->kind == 16) {
         const uint16_t *w = r->wide + ((size_t)row * r->vectors + vector) * r->length;
         for (int t = 0; t < in->tokens; t++)
-            out[t * out_stride] = chosen->dot16(w, in->x + (size_t)t * r->length, r->length,
+            out[t * out_stride] = r->use->dot16(w, in->x + (size_t)t * r->length, r->length,
                                                 r->is_bf16);
         return;
     }
@@ -141,13 +168,13 @@ static void dot_row(const struct rows *r, const struct inputs *in, int64_t row, 
     prefetch(later + (scales - record), (size_t)r->groups * 2);
     for (int t = 0; t < in->tokens; t++) {
         const int8_t *xq = in->xq + (size_t)t * r->groups * GROUP;
-        chosen->scale_products(ss, scales, in->xs + (size_t)t * r->groups, r->groups);
-        float biased, offset = chosen->dot_f32(ss, in->xsum + (size_t)t * r->groups, r->groups);
+        r->use->scale_products(ss, scales, in->xs + (size_t)t * r->groups, r->groups);
+        float biased, offset = r->use->dot_f32(ss, in->xsum + (size_t)t * r->groups, r->groups);
         if (r->kind == 4) {
-            biased = chosen->dot4(q, next, ss, xq, r->groups) - 8.0f * offset;
+            biased = r->use->dot4(q, next, ss, xq, r->groups) - 8.0f * offset;
         } else {
             const uint8_t *r8 = record8(r, row) + vector * half;
-            biased = 0.0625f * (chosen->dot8(q, r8, next, ss, xq, r->groups) - 136.0f * offset);
+            biased = 0.0625f * (r->use->dot8(q, r8, next, ss, xq, r->groups) - 136.0f * offset);
         }
         out[t * out_stride] = biased;
     }
@@ -206,7 +233,7 @@ static void down_wide(const struct rows *r, const float *h, float *y, int first,
     for (int64_t i = 0; i < r->count; i++) {
         const uint16_t *w = r->wide + ((size_t)i * r->vectors + r->vectors - 1) * r->length;
         if (h[i] != 0)
-            chosen->axpy16(y, w + first, h[i], columns, r->is_bf16);
+            r->use->axpy16(y, w + first, h[i], columns, r->is_bf16);
     }
 }
 
@@ -222,7 +249,7 @@ static void down_codes(const struct rows *r, const float *h, float *y, int first
         if (h[i] == 0)
             continue;
         const uint8_t *record = record4(r, i);
-        chosen->scaled(scales[held], record + code_nbytes(r) + (vector * r->groups + first) * 2,
+        r->use->scaled(scales[held], record + code_nbytes(r) + (vector * r->groups + first) * 2,
                        h[i] * step, groups);
         int64_t later = i + AT_ONCE < r->count ? i + AT_ONCE : i;
         prefetch(record4(r, later) + code_nbytes(r) + (vector * r->groups + first) * 2,
@@ -230,11 +257,11 @@ static void down_codes(const struct rows *r, const float *h, float *y, int first
         columns[held] = (struct column){ record + at, r->kind == 8 ? record8(r, i) + at : NULL,
                                          scales[held], record4(r, later) - record };
         if (++held == AT_ONCE) {
-            chosen->axpy_codes(y, columns, held, groups);
+            r->use->axpy_codes(y, columns, held, groups);
             held = 0;
         }
     }
-    chosen->axpy_codes(y, columns, held, groups);
+    r->use->axpy_codes(y, columns, held, groups);
 }
 
 /* Columns are shared out, so that every output is summed over neurons in order by one thread. */
@@ -293,19 +320,19 @@ static void flush_columns(const struct rows *r, int64_t i, int held, int tokens,
                 continue;
             if (r->kind == 16) {
                 const uint16_t *w = r->wide + ((size_t)(i + k) * r->vectors + vector) * r->length;
-                chosen->axpy16(y, w, value, r->length, r->is_bf16);
+                r->use->axpy16(y, w, value, r->length, r->is_bf16);
                 continue;
             }
             const uint8_t *record = record4(r, i + k);
             float *own = scales + (size_t)count * r->groups;
-            chosen->scaled(own, record + code_nbytes(r) + (size_t)vector * r->groups * 2,
+            r->use->scaled(own, record + code_nbytes(r) + (size_t)vector * r->groups * 2,
                            value * step, r->groups);
             columns[count++] = (struct column){
                 record + at, r->kind == 8 ? record8(r, i + k) + at : NULL, own, 0
             };
         }
         if (count)
-            chosen->axpy_codes(y, columns, count, r->groups);
+            r->use->axpy_codes(y, columns, count, r->groups);
     }
 }
 
@@ -345,64 +372,70 @@ void m2c_quantize(const float *x, int32_t tokens, int32_t length, int32_t groups
 {
     for (int32_t t = 0; t < tokens; t++) {
         for (int32_t g = 0; g < groups; g++) {
-            float largest = 0;
+            float largest = 0, total = 0;
             int sum = 0, stop = length - g * GROUP < GROUP ? length - g * GROUP : GROUP;
             const float *from = x + (size_t)t * length + g * GROUP;
             int8_t *to = xq + ((size_t)t * groups + g) * GROUP;
             for (int j = 0; j < stop; j++)
-                largest = fmaxf(largest, fabsf(from[j]));
-            float inverse = largest > 0 ? 127.0f / largest : 0;
+                largest = fmaxf(largest, fabsf(from[j])), total += fabsf(from[j]);
+            /* a sum is finite only if all its terms are; NaN must not be rounded away */
+            int finite = isfinite(total), usable = finite && largest > 1e-30f;
+            float inverse = usable ? 127.0f / largest : 0;
             for (int j = 0; j < GROUP; j++) {
-                int value = j < stop ? (int)lrintf(from[j] * inverse) : 0;
+                int value = j < stop && usable ? (int)lrintf(from[j] * inverse) : 0;
                 to[j] = (int8_t)value;
                 sum += value;
             }
-            xs[(size_t)t * groups + g] = largest / 127.0f;
+            xs[(size_t)t * groups + g] = finite ? largest / 127.0f : NAN;
             xsum[(size_t)t * groups + g] = (float)sum;
         }
     }
 }
 
-void m2c_matmul(struct pool *pool, const struct rows *rows, const struct inputs *in, float *out)
+void m2c_matmul(struct kernels *k, struct rows *rows, const struct inputs *in, float *out)
 {
     struct call c = { rows, in, out, NULL, 0 };
-    pool_run(pool, matmul_part, &c);
+    rows->use = k->use;
+    pool_run(k->pool, matmul_part, &c);
 }
 
-void m2c_gate_up(struct pool *pool, const struct rows *rows, const struct inputs *in, int relu,
+void m2c_gate_up(struct kernels *k, struct rows *rows, const struct inputs *in, int relu,
                  float *out)
 {
     struct call c = { rows, in, out, NULL, relu };
-    pool_run(pool, gate_up_part, &c);
+    rows->use = k->use;
+    pool_run(k->pool, gate_up_part, &c);
 }
 
 /* adds to what is in `out` */
-void m2c_down(struct pool *pool, const struct rows *rows, const float *activations, int32_t tokens,
+void m2c_down(struct kernels *k, struct rows *rows, const float *activations, int32_t tokens,
               float *out)
 {
     struct inputs in = { NULL, NULL, NULL, NULL, tokens };
     struct call c = { rows, &in, out, activations, 0 };
-    pool_run(pool, down_part, &c);
+    rows->use = k->use;
+    pool_run(k->pool, down_part, &c);
 }
 
 /* adds to what is in `out`; returns 0, or 1 when there is no memory for partial sums */
-int m2c_ffn(struct pool *pool, const struct rows *rows, const struct inputs *in, int relu,
+int m2c_ffn(struct kernels *k, struct rows *rows, const struct inputs *in, int relu,
             const float *mask, float *out)
 {
     int64_t chunks = (rows->count + CHUNK - 1) / CHUNK;
-    int64_t wave = (int64_t)pool_threads(pool) * CHUNKS_PER_THREAD;
+    int64_t wave = (int64_t)pool_threads(k->pool) * CHUNKS_PER_THREAD;
     size_t padded = (size_t)rows->groups * GROUP;
     wave = wave < chunks ? wave : chunks;
+    rows->use = k->use;
     float *partial = malloc((size_t)wave * in->tokens * padded * sizeof(float));
     if (!partial)
         return 1;
     for (int64_t first = 0; first < chunks; first += wave) {
         int64_t count = chunks - first < wave ? chunks - first : wave;
         struct ffn_call c = { rows, in, mask, relu, first, count, partial };
-        pool_run(pool, ffn_part, &c);
-        for (int64_t k = 0; k < count; k++) {
+        pool_run(k->pool, ffn_part, &c);
+        for (int64_t n = 0; n < count; n++) {
             for (int t = 0; t < in->tokens; t++) {
-                const float *from = partial + ((size_t)k * in->tokens + t) * padded;
+                const float *from = partial + ((size_t)n * in->tokens + t) * padded;
                 float *to = out + (size_t)t * rows->length;
                 for (int j = 0; j < rows->length; j++)
                     to[j] += from[j];

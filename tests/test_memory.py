@@ -1,0 +1,48 @@
+"""--dram is an upper bound: the peak of a whole process stays under it plus the stated constant.
+
+Layers are wide, so that a temporary nobody counted shows.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+from command_line import shell
+from running import options_for, smallest_dram
+from tiny_models import pack_folder, write_checkpoint
+
+from m2c.bundle.bundle import Bundle
+from m2c.hardware import OVERHEAD_NBYTES
+from m2c.model.mix import Mix
+from m2c.units import MiB
+
+pytestmark = pytest.mark.slow
+WIDE = {
+    "hidden_size": 2048, "intermediate_size": 5504, "num_attention_heads": 16,
+    "num_key_value_heads": 4, "max_position_embeddings": 512,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def wide_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("wide")
+    return pack_folder(write_checkpoint(folder / "checkpoint", WIDE), folder / "wide.m2c")
+
+
+@pytest.mark.parametrize("mix", ["100/0/0", "50/50/0", "25/25/50", "0/25/75", "0/0/100"])
+@pytest.mark.parametrize("extra_mib", [0, 150])
+def test_the_budget_is_kept(
+    wide_bundle: Bundle, tmp_path: Path, mix: str, extra_mib: int
+) -> None:  # fmt: skip
+    shape = options_for(Mix.parse(mix), ctx_size=512, threads=2, kv_type="f16")
+    dram = (-(-smallest_dram(wide_bundle, shape) // MiB) + extra_mib) * MiB
+    stats = tmp_path / "stats.json"
+    # a process of its own: the peak of this one is packing's
+    said = shell(
+        '"$@"', "run", str(wide_bundle.path), "--raw", "-p", "to be or not to be " * 12, "-n", "6",
+        "-c", "512", "-t", "2", "--mix", mix, "--dram", f"{dram // MiB}MiB", "--stats", str(stats),
+    )  # fmt: skip
+    assert said.code == 0, said.err
+    facts = json.loads(stats.read_text())
+    assert facts["plan"]["dram_used"] <= dram
+    assert facts["peak_memory_nbytes"] <= dram + OVERHEAD_NBYTES
