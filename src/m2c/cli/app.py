@@ -8,6 +8,7 @@ import importlib
 import os
 import signal
 import sys
+import time
 import traceback
 from typing import Final
 
@@ -23,6 +24,7 @@ EPILOG: Final = (
 )
 _INTERRUPTED: Final = 130
 _TERMINATED: Final = 143
+_PATIENCE_S: Final = 2.0
 
 
 class Terminated(BaseException):
@@ -147,9 +149,16 @@ def _fill_closed_streams() -> None:
 
 
 def _unwind(number: int, _: object) -> None:
-    # one is enough: an impatient second would stop the tidying up
+    code = _INTERRUPTED if number == signal.SIGINT else _TERMINATED
+    begun = time.monotonic()
+
+    def again(_number: int, _: object) -> None:
+        # an impatient second must not stop the tidying up, but a hang must have an end
+        if time.monotonic() - begun > _PATIENCE_S:
+            os._exit(code)
+
     for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, signal.SIG_IGN)
+        signal.signal(name, again)
     raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
 

@@ -4,6 +4,9 @@ Knows nothing about what is said.
 """
 
 import contextlib
+import os
+import select
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,3 +51,31 @@ def progress(label: str, total: int, *, unit: str, quiet: bool) -> Iterator[Call
         file=sys.stderr, disable=True if quiet else None, leave=False, dynamic_ncols=True,
     ) as bar:  # fmt: skip
         yield lambda amount: bar.update(amount) and None
+
+
+def read_stdin(limit: int) -> bytes:
+    """At most `limit` bytes of stdin, up to its end; Ctrl-C always ends the wait.
+
+    A plain read can miss a signal that arrives just before it blocks: Python's handler then waits
+    for the read, and the read for input. A pipe that the signal itself writes to closes that gap.
+    """
+    try:
+        stdin = sys.stdin.fileno()
+    except (OSError, ValueError):  # not a file of the system: nothing to wait for
+        return sys.stdin.buffer.read(limit)
+    woken, waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    before = signal.set_wakeup_fd(waker)
+    parts, held = [], 0
+    try:
+        while held < limit:
+            ready, _, _ = select.select([stdin, woken], [], [])
+            part = os.read(stdin, limit - held) if stdin in ready else b""
+            if stdin in ready and not part:
+                break
+            parts.append(part)
+            held += len(part)
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(woken)
+        os.close(waker)
+    return b"".join(parts)

@@ -113,9 +113,10 @@ def _read_prompt(prompt: str | None) -> str:
 
 def _read_stdin() -> str:
     from m2c.bundle.files import disk_errors
+    from m2c.cli.console import read_stdin
 
     with disk_errors("standard input"):
-        data = sys.stdin.buffer.read(_MAX_PROMPT_NBYTES + 1)
+        data = read_stdin(_MAX_PROMPT_NBYTES + 1)
     if len(data) > _MAX_PROMPT_NBYTES:
         raise UsageError(f"the prompt on stdin is larger than {_MAX_PROMPT_NBYTES >> 20} MiB")
     try:
