@@ -13,7 +13,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 FOLDER = Path("src/m2c/kernels/csrc")
-SOURCES = ("rows.c", "pool.c")
+SOURCES = ("primitives.c", "scalar.c", "rows.c", "ffn.c", "pool.c")
 # no -march=native: the instruction set is chosen at run time; no -ffast-math: sums keep their order
 FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
 

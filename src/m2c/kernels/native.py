@@ -1,6 +1,6 @@
 """The C kernels: loaded with ctypes, one library, no Python ABI. Built when m2c is installed.
 
-Mirrors the structures of csrc/rows.c; knows nothing about layers or tiers.
+Mirrors the structures of csrc/rows.h; knows nothing about layers or tiers.
 """
 
 import ctypes

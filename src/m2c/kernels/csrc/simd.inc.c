@@ -1,4 +1,4 @@
-/* Primitives on one vector of one row, compiled once per instruction set by rows.c.
+/* Primitives on one vector of one row, compiled once per instruction set by primitives.c.
  *
  * A group is 32 weights: 16 bytes, byte j holds element j low and element j + 16 high, biased by 8.
  * xq: the activations as int8, one scale per group; ss: weight scale times activation scale.
@@ -8,15 +8,10 @@
 #if M2C_ISA == 2
 #define SUFFIX(name) name##_avx512
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")))
-#elif M2C_ISA == 1
+#else
 #define SUFFIX(name) name##_avx2
 #define TARGET __attribute__((target("avx2,fma,f16c")))
-#else
-#define SUFFIX(name) name##_scalar
-#define TARGET
 #endif
-
-#if M2C_ISA > 0
 
 TARGET static inline float SUFFIX(sum8)(__m256 v)
 {
@@ -228,119 +223,6 @@ TARGET static float SUFFIX(dot_f32)(const float *a, const float *b, int n)
     return total;
 }
 
-#else /* scalar */
-
-static float SUFFIX(half_value)(uint16_t h)
-{
-    uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023;
-    uint32_t bits;
-    float value;
-    if (exponent == 0) {
-        value = (float)mantissa * 5.9604644775390625e-08f; /* 2^-24 */
-        return sign ? -value : value;
-    }
-    bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | mantissa << 13;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-static float SUFFIX(scale_at)(const uint8_t *scales, int g)
-{
-    uint16_t raw;
-    memcpy(&raw, scales + 2 * g, 2);
-    return SUFFIX(half_value)(raw);
-}
-
-static int SUFFIX(group_dot)(const uint8_t *c, const int8_t *x)
-{
-    int sum = 0;
-    for (int j = 0; j < 16; j++)
-        sum += (c[j] & 15) * x[j] + (c[j] >> 4) * x[j + 16];
-    return sum;
-}
-
-static float SUFFIX(dot4)(const uint8_t *q, const uint8_t *next, const float *ss,
-                          const int8_t *xq, int groups)
-{
-    (void)next;
-    float sum = 0;
-    for (int g = 0; g < groups; g++)
-        sum += ss[g] * (float)SUFFIX(group_dot)(q + 16 * g, xq + 32 * g);
-    return sum;
-}
-
-static float SUFFIX(dot8)(const uint8_t *q, const uint8_t *r, const uint8_t *next,
-                          const float *ss, const int8_t *xq, int groups)
-{
-    (void)next;
-    float sum = 0;
-    for (int g = 0; g < groups; g++) {
-        const int8_t *x = xq + 32 * g;
-        int both = 16 * SUFFIX(group_dot)(q + 16 * g, x) + SUFFIX(group_dot)(r + 16 * g, x);
-        sum += ss[g] * (float)both;
-    }
-    return sum;
-}
-
-static float SUFFIX(widen1)(uint16_t w, int is_bf16)
-{
-    uint32_t bits = (uint32_t)w << 16;
-    float value;
-    if (!is_bf16)
-        return SUFFIX(half_value)(w);
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-static float SUFFIX(dot16)(const uint16_t *w, const float *x, int length, int is_bf16)
-{
-    float sum = 0;
-    for (int i = 0; i < length; i++)
-        sum += SUFFIX(widen1)(w[i], is_bf16) * x[i];
-    return sum;
-}
-
-static void SUFFIX(axpy16)(float *y, const uint16_t *w, float h, int length, int is_bf16)
-{
-    for (int i = 0; i < length; i++)
-        y[i] += SUFFIX(widen1)(w[i], is_bf16) * h;
-}
-
-static void SUFFIX(axpy_codes)(float *y, const struct column *columns, int count, int groups)
-{
-    for (int n = 0; n < count; n++) {
-        const struct column *c = columns + n;
-        for (int i = 0; i < 32 * groups; i++) {
-            int shift = (i & 31) < 16 ? 0 : 4, at = 16 * (i / 32) + (i & 15);
-            int u = ((c->q[at] >> shift) & 15) - 8;
-            if (c->r)
-                u = 16 * u + ((c->r[at] >> shift) & 15) - 8;
-            y[i] += c->scales[i / 32] * (float)u;
-        }
-    }
-}
-
-static void SUFFIX(scaled)(float *to, const uint8_t *scales, float h, int groups)
-{
-    for (int g = 0; g < groups; g++)
-        to[g] = SUFFIX(scale_at)(scales, g) * h;
-}
-
-static void SUFFIX(scale_products)(float *ss, const uint8_t *scales, const float *xs, int groups)
-{
-    for (int g = 0; g < groups; g++)
-        ss[g] = SUFFIX(scale_at)(scales, g) * xs[g];
-}
-
-static float SUFFIX(dot_f32)(const float *a, const float *b, int n)
-{
-    float sum = 0;
-    for (int i = 0; i < n; i++)
-        sum += a[i] * b[i];
-    return sum;
-}
-
-#endif
 
 static const struct primitives SUFFIX(primitives) = {
     SUFFIX(dot4), SUFFIX(dot8), SUFFIX(dot16), SUFFIX(axpy16),
