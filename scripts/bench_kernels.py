@@ -11,12 +11,11 @@ import statistics
 import time
 from collections.abc import Callable
 
-import numpy as np
 import torch
 
 from m2c.bundle.planes import RecordLayout
 from m2c.errors import UsageError
-from m2c.kernels.native import CHOICES, NativeKernels
+from m2c.kernels.native import NativeKernels
 from m2c.kernels.rows import PackedRows
 from m2c.tiers.memory import aligned_buffer
 
@@ -37,53 +36,66 @@ def in_arena(records: torch.Tensor) -> torch.Tensor:
     return arena.view(records.shape).copy_(records)
 
 
-def bandwidth(call: Callable[[int], object], nbytes: float, repeats: int) -> float:
-    call(0)
-    seconds = []
+def interleaved(calls: list[tuple[Callable[[int], object], float]], repeats: int) -> list[float]:
+    """Median bytes per second of each call, all of them measured in turn."""
+    seconds: list[list[float]] = [[] for _ in calls]
     for i in range(repeats):
-        begin = time.perf_counter()
-        call((i + 1) % COPIES)
-        seconds.append(time.perf_counter() - begin)
-    return nbytes / statistics.median(seconds) / 1e9
+        for (call, _), found in zip(calls, seconds, strict=True):
+            begin = time.perf_counter()
+            call(i % COPIES)
+            found.append(time.perf_counter() - begin)
+    return [
+        nbytes / statistics.median(found) for (_, nbytes), found in zip(calls, seconds, strict=True)
+    ]
 
 
 def measure(kernels: NativeKernels, records: list[torch.Tensor], repeats: int) -> list[float]:
-    """GB/s of gate_up, down, both as one FFN, and a dense product over the same bytes."""
+    """Bytes per second of a plain read, gate_up, down, the FFN, and a dense product."""
     layout, row = RecordLayout(3, HIDDEN), RecordLayout(1, HIDDEN)
     neurons = [PackedRows(layout, r) for r in records]
-    dense = [r.view(-1)[: NEURONS * 3 * row.nbytes("int4")].view(NEURONS * 3, -1) for r in records]
-    x, h = torch.randn(1, HIDDEN), torch.randn(1, NEURONS)
+    count = NEURONS * 3
+    dense = [
+        PackedRows(row, r.view(-1)[: count * row.nbytes("int4")].view(count, -1)) for r in records
+    ]
+    # a random half of the neurons, in order, as a mix or --drop takes them
+    half = torch.randperm(NEURONS)[: NEURONS // 2].sort().values.to(torch.int32)
+    some = [PackedRows(layout, r, index4=half) for r in records]
+    x, h, into = torch.randn(1, HIDDEN), torch.randn(1, NEURONS), torch.zeros(1, HIDDEN)
     whole = records[0].numel()
-    return [
-        bandwidth(lambda i: kernels.gate_up(x, neurons[i], "silu"), whole * 2 / 3, repeats),
-        bandwidth(lambda i: kernels.down(h, neurons[i]), whole / 3, repeats),
-        bandwidth(
-            lambda i: kernels.ffn(x, neurons[i], "silu", mask=None, into=torch.zeros(1, HIDDEN)),
-            whole, repeats,
-        ),
-        bandwidth(lambda i: kernels.matmul_rows(x, PackedRows(row, dense[i])), whole, repeats),
-    ]  # fmt: skip
+    return interleaved(
+        [
+            (lambda i: kernels.read(records[i]), whole),
+            (lambda i: kernels.gate_up(x, neurons[i], "silu"), whole * 2 / 3),
+            (lambda i: kernels.down(h, neurons[i], into=into), whole / 3),
+            (lambda i: kernels.ffn(x, neurons[i], "silu", into=into), whole),
+            (lambda i: kernels.ffn(x, some[i], "silu", into=into), whole / 2),
+            (lambda i: kernels.matmul_rows(x, dense[i]), count * row.nbytes("int4")),
+        ],
+        repeats,
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--kernels", nargs="+", default=["scalar", "avx2", "avx512"])
     given = parser.parse_args()
-    records = operands()
-    data = [np.frombuffer(r.numpy(), np.int64) for r in records]
     torch.set_num_threads(1)
-    plain = bandwidth(lambda i: data[i].sum(), records[0].numel(), given.repeats)
-    print(f"a plain read with one thread: {plain:.1f} GB/s\n")
-    print("| kernels | threads | gate_up | down | FFN | dense rows |\n|---|---|---|---|---|---|")
-    for choice in [c for c in CHOICES if c not in ("auto", "torch")]:
+    records = operands()
+    names = ["plain read", "gate_up", "down", "FFN", "FFN, half", "dense rows"]
+    print("| kernels | threads | " + " | ".join(names) + " |")
+    print("|---" * (len(names) + 2) + "|")
+    for choice in given.kernels:
         for threads in given.threads:
             try:
                 kernels = NativeKernels(choice, threads)
             except UsageError:
                 continue
-            cells = [f"{v:.1f}" for v in measure(kernels, records, given.repeats)]
+            found = measure(kernels, records, given.repeats)
             kernels.close()
+            cells = [f"{found[0] / 1e9:.1f}"]
+            cells += [f"{v / 1e9:.1f} ({v / found[0]:.0%})" for v in found[1:]]
             print(f"| {choice} | {threads} | {' | '.join(cells)} |")
 
 

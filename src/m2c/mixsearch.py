@@ -21,11 +21,11 @@ from m2c.bundle.manifest import MixChoice
 from m2c.bundle.shard import PAGE
 from m2c.engine import Engine, RunOptions
 from m2c.generate import prefill
-from m2c.kernels.reference import CHUNK, gate_up
+from m2c.kernels.reference import CHUNK, gate_up, rank
 from m2c.kernels.rows import PackedRows
 from m2c.kernels.workers import Workers
 from m2c.model.config import ModelConfig
-from m2c.model.mix import LEVELS, Mix, assign, bits_per_weight, scores_of
+from m2c.model.mix import LEVELS, Mix, bits_per_weight
 from m2c.prompt import raw_ids
 from m2c.tiers.blocks import block_of
 from m2c.tiers.memory import aligned_buffer
@@ -157,8 +157,7 @@ def _layer_errors(
         "fp16": rows,
     }
     hidden = {name: gate_up(x, view, act, workers) for name, view in views.items()}
-    scores = scores_of(hidden["int4"], norms)
-    levels = [assign(scores, mix) for mix in mixes]
+    levels = [rank(hidden["int4"], norms, mix.ranks(norms.shape[0])) for mix in mixes]
 
     def piece(i: int) -> tuple[list[Tensor], Tensor]:
         start, stop = i * CHUNK, min((i + 1) * CHUNK, len(rows))

@@ -15,10 +15,10 @@ from torch import Tensor
 from m2c import __version__
 from m2c.bundle.importance import Calibration, Importance, LayerImportance
 from m2c.errors import BadInput
-from m2c.kernels.reference import down, gate_up
+from m2c.kernels.reference import apply_norm, attention, down, gate_up, rms_norm
 from m2c.kernels.rows import ExactRows
 from m2c.kernels.workers import Workers
-from m2c.model.attention import LayerVectors, Rotary, attention, layer_vectors, rms_norm
+from m2c.model.attention import LayerVectors, Rotary, attention_call, layer_vectors
 from m2c.model.checkpoint import Checkpoint
 from m2c.model.config import ModelConfig
 from m2c.model.mix import scores_of
@@ -51,7 +51,7 @@ def profile(
     for layer in range(config.num_hidden_layers):
         rows = layer_rows(checkpoint, layer)
         tally = _Tally(config, rows["ffn"])
-        own = layer_vectors(vectors, layer)
+        own = layer_vectors(vectors, layer, config.rms_norm_eps)
         for i, x in enumerate(states):
             states[i] = _run_layer(x, rows, own, tally, config, rotary, workers)
         if not all(bool(torch.isfinite(x).all()) for x in states):
@@ -89,16 +89,13 @@ def _run_layer(
 ) -> Tensor:  # fmt: skip
     """One sequence [tokens, hidden] through one layer, counted in `tally`."""
 
-    def extend(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        return keys.transpose(0, 1), values.transpose(0, 1)
-
-    x, attn_input, o_input = attention(
-        x, vectors, dict(rows), config=config, rotary=rotary, start=0, extend=extend,
-        workers=workers,
-    )  # fmt: skip
-    ffn_input = rms_norm(x, vectors.ffn_norm, config.rms_norm_eps)
+    inputs: list[Tensor] = []
+    keys, values = torch.empty((2, config.num_key_value_heads, len(x), config.head_dim))
+    call = attention_call(config, vectors, rows, rotary=rotary, keys=keys, values=values)
+    x = attention(x, call, 0, workers, norm=vectors.attn_norm, inputs=inputs)
+    ffn_input = apply_norm(x, vectors.ffn_norm)
     activations = gate_up(ffn_input, rows["ffn"], config.hidden_act, workers)
-    tally.count(attn_input, o_input, ffn_input, activations)
+    tally.count(inputs[0], inputs[1], ffn_input, activations)
     return x + down(activations, rows["ffn"], workers)
 
 

@@ -5,18 +5,17 @@ Mirrors the structures of csrc/rows.h; knows nothing about layers or tiers.
 
 import ctypes
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from m2c.errors import UsageError
+from m2c.kernels.operands import AttentionCall, Norm
 from m2c.kernels.rows import ExactRows, Rows
 
 CHOICES: Final = ("auto", "torch", "scalar", "avx2", "avx512")
 LIBRARY: Final = Path(__file__).parent / "csrc" / "libm2c.so"
-# beyond this many tokens a dense product of decoded values is faster than row after row
-MAX_TOKENS: Final = 32
 _POINTER = ctypes.c_void_p
 
 
@@ -25,14 +24,24 @@ class _Rows(ctypes.Structure):
         ("int4", _POINTER), ("int8", _POINTER), ("wide", _POINTER),
         ("index4", _POINTER), ("index8", _POINTER), ("count", ctypes.c_int64),
         ("vectors", ctypes.c_int32), ("length", ctypes.c_int32), ("groups", ctypes.c_int32),
-        ("kind", ctypes.c_int32), ("is_bf16", ctypes.c_int32), ("use", _POINTER),
+        ("kind", ctypes.c_int32), ("is_bf16", ctypes.c_int32),
     )  # fmt: skip
 
 
-class _Inputs(ctypes.Structure):
+class _Given(ctypes.Structure):
     _fields_ = (
-        ("x", _POINTER), ("xq", _POINTER), ("xs", _POINTER), ("xsum", _POINTER),
-        ("tokens", ctypes.c_int32),
+        ("x", _POINTER), ("norm", _POINTER), ("eps", ctypes.c_float),
+        ("tokens", ctypes.c_int32), ("length", ctypes.c_int32),
+    )  # fmt: skip
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = (
+        ("projections", _POINTER * 4), ("biases", _POINTER * 4),
+        ("keys", _POINTER), ("values", _POINTER), ("cosines", _POINTER), ("sines", _POINTER),
+        ("positions", ctypes.c_int64), ("start", ctypes.c_int64),
+        ("heads", ctypes.c_int32), ("kv_heads", ctypes.c_int32), ("dim", ctypes.c_int32),
+        ("is_f16", ctypes.c_int32), ("scale", ctypes.c_float),
     )  # fmt: skip
 
 
@@ -54,7 +63,7 @@ def load_native(choice: str, threads: int) -> "NativeKernels | None":
 
 
 class NativeKernels:
-    """The four kernels of `reference.py`, for rows and activations in host memory.
+    """The kernels of `reference.py`, for rows and activations in host memory.
 
     Activations meet 4- and 8-bit codes as int8 with a scale per group of 32, as in llama.cpp;
     16-bit weights meet f32. Results do not depend on threads nor on how many tokens share a call.
@@ -74,102 +83,125 @@ class NativeKernels:
 
     def takes(self, x: Tensor, rows: Rows) -> bool:
         """Whether these kernels can compute this; if not, the reference does."""
-        if x.device.type != "cpu" or x.shape[0] > MAX_TOKENS:
+        if x.device.type != "cpu":
             return False
         if isinstance(rows, ExactRows):
             return rows.weights.dtype in (torch.bfloat16, torch.float16)
         return rows.int4.device.type == "cpu"
 
-    def matmul_rows(self, x: Tensor, rows: Rows) -> Tensor:
+    def matmul_rows(self, x: Tensor, rows: Rows, *, norm: Norm | None = None) -> Tensor:
         out = torch.empty((x.shape[0], len(rows)))
-        given, _keep = self._inputs(x, rows)
-        packed = _rows(rows)
-        self._library.m2c_matmul(
-            self._handle, ctypes.byref(packed), ctypes.byref(given), _POINTER(out.data_ptr())
-        )
+        x = x.contiguous()
+        self._run(self._library.m2c_matmul, _given(x, norm), _rows(rows), _at(out))
         return out
 
-    def gate_up(self, x: Tensor, rows: Rows, act: str) -> Tensor:
+    def gate_up(self, x: Tensor, rows: Rows, act: str, *, norm: Norm | None = None) -> Tensor:
         out = torch.empty((x.shape[0], len(rows)))
-        given, _keep = self._inputs(x, rows)
-        packed = _rows(rows)
-        self._library.m2c_gate_up(
-            self._handle, ctypes.byref(packed), ctypes.byref(given), ctypes.c_int32(act == "relu"),
-            _POINTER(out.data_ptr()),
-        )  # fmt: skip
+        x, relu = x.contiguous(), ctypes.c_int32(act == "relu")
+        self._run(self._library.m2c_gate_up, _given(x, norm), _rows(rows), relu, _at(out))
         return out
 
-    def down(self, activations: Tensor, rows: Rows, *, into: Tensor | None = None) -> Tensor:
-        """`into`: [tokens, hidden], the sum over the rows before these, continued in place."""
+    def down(self, activations: Tensor, rows: Rows, *, into: Tensor) -> None:
+        """Add to `into` [tokens, hidden]; continued calls as with `ffn`."""
         activations = activations.contiguous()
-        tokens = activations.shape[0]
-        out = torch.zeros((tokens, rows.layout.length)) if into is None else into
-        packed = _rows(rows)
-        self._library.m2c_down(
-            self._handle, ctypes.byref(packed), _POINTER(activations.data_ptr()),
-            ctypes.c_int32(tokens), _POINTER(out.data_ptr()),
-        )  # fmt: skip
-        return out
+        tokens = ctypes.c_int32(activations.shape[0])
+        self._run(self._library.m2c_down, _rows(rows), _at(activations), tokens, _at(into))
 
     def ffn(
-        self, x: Tensor, rows: Rows, act: str, *, mask: Tensor | None, into: Tensor
+        self, x: Tensor, rows: Rows, act: str, *, into: Tensor, mask: Tensor | None = None,
+        kept: Tensor | None = None, norm: Norm | None = None,
     ) -> None:  # fmt: skip
         """Add the neurons' FFN output to `into` [tokens, hidden]: one pass over each record.
 
+        kept: [tokens, rows], receives the activations.
         A call with a multiple of CHUNK rows, continued by another, gives the bits of one call.
         """
-        given, _keep = self._inputs(x, rows)
-        packed = _rows(rows)
+        x, relu = x.contiguous(), ctypes.c_int32(act == "relu")
         mask = None if mask is None else mask.contiguous()
-        failed = self._library.m2c_ffn(
-            self._handle, ctypes.byref(packed), ctypes.byref(given), ctypes.c_int32(act == "relu"),
-            _POINTER(None if mask is None else mask.data_ptr()), _POINTER(into.data_ptr()),
-        )  # fmt: skip
-        if failed:
-            raise MemoryError("no memory for the partial sums of a kernel")
+        optional = _maybe(mask), _maybe(kept)
+        self._run(self._library.m2c_ffn, _given(x, norm), _rows(rows), relu, *optional, _at(into))
 
-    def _inputs(self, x: Tensor, rows: Rows) -> tuple[_Inputs, list[Tensor]]:
-        """The structure, and the tensors that must outlive the call."""
-        x = x.contiguous()
-        tokens, length = x.shape
-        if isinstance(rows, ExactRows):
-            return _Inputs(x.data_ptr(), None, None, None, tokens), [x]
-        groups = rows.layout.groups
-        xq = torch.empty((tokens, rows.layout.padded), dtype=torch.int8)
-        xs, xsum = torch.empty((tokens, groups)), torch.empty((tokens, groups))
-        self._library.m2c_quantize(
-            _POINTER(x.data_ptr()), ctypes.c_int32(tokens), ctypes.c_int32(length),
-            ctypes.c_int32(groups), _POINTER(xq.data_ptr()), _POINTER(xs.data_ptr()),
-            _POINTER(xsum.data_ptr()),
+    def rank(self, activations: Tensor, norms: Tensor, best: list[tuple[int, int]]) -> Tensor:
+        """Levels i8 [tokens, neurons]: for each (count, level) in turn, the `count` neurons with
+        the largest |activation| * norm get `level`; 0 elsewhere. Of equals, lower ids first.
+        """
+        tokens, neurons = activations.shape
+        levels = torch.zeros((tokens, neurons), dtype=torch.int8)
+        self._run(
+            self._library.m2c_rank, _at(activations), _at(norms), ctypes.c_int32(tokens),
+            ctypes.c_int64(neurons), ctypes.c_int32(len(best)),
+            (ctypes.c_int64 * len(best))(*(count for count, _ in best)),
+            (ctypes.c_int8 * len(best))(*(level for _, level in best)), _at(levels),
         )  # fmt: skip
-        kept = [x, xq, xs, xsum]
-        return _Inputs(*(t.data_ptr() for t in kept), tokens), kept
+        return levels
+
+    def attention(self, x: Tensor, call: AttentionCall, start: int, *, norm: Norm) -> None:
+        """Add the attention of norm(x) to x [tokens, hidden], in place; stores keys and values."""
+        facts = call.__dict__.get("_c_call")
+        if facts is None:  # kept with the call, which serves a layer for every token
+            facts = call.__dict__["_c_call"] = _attention(call)
+        facts.start = start
+        self._run(self._library.m2c_attention, _given(x, norm), facts, _at(x))
+
+    def read(self, data: Tensor) -> None:
+        """Read all bytes of contiguous `data` and do nothing with them: to time memory."""
+        nbytes = ctypes.c_int64(data.numel() * data.element_size())
+        self._library.m2c_read(self._handle, _at(data), nbytes)
+
+    def _run(self, function: Any, *arguments: Any) -> None:
+        passed = [ctypes.byref(a) if isinstance(a, ctypes.Structure) else a for a in arguments]
+        if function(self._handle, *passed):
+            raise MemoryError("no memory for the temporary values of a kernel")
+
+
+def _given(x: Tensor, norm: Norm | None) -> _Given:
+    weight, eps = (None, 0.0) if norm is None else (norm.weight.data_ptr(), norm.eps)
+    return _Given(x.data_ptr(), weight, eps, x.shape[0], x.shape[1])
+
+
+def _attention(call: AttentionCall) -> _Attention:
+    kv_heads, positions, dim = call.keys.shape
+    return _Attention(
+        (_POINTER * 4)(*(ctypes.addressof(_rows(rows)) for rows in call.projections)),
+        (_POINTER * 4)(*(None if b is None else b.data_ptr() for b in call.biases)),
+        call.keys.data_ptr(), call.values.data_ptr(), call.cosines.data_ptr(),
+        call.sines.data_ptr(), positions, 0, call.heads, kv_heads, dim,
+        call.keys.dtype == torch.float16, call.scale,
+    )  # fmt: skip
 
 
 def _rows(rows: Rows) -> _Rows:
+    """The C structure; kept with the rows, which the store hands out again for every token."""
+    held: _Rows | None = rows.__dict__.get("_c_rows")
+    if held is None:
+        held = rows.__dict__["_c_rows"] = _make_rows(rows)
+    return held
+
+
+def _make_rows(rows: Rows) -> _Rows:
     layout = rows.layout
     shape = (len(rows), layout.vectors, layout.length, layout.groups)
     if isinstance(rows, ExactRows):
         is_bf16 = rows.weights.dtype == torch.bfloat16
         return _Rows(None, None, _at(rows.weights), None, None, *shape, 16, is_bf16)
-    kind = 4 if rows.int8 is None else 8
-    return _Rows(
-        _at(rows.int4), None if rows.int8 is None else _at(rows.int8), None,
-        None if rows.index4 is None else _at(rows.index4),
-        None if rows.index8 is None else _at(rows.index8), *shape, kind, 0,
-    )  # fmt: skip
+    planes = [rows.int4, rows.int8, None, rows.index4, rows.index8]
+    return _Rows(*(_maybe(p) for p in planes), *shape, 4 if rows.int8 is None else 8, 0)
 
 
-def _at(tensor: Tensor) -> int:
+def _maybe(tensor: Tensor | None) -> Any:
+    return _POINTER(None) if tensor is None else _at(tensor)
+
+
+def _at(tensor: Tensor) -> Any:
     if not tensor.is_contiguous():
         raise ValueError("kernel operands must be contiguous")
-    return tensor.data_ptr()
+    return _POINTER(tensor.data_ptr())
 
 
 def _load(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     library.m2c_name.restype = ctypes.c_char_p
     library.m2c_open.restype = _POINTER
-    for name in ("m2c_matmul", "m2c_gate_up", "m2c_down", "m2c_quantize", "m2c_close"):
-        getattr(library, name).restype = None
+    library.m2c_close.restype = None
+    library.m2c_read.restype = ctypes.c_uint64
     return library

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from m2c.kernels.operands import AttentionCall, Norm
 from m2c.kernels.rows import Rows
 from m2c.kernels.workers import Workers
 
@@ -72,6 +73,81 @@ def gather_ffn(
     if not len(rows):
         return torch.zeros_like(x)
     return _sum(workers.map(piece, _chunks(rows)))
+
+
+def rank(activations: Tensor, norms: Tensor, best: list[tuple[int, int]]) -> Tensor:
+    """Levels i8 [tokens, neurons]: for each (count, level) in turn, the `count` neurons with the
+    largest |activation| * norm get `level`; 0 elsewhere. norms: [neurons] f32.
+    """
+    scores = activations.abs() * norms
+    levels = torch.zeros(scores.shape, dtype=torch.int8, device=scores.device)
+    for count, level in best:
+        levels.scatter_(1, scores.topk(count, dim=1).indices, level)
+    return levels
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
+
+
+def apply_norm(x: Tensor, norm: Norm | None) -> Tensor:
+    return x if norm is None else rms_norm(x, norm.weight, norm.eps)
+
+
+def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """x [tokens, heads, dim] turned by the angles of its tokens [tokens, dim / 2]."""
+    cosines, sines = cosines[:, None], sines[:, None]
+    low, high = x.chunk(2, dim=-1)
+    return torch.cat((low * cosines - high * sines, high * cosines + low * sines), dim=-1)
+
+
+def attention(
+    x: Tensor, call: AttentionCall, start: int, workers: Workers, *, norm: Norm,
+    matmul: Callable[[Tensor, Rows, Workers], Tensor] = matmul_rows,
+    inputs: list[Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """x [tokens, hidden] f32, the first at position `start`, plus the attention of norm(x).
+
+    Stores keys and values. inputs: receives the inputs of q, k, v and that of o (calibration).
+    """
+    normed = apply_norm(x, norm)
+    tokens, stop, dim = len(x), start + len(x), call.keys.shape[2]
+    made = [
+        _biased(matmul(normed, rows, workers), bias).view(tokens, -1, dim)
+        for rows, bias in zip(call.projections[:3], call.biases[:3], strict=True)
+    ]
+    angles = call.cosines[start:stop], call.sines[start:stop]
+    q, k = rotate(made[0], *angles), rotate(made[1], *angles)
+    call.keys[:, start:stop] = k.transpose(0, 1)
+    call.values[:, start:stop] = made[2].transpose(0, 1)
+    keys, values = call.keys[:, :stop].float(), call.values[:, :stop].float()
+    mixed = _softmax_attention(q, keys, values, start, call.scale)
+    if inputs is not None:
+        inputs += [normed, mixed]
+    return x + _biased(matmul(mixed, call.projections[3], workers), call.biases[3])
+
+
+def _biased(y: Tensor, bias: Tensor | None) -> Tensor:
+    return y if bias is None else y + bias
+
+
+def _softmax_attention(q: Tensor, keys: Tensor, values: Tensor, start: int, scale: float) -> Tensor:
+    """q [tokens, heads, dim] over keys, values [kv_heads, positions, dim]: [tokens, heads * dim].
+
+    Causal: the token at position start + t sees positions up to its own.
+    """
+    tokens, heads, dim = q.shape
+    groups = keys.shape[0]
+    # heads that share keys become rows of one product: broadcasting would copy the keys
+    grouped = q.view(tokens, groups, -1, dim).permute(1, 2, 0, 3).reshape(groups, -1, dim)
+    scores = grouped @ keys.transpose(-1, -2) * scale  # [kv, shared * tokens, positions]
+    if tokens > 1:
+        positions = torch.arange(keys.shape[1], device=q.device)
+        own = start + torch.arange(tokens, device=q.device)
+        hidden = (positions > own[:, None]).repeat(heads // groups, 1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+    mixed = (scores.softmax(dim=-1) @ values).view(groups, -1, tokens, dim)
+    return mixed.permute(2, 0, 1, 3).reshape(tokens, heads * dim)
 
 
 def _chunks(rows: Rows) -> int:

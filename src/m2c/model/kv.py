@@ -41,15 +41,12 @@ class KvCache:
                 f"the context of {self.ctx_size} tokens is full", "use a larger --ctx-size"
             )
 
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v [tokens, kv_heads, head_dim] after `length`; all so far [kv_heads, n, dim].
+    def of_layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, [kv_heads, ctx_size, head_dim]; kernels write after `length`.
 
         `length` moves only with `advance`, once every layer has stored its part.
         """
-        stop = self.length + keys.shape[0]
-        self._keys[layer, :, self.length : stop] = keys.transpose(0, 1)
-        self._values[layer, :, self.length : stop] = values.transpose(0, 1)
-        return self._keys[layer, :, :stop].float(), self._values[layer, :, :stop].float()
+        return self._keys[layer], self._values[layer]
 
     def advance(self, tokens: int) -> None:
         self.length += tokens

@@ -7,7 +7,6 @@ Knows nothing about where the neurons lie.
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from m2c.errors import UsageError
@@ -83,26 +82,20 @@ class Mix:
         int8 = min(round(neurons * self.int8 / 100), neurons - drop - fp16)
         return {"fp16": fp16, "int8": int8, "int4": neurons - drop - fp16 - int8, "drop": drop}
 
+    def ranks(self, neurons: int) -> list[tuple[int, int]]:
+        """(how many of the best, level) for `kernels.rank`; later ones take from earlier ones."""
+        counts = self.counts(neurons)
+        found = [(neurons - counts["drop"], LEVELS[self.floor])]
+        if "int8" in self.upgrades:
+            found.append((counts["fp16"] + counts["int8"], LEVELS["int8"]))
+        if "fp16" in self.upgrades:
+            found.append((counts["fp16"], LEVELS["fp16"]))
+        return found
+
 
 def scores_of(activations: Tensor, down_norm: Tensor) -> Tensor:
     """activations [tokens, neurons] f32 and column norms [neurons] to scores, same shape."""
     return activations.abs() * down_norm
-
-
-def assign(scores: Tensor, mix: Mix) -> Tensor:
-    """The level (LEVELS) of every neuron for every token, [tokens, neurons] i8, by score rank."""
-    counts = mix.counts(scores.shape[1])
-    levels = torch.full(scores.shape, LEVELS[mix.floor], dtype=torch.int8, device=scores.device)
-    best = counts["fp16"] + counts["int8"]
-    if mix.upgrades and best:
-        top = scores.topk(best, dim=1).indices
-        if "int8" in mix.upgrades:
-            levels.scatter_(1, top[:, counts["fp16"] :], LEVELS["int8"])
-        if "fp16" in mix.upgrades:
-            levels.scatter_(1, top[:, : counts["fp16"]], LEVELS["fp16"])
-    if counts["drop"]:
-        levels.scatter_(1, scores.topk(counts["drop"], dim=1, largest=False).indices, 0)
-    return levels
 
 
 def bits_per_weight(mix: Mix, exact_bits: float) -> float:

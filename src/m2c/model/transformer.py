@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from m2c.errors import BadInput
-from m2c.kernels.dispatch import matmul_rows
+from m2c.kernels.dispatch import attention, matmul_rows
+from m2c.kernels.operands import AttentionCall, Norm
+from m2c.kernels.rows import Rows
 from m2c.kernels.workers import Workers
-from m2c.model.attention import Rotary, attention, layer_vectors, rms_norm
+from m2c.model.attention import MATRICES, Rotary, attention_call, layer_vectors
 from m2c.model.config import ModelConfig
 from m2c.model.ffn import mixed_ffn
 from m2c.model.kv import KvCache
@@ -37,9 +39,11 @@ class Transformer:
         self._store = store
         self._mix = mix
         self._workers = workers
-        self._layers = [layer_vectors(vectors, i) for i in range(config.num_hidden_layers)]
-        self._norm = vectors["model.norm.weight"]
+        eps = config.rms_norm_eps
+        self._layers = [layer_vectors(vectors, i, eps) for i in range(config.num_hidden_layers)]
+        self._norm = Norm(vectors["model.norm.weight"], eps)
         self._down_norms = down_norms
+        self._calls: dict[int, AttentionCall] = {}
         self._rotary = Rotary(config, kv.ctx_size, store.device)
 
     def forward(self, ids: Ids, *, all_logits: bool = False) -> Tensor:
@@ -55,9 +59,9 @@ class Transformer:
             x = self._layer(layer, x)
         self.kv.advance(len(ids))
         with self._store.layer(self.config.num_hidden_layers) as rows:
-            last = rms_norm(x if all_logits else x[-1:], self._norm, self.config.rms_norm_eps)
             (head,) = rows.values()
-            logits = matmul_rows(last, head, self._workers)
+            last = x if all_logits else x[-1:]
+            logits = matmul_rows(last, head, self._workers, norm=self._norm)
         if not bool(torch.isfinite(logits).all()):
             raise BadInput("the model's output is not finite", "check the bundle with m2c check")
         return logits if all_logits else logits[0]
@@ -65,19 +69,30 @@ class Transformer:
     def _layer(self, layer: int, x: Tensor) -> Tensor:
         vectors = self._layers[layer]
         with self._store.layer(layer) as rows:
-            x, _, _ = attention(
-                x, vectors, rows, config=self.config, rotary=self._rotary, start=self.kv.length,
-                extend=lambda k, v: self.kv.append(layer, k, v), workers=self._workers,
+            x = attention(
+                x, self._attention_call(layer, rows), self.kv.length, self._workers,
+                norm=vectors.attn_norm,
             )  # fmt: skip
-            normed = rms_norm(x, vectors.ffn_norm, self.config.rms_norm_eps)
             single = x.shape[0] == 1
             floor = rows[FFN]
             record = self.record if single else None
-            return x + mixed_ffn(
-                normed, floor, self._down_norms[layer], act=self.config.hidden_act, mix=self._mix,
+            return mixed_ffn(
+                x, floor, self._down_norms[layer], norm=vectors.ffn_norm,
+                act=self.config.hidden_act, mix=self._mix,
                 fetch=lambda plane, ids: self._store.upgrade(
                     layer, plane, ids, floor, step=single
                 ),
                 workers=self._workers,
                 record=None if record is None else lambda plane, ids: record(layer, plane, ids),
             )  # fmt: skip
+
+    def _attention_call(self, layer: int, rows: dict[str, Rows]) -> AttentionCall:
+        """Made once for rows that stay where they are: a model has few of them and many tokens."""
+        call = self._calls.get(layer)
+        if call is None or call.projections[0] is not rows[MATRICES[0]]:
+            keys, values = self.kv.of_layer(layer)
+            call = self._calls[layer] = attention_call(
+                self.config, self._layers[layer], rows, rotary=self._rotary, keys=keys,
+                values=values,
+            )  # fmt: skip
+        return call

@@ -1,190 +1,236 @@
-/* Sums over neurons: down columns alone, and the whole FFN in one pass over each record. */
+/* Neurons: gate and up, sums over down columns, and the whole FFN in one pass over each record.
+ *
+ * Sums over neurons run in chunks of CHUNK and the chunks in order, whoever computed them; inside a
+ * chunk TILE neurons at a time, those whose activation is zero left out.
+ */
+
+#include <math.h>
+#include <string.h>
 
 #include "rows.h"
 
-#include <stdlib.h>
-#include <string.h>
-
-/* A few neurons at a time, so that y is loaded and stored once for all of them. */
-#define AT_ONCE 4
-
-static void down_wide(const struct rows *r, const float *h, float *y, int first, int columns)
-{
-    for (int64_t i = 0; i < r->count; i++) {
-        const uint16_t *w = r->wide + ((size_t)i * r->vectors + r->vectors - 1) * r->length;
-        if (h[i] != 0)
-            r->use->axpy16(y, w + first, h[i], columns, r->is_bf16);
-    }
-}
-
-static void down_codes(const struct rows *r, const float *h, float *y, int first, int groups)
-{
-    int vector = r->vectors - 1, held = 0;
-    float scales[AT_ONCE][groups], step = r->kind == 8 ? 0.0625f : 1.0f;
-    struct column columns[AT_ONCE];
-    size_t at = (size_t)(vector * r->groups + first) * (GROUP / 2);
-    for (int64_t i = 0; i < r->count; i++) {
-        if (h[i] == 0)
-            continue;
-        const uint8_t *record = record4(r, i);
-        r->use->scaled(scales[held], record + code_nbytes(r) + (vector * r->groups + first) * 2,
-                       h[i] * step, groups);
-        int64_t later = i + AT_ONCE < r->count ? i + AT_ONCE : i;
-        prefetch(record4(r, later) + code_nbytes(r) + (vector * r->groups + first) * 2,
-                 (size_t)groups * 2);
-        columns[held] = (struct column){ record + at, r->kind == 8 ? record8(r, i) + at : NULL,
-                                         scales[held], record4(r, later) - record };
-        if (++held == AT_ONCE) {
-            r->use->axpy_codes(y, columns, held, groups);
-            held = 0;
-        }
-    }
-    r->use->axpy_codes(y, columns, held, groups);
-}
-
-struct down_call {
-    const struct rows *rows;
-    const float *activations; /* [tokens, rows] */
-    float *out; /* [tokens, length] */
-    int tokens;
-};
-
-/* Columns are shared out, so that every output is summed over neurons in order by one thread. */
-static void down_part(void *context, int part, int parts)
-{
-    const struct down_call *c = context;
-    const struct rows *r = c->rows;
-    int64_t first, last;
-    share(r->groups, part, parts, &first, &last);
-    int columns = (int)(last * GROUP < r->length ? last * GROUP : r->length) - (int)first * GROUP;
-    if (columns <= 0)
-        return;
-    float y[(last - first) * GROUP];
-    for (int t = 0; t < c->tokens; t++) {
-        const float *h = c->activations + (size_t)t * r->count;
-        float *out = c->out + (size_t)t * r->length + first * GROUP;
-        memset(y, 0, sizeof(y));
-        memcpy(y, out, (size_t)columns * sizeof(float));
-        if (r->kind == 16)
-            down_wide(r, h, y, (int)first * GROUP, columns);
-        else
-            down_codes(r, h, y, (int)first, (int)(last - first));
-        memcpy(out, y, (size_t)columns * sizeof(float));
-    }
-}
-
-/* adds to what is in `out` */
-void m2c_down(struct kernels *k, struct rows *rows, const float *activations, int32_t tokens,
-              float *out)
-{
-    struct down_call c = { rows, activations, out, tokens };
-    rows->use = k->use;
-    pool_run(k->pool, down_part, &c);
-}
-
-/* The whole FFN of some neurons: one pass over each record, gate and up, then its down column.
- *
- * Neurons are summed in chunks of CHUNK and the chunks in order, whoever computed them. A wave of
- * chunks is computed at a time, so that partial sums stay small. */
 #define CHUNK 256
-#define CHUNKS_PER_THREAD 4
+#define TOKENS_AT_ONCE 64 /* whose partial sums are kept together */
+#define PARTIAL_NBYTES (8 << 20)
+
+static inline float activate(float gate, float up, int relu)
+{
+    return (relu ? (gate > 0 ? gate : 0) : gate / (1.0f + expf(-gate))) * up;
+}
+
+/* h[i * stride + t]: activations of neurons row to row + count - 1, count <= TILE */
+static void activations(const struct primitives *use, const struct rows *r, int64_t row, int count,
+                        const struct inputs *in, int relu, float *h, int64_t stride)
+{
+    float up[ROWS_AT_ONCE * TOKENS_AT_ONCE];
+    for (int first = 0; first < count; first += ROWS_AT_ONCE) {
+        int some = count - first < ROWS_AT_ONCE ? count - first : ROWS_AT_ONCE;
+        float *gate = h + first * stride;
+        dot_vectors(use, r, row + first, some, 0, in, gate, stride);
+        dot_vectors(use, r, row + first, some, 1, in, up, TOKENS_AT_ONCE);
+        for (int i = 0; i < some; i++)
+            for (int t = 0; t < in->tokens; t++)
+                gate[i * stride + t] = activate(gate[i * stride + t], up[i * TOKENS_AT_ONCE + t],
+                                                relu);
+    }
+}
+
+/* y += sum of h[i * stride] * down column of row + i, zeros left out */
+static void add_columns(const struct primitives *use, const struct rows *r, int64_t row, int count,
+                        const float *h, int64_t stride, float *y)
+{
+    struct codes columns[TILE], next[TILE];
+    const uint16_t *wide[TILE];
+    float held[TILE];
+    int n = 0, last = r->vectors - 1;
+    for (int i = 0; i < count; i++) {
+        if (h[i * stride] == 0)
+            continue;
+        held[n] = h[i * stride];
+        if (r->kind == 16) {
+            wide[n++] = wide_of(r, row + i, last);
+            continue;
+        }
+        columns[n] = codes_of(r, row + i, last);
+        if (row + i + TILE < r->count) {
+            next[n] = codes_of(r, row + i + TILE, last);
+            columns[n].next = next + n;
+        }
+        n++;
+    }
+    if (n && r->kind == 16)
+        use->add_wide(y, wide, held, n, r->length, r->is_bf16);
+    else if (n)
+        use->add_codes(y, columns, held, n, r->groups);
+}
 
 struct ffn_call {
+    const struct primitives *use;
     const struct rows *rows;
-    const struct inputs *in;
-    const float *mask; /* [tokens, rows] or NULL */
-    int relu;
-    int64_t first, chunks; /* of this wave */
-    float *partial; /* [chunks, tokens, groups * GROUP] */
+    const struct inputs *in; /* NULL: activations are given */
+    const float *given; /* [tokens, rows]: activations, or factors of them, or NULL */
+    float *kept; /* [tokens, rows]: receives activations, or NULL */
+    int relu, tokens;
+    int64_t first; /* chunk of this wave */
+    float *partial; /* [chunks, tokens, padded] */
+    float *out; /* [tokens, length] */
+    struct pieces pieces;
 };
 
-/* y[t] += h[k][t] * down column of neuron i + k, for `held` neurons */
-static void flush_columns(const struct rows *r, int64_t i, int held, int tokens, const float *h,
-                          float *y, float *scales)
+static void chunk_part(void *context, int part, int parts)
 {
-    int vector = r->vectors - 1;
-    size_t at = (size_t)vector * r->groups * (GROUP / 2);
-    float step = r->kind == 8 ? 0.0625f : 1.0f;
-    for (int t = 0; t < tokens; t++, y += (size_t)r->groups * GROUP) {
-        struct column columns[AT_ONCE];
-        int count = 0;
-        for (int k = 0; k < held; k++) {
-            float value = h[k * tokens + t];
-            if (value == 0)
-                continue;
-            if (r->kind == 16) {
-                const uint16_t *w = r->wide + ((size_t)(i + k) * r->vectors + vector) * r->length;
-                r->use->axpy16(y, w, value, r->length, r->is_bf16);
-                continue;
-            }
-            const uint8_t *record = record4(r, i + k);
-            float *own = scales + (size_t)count * r->groups;
-            r->use->scaled(own, record + code_nbytes(r) + (size_t)vector * r->groups * 2,
-                           value * step, r->groups);
-            columns[count++] = (struct column){
-                record + at, r->kind == 8 ? record8(r, i + k) + at : NULL, own, 0
-            };
-        }
-        if (count)
-            r->use->axpy_codes(y, columns, count, r->groups);
-    }
-}
-
-static void ffn_part(void *context, int part, int parts)
-{
-    const struct ffn_call *c = context;
+    struct ffn_call *c = context;
     const struct rows *r = c->rows;
-    int tokens = c->in->tokens;
-    size_t padded = (size_t)r->groups * GROUP;
-    float ss[r->groups + 1], scales[AT_ONCE * r->groups], gate[tokens], up[tokens];
-    float h[AT_ONCE * tokens];
-    for (int64_t k = part; k < c->chunks; k += parts) {
+    int tokens = c->tokens;
+    size_t padded = padded_length(r->length);
+    float h[TILE * TOKENS_AT_ONCE];
+    (void)part, (void)parts;
+    for (int64_t k; next_piece(&c->pieces, &k);) {
         float *y = c->partial + (size_t)k * tokens * padded;
         int64_t start = (c->first + k) * CHUNK;
         int64_t stop = start + CHUNK < r->count ? start + CHUNK : r->count;
         memset(y, 0, tokens * padded * sizeof(float));
-        for (int64_t i = start; i < stop; i += AT_ONCE) {
-            int held = (int)(stop - i < AT_ONCE ? stop - i : AT_ONCE);
-            for (int n = 0; n < held; n++) {
-                dot_row(r, c->in, i + n, 0, ss, gate, 1);
-                dot_row(r, c->in, i + n, 1, ss, up, 1);
-                for (int t = 0; t < tokens; t++) {
-                    float value = activate(gate[t], up[t], c->relu);
-                    if (c->mask)
-                        value *= c->mask[(size_t)t * r->count + i + n];
-                    h[n * tokens + t] = value;
+        for (int64_t row = start; row < stop; row += TILE) {
+            int count = (int)(stop - row < TILE ? stop - row : TILE);
+            if (c->in)
+                activations(c->use, r, row, count, c->in, c->relu, h, tokens);
+            for (int i = 0; i < count; i++)
+                for (int t = 0; c->given && t < tokens; t++) {
+                    float factor = c->given[(size_t)t * r->count + row + i];
+                    h[i * tokens + t] = c->in ? h[i * tokens + t] * factor : factor;
                 }
-            }
-            flush_columns(r, i, held, tokens, h, y, scales);
+            for (int i = 0; i < count; i++)
+                for (int t = 0; c->kept && t < tokens; t++)
+                    c->kept[(size_t)t * r->count + row + i] = h[i * tokens + t];
+            for (int t = 0; t < tokens; t++)
+                add_columns(c->use, r, row, count, h + t, tokens, y + t * padded);
         }
     }
 }
 
-/* adds to what is in `out`; returns 0, or 1 when there is no memory for partial sums */
-int m2c_ffn(struct kernels *k, struct rows *rows, const struct inputs *in, int relu,
-            const float *mask, float *out)
+#define COLUMNS 256 /* outputs handed out at a time */
+
+static void sum_part(void *context, int part, int parts)
 {
-    int64_t chunks = (rows->count + CHUNK - 1) / CHUNK;
-    int64_t wave = (int64_t)pool_threads(k->pool) * CHUNKS_PER_THREAD;
-    size_t padded = (size_t)rows->groups * GROUP;
-    wave = wave < chunks ? wave : chunks;
-    rows->use = k->use;
-    float *partial = malloc((size_t)wave * in->tokens * padded * sizeof(float));
-    if (!partial)
-        return 1;
-    for (int64_t first = 0; first < chunks; first += wave) {
-        int64_t count = chunks - first < wave ? chunks - first : wave;
-        struct ffn_call c = { rows, in, mask, relu, first, count, partial };
-        pool_run(k->pool, ffn_part, &c);
-        for (int64_t n = 0; n < count; n++) {
-            for (int t = 0; t < in->tokens; t++) {
-                const float *from = partial + ((size_t)n * in->tokens + t) * padded;
-                float *to = out + (size_t)t * rows->length;
-                for (int j = 0; j < rows->length; j++)
+    struct ffn_call *c = context;
+    size_t padded = padded_length(c->rows->length);
+    int64_t chunks = c->first; /* how many, here */
+    (void)part, (void)parts;
+    for (int64_t i; next_piece(&c->pieces, &i);) {
+        int64_t stop = (i + 1) * COLUMNS < c->rows->length ? (i + 1) * COLUMNS : c->rows->length;
+        for (int t = 0; t < c->tokens; t++) {
+            float *to = c->out + (size_t)t * c->rows->length;
+            for (int64_t k = 0; k < chunks; k++) {
+                const float *from = c->partial + ((size_t)k * c->tokens + t) * padded;
+                for (int64_t j = i * COLUMNS; j < stop; j++)
                     to[j] += from[j];
             }
         }
     }
-    free(partial);
+}
+
+/* out [tokens, length] += for up to TOKENS_AT_ONCE tokens, a wave of chunks at a time */
+static void sum_neurons(struct kernels *k, struct ffn_call *call, int64_t wave)
+{
+    int64_t chunks = (call->rows->count + CHUNK - 1) / CHUNK;
+    for (int64_t first = 0; first < chunks; first += wave) {
+        int64_t count = chunks - first < wave ? chunks - first : wave;
+        call->first = first;
+        call->pieces = (struct pieces){ 0, count, 1 };
+        pool_run(k->pool, chunk_part, call);
+        call->first = count;
+        call->pieces = (struct pieces){ 0, (call->rows->length + COLUMNS - 1) / COLUMNS, COLUMNS };
+        pool_run(k->pool, sum_part, call);
+    }
+}
+
+static int all_tokens(struct kernels *k, const struct rows *rows, const struct inputs *in,
+                      int tokens, const float *given, int relu, float *kept, float *out)
+{
+    int most = tokens < TOKENS_AT_ONCE ? tokens : TOKENS_AT_ONCE;
+    size_t one = most * padded_length(rows->length) * sizeof(float);
+    int64_t chunks = (rows->count + CHUNK - 1) / CHUNK, wave = (int64_t)(PARTIAL_NBYTES / one);
+    int64_t least = 2 * pool_threads(k->pool);
+    wave = wave < least ? least : wave;
+    wave = wave < chunks ? wave : chunks;
+    float *partial = scratch_take(k, wave * one);
+    if (!partial)
+        return 1;
+    for (int t = 0; t < tokens; t += most) {
+        int some = tokens - t < most ? tokens - t : most;
+        struct inputs part;
+        if (in)
+            part = tokens_from(in, t, some, rows->length);
+        struct ffn_call c = { k->use, rows, in ? &part : NULL,
+                              given ? given + (size_t)t * rows->count : NULL,
+                              kept ? kept + (size_t)t * rows->count : NULL, relu, some, 0, partial,
+                              out + (size_t)t * rows->length, { 0, 0, 0 } };
+        sum_neurons(k, &c, wave);
+    }
     return 0;
+}
+
+/* out [tokens, length] += activations [tokens, rows] . down columns; 0, or 1 without memory */
+int m2c_down(struct kernels *k, const struct rows *rows, const float *given, int32_t tokens,
+             float *out)
+{
+    int failed = all_tokens(k, rows, NULL, tokens, given, 0, NULL, out);
+    scratch_reset(k);
+    return failed;
+}
+
+/* out [tokens, length] += the FFN of some neurons; mask [tokens, rows] multiplies activations, kept
+ * [tokens, rows] receives them, or they are NULL. 0, or 1 without memory. */
+int m2c_ffn(struct kernels *k, const struct given *given, const struct rows *rows, int relu,
+            const float *mask, float *kept, float *out)
+{
+    struct inputs in;
+    int failed = prepare(k, given, rows->kind, &in);
+    if (!failed)
+        failed = all_tokens(k, rows, &in, given->tokens, mask, relu, kept, out);
+    scratch_reset(k);
+    return failed;
+}
+
+struct gate_up_call {
+    const struct primitives *use;
+    const struct rows *rows;
+    const struct inputs *in;
+    int relu;
+    float *out; /* [tokens, rows] */
+    struct pieces pieces;
+};
+
+static void gate_up_part(void *context, int part, int parts)
+{
+    struct gate_up_call *c = context;
+    const struct rows *r = c->rows;
+    float h[TILE * TOKENS_AT_ONCE];
+    (void)part, (void)parts;
+    for (int64_t k; next_piece(&c->pieces, &k);) {
+        int count = (int)(r->count - k * TILE < TILE ? r->count - k * TILE : TILE);
+        for (int t = 0; t < c->in->tokens; t += TOKENS_AT_ONCE) {
+            int tokens = c->in->tokens - t < TOKENS_AT_ONCE ? c->in->tokens - t : TOKENS_AT_ONCE;
+            struct inputs in = tokens_from(c->in, t, tokens, r->length);
+            activations(c->use, r, k * TILE, count, &in, c->relu, h, tokens);
+            for (int i = 0; i < count; i++)
+                for (int s = 0; s < tokens; s++)
+                    c->out[(size_t)(t + s) * r->count + k * TILE + i] = h[i * tokens + s];
+        }
+    }
+}
+
+/* out [tokens, rows] = act(x . gate) (x . up); 0, or 1 without memory */
+int m2c_gate_up(struct kernels *k, const struct given *given, const struct rows *rows, int relu,
+                float *out)
+{
+    struct inputs in;
+    int failed = prepare(k, given, rows->kind, &in);
+    if (!failed) {
+        struct gate_up_call c = { k->use, rows, &in, relu, out,
+                                  { 0, (rows->count + TILE - 1) / TILE, TILE } };
+        pool_run(k->pool, gate_up_part, &c);
+    }
+    scratch_reset(k);
+    return failed;
 }

@@ -1,16 +1,8 @@
-/* The instruction sets, and the choice between them when m2c runs. */
+/* The choice between the instruction sets when m2c runs. */
 
 #include "primitives.h"
 
 #include <string.h>
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#define M2C_ISA 1
-#include "simd.inc.c"
-#define M2C_ISA 2
-#include "simd.inc.c"
-#endif
 
 const struct primitives *primitives_for(const char *want, const char **name)
 {

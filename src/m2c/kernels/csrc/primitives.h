@@ -1,4 +1,4 @@
-/* Sums over one vector of one row, for one instruction set. */
+/* What one thread computes, once for every instruction set. */
 #ifndef M2C_PRIMITIVES_H
 #define M2C_PRIMITIVES_H
 
@@ -6,30 +6,92 @@
 #include <stdint.h>
 
 #define GROUP 32 /* weights that share a scale: 16 bytes of codes */
+#define STRIPE 4 /* groups taken at a time: 64 bytes of codes */
+#define STRIPE_VALUES (STRIPE * GROUP)
+#define BATCH 16 /* groups whose scales are taken at a time */
+#define ROWS_AT_ONCE 4
+#define TILE 16 /* columns added at a time */
 
-/* One down column, or a part of it. */
-struct column {
+/* One vector of one row. Values are scale * (q - 8), at INT8 scale * (16 q + r - 136) / 16. */
+struct codes {
     const uint8_t *q, *r; /* r is NULL at INT4 */
-    const float *scales; /* of its groups, times the neuron's activation */
-    ptrdiff_t ahead; /* from q to the same place in the next column */
+    const uint8_t *scales; /* F16, one a group */
+    const struct codes *next; /* wanted soon: fetched into the second-level cache; or NULL */
+};
+
+/* Activations of `tokens` tokens, as f32 and as int8 with a scale per group.
+ *
+ * A stripe of int8 values is laid out as the codes are: the first 16 values of its four groups, then
+ * the second 16. Scales and sums are padded with zeros to whole batches of groups. */
+struct inputs {
+    const float *x; /* [tokens, length] */
+    const int8_t *values; /* [tokens, stripes * STRIPE_VALUES] */
+    const float *scales; /* [tokens, batches * BATCH] */
+    const float *sums; /* [tokens, batches * BATCH]: of the int8 values of a group */
+    int32_t tokens;
+};
+
+/* Keys or values of one head: [positions, dim] f16 or f32. */
+struct cached {
+    const void *at;
+    int is_f16;
 };
 
 struct primitives {
-    float (*dot4)(const uint8_t *, const uint8_t *, const float *, const int8_t *, int);
-    float (*dot8)(const uint8_t *, const uint8_t *, const uint8_t *, const float *, const int8_t *,
-                  int);
-    float (*dot16)(const uint16_t *, const float *, int, int);
-    void (*axpy16)(float *, const uint16_t *, float, int, int);
-    void (*axpy_codes)(float *, const struct column *, int, int);
-    void (*scaled)(float *, const uint8_t *, float, int);
-    void (*scale_products)(float *, const uint8_t *, const float *, int);
-    float (*dot_f32)(const float *, const float *, int);
+    /* out[i * row_stride + t] = rows[i] . x[t], up to ROWS_AT_ONCE rows, any number of tokens */
+    void (*dot_codes)(const struct codes *rows, int count, const struct inputs *in, int groups,
+                      float *out, int64_t row_stride);
+    void (*dot_wide)(const uint16_t *const *rows, int count, const struct inputs *in, int length,
+                     int is_bf16, float *out, int64_t row_stride);
+    /* y += sum of h[n] * columns[n], up to TILE columns; y has whole stripes */
+    void (*add_codes)(float *y, const struct codes *columns, const float *h, int count, int groups);
+    void (*add_wide)(float *y, const uint16_t *const *columns, const float *h, int count,
+                     int length, int is_bf16);
+    /* scores[p] = q . keys[p]; out = sum of weights[p] * values[p] */
+    void (*scores)(float *scores, const float *q, struct cached keys, int positions, int dim);
+    void (*mixed)(float *out, const float *weights, struct cached values, int positions, int dim);
+    void (*to_half)(uint16_t *to, const float *from, int count);
 };
 
 extern const struct primitives primitives_scalar;
+#if defined(__x86_64__)
+extern const struct primitives primitives_avx2, primitives_avx512;
+#endif
 
 /* want: "auto", "scalar", "avx2" or "avx512"; sets the name of what was taken. NULL if this machine
  * cannot run it. */
 const struct primitives *primitives_for(const char *want, const char **name);
+
+/* The hardware reads ahead along one stream only, and not far enough; a few kilobytes ahead into the
+ * second-level cache is what reaches the bandwidth of memory (BENCHMARKS.md, "Kernels"). */
+static inline void fetch_line(const uint8_t *at)
+{
+    __builtin_prefetch(at, 0, 2);
+}
+
+static inline void fetch_stripe(const struct codes *next, size_t stripe)
+{
+    if (!next)
+        return;
+    fetch_line(next->q + 64 * stripe);
+    if (next->r)
+        fetch_line(next->r + 64 * stripe);
+}
+
+static inline void fetch_scales(const struct codes *next, int groups)
+{
+    for (int at = 0; next && at < 2 * groups; at += 64)
+        fetch_line(next->scales + at);
+}
+
+static inline int stripes_of(int groups)
+{
+    return (groups + STRIPE - 1) / STRIPE;
+}
+
+static inline int batches_of(int groups)
+{
+    return (groups + BATCH - 1) / BATCH;
+}
 
 #endif

@@ -11,6 +11,8 @@
 
 #include <stdlib.h>
 
+#define TOKENS_AT_ONCE 32 /* whose activations stay in the second-level cache */
+
 /* want: "auto", "scalar", "avx2" or "avx512". NULL if this machine cannot run it or has no memory. */
 struct kernels *m2c_open(const char *want, int threads)
 {
@@ -29,116 +31,118 @@ const char *m2c_name(const struct kernels *k)
 
 void m2c_close(struct kernels *k)
 {
-    if (k)
+    if (k) {
         m2c_pool_free(k->pool);
+        scratch_reset(k);
+        free(k->scratch.at);
+    }
     free(k);
 }
 
-void dot_row(const struct rows *r, const struct inputs *in, int64_t row, int vector, float *ss,
-             float *out, int64_t out_stride)
+void dot_vectors(const struct primitives *use, const struct rows *r, int64_t row, int count,
+                 int vector, const struct inputs *in, float *out, int64_t stride)
 {
     if (r->kind == 16) {
-        const uint16_t *w = r->wide + ((size_t)row * r->vectors + vector) * r->length;
-        for (int t = 0; t < in->tokens; t++)
-            out[t * out_stride] = r->use->dot16(w, in->x + (size_t)t * r->length, r->length,
-                                                r->is_bf16);
+        const uint16_t *wide[ROWS_AT_ONCE];
+        for (int i = 0; i < count; i++)
+            wide[i] = wide_of(r, row + i, vector);
+        use->dot_wide(wide, count, in, r->length, r->is_bf16, out, stride);
         return;
     }
-    size_t half = (size_t)r->groups * (GROUP / 2);
-    const uint8_t *record = record4(r, row);
-    const uint8_t *scales = record + code_nbytes(r) + (size_t)vector * r->groups * 2;
-    const uint8_t *q = record + vector * half;
-    /* what the hardware cannot guess: where the next chosen row starts */
-    const uint8_t *later = record4(r, row + 1 < r->count ? row + 1 : row);
-    const uint8_t *next = later + vector * half;
-    prefetch(later + (scales - record), (size_t)r->groups * 2);
-    for (int t = 0; t < in->tokens; t++) {
-        const int8_t *xq = in->xq + (size_t)t * r->groups * GROUP;
-        r->use->scale_products(ss, scales, in->xs + (size_t)t * r->groups, r->groups);
-        float biased, offset = r->use->dot_f32(ss, in->xsum + (size_t)t * r->groups, r->groups);
-        if (r->kind == 4) {
-            biased = r->use->dot4(q, next, ss, xq, r->groups) - 8.0f * offset;
-        } else {
-            const uint8_t *r8 = record8(r, row) + vector * half;
-            biased = 0.0625f * (r->use->dot8(q, r8, next, ss, xq, r->groups) - 136.0f * offset);
+    struct codes codes[2 * ROWS_AT_ONCE];
+    for (int i = 0; i < count; i++) {
+        codes[i] = codes_of(r, row + i, vector);
+        if (row + i + ROWS_AT_ONCE < r->count) {
+            codes[ROWS_AT_ONCE + i] = codes_of(r, row + i + ROWS_AT_ONCE, vector);
+            codes[i].next = codes + ROWS_AT_ONCE + i;
         }
-        out[t * out_stride] = biased;
+    }
+    use->dot_codes(codes, count, in, r->groups, out, stride);
+}
+
+void product(const struct primitives *use, const struct rows *r, const struct inputs *in,
+             int64_t start, int64_t stop, const float *bias, int add, float *out,
+             int64_t out_stride)
+{
+    float sums[ROWS_AT_ONCE * TOKENS_AT_ONCE];
+    for (int t = 0; t < in->tokens; t += TOKENS_AT_ONCE) {
+        int tokens = in->tokens - t < TOKENS_AT_ONCE ? in->tokens - t : TOKENS_AT_ONCE;
+        struct inputs some = tokens_from(in, t, tokens, r->length);
+        for (int64_t row = start; row < stop; row += ROWS_AT_ONCE) {
+            int count = (int)(stop - row < ROWS_AT_ONCE ? stop - row : ROWS_AT_ONCE);
+            dot_vectors(use, r, row, count, 0, &some, sums, TOKENS_AT_ONCE);
+            for (int k = 0; k < tokens; k++) {
+                float *to = out + (t + k) * out_stride + row;
+                for (int i = 0; i < count; i++) {
+                    float value = sums[i * TOKENS_AT_ONCE + k] + (bias ? bias[row + i] : 0);
+                    to[i] = add ? to[i] + value : value;
+                }
+            }
+        }
     }
 }
 
-struct call {
+struct matmul_call {
+    const struct primitives *use;
     const struct rows *rows;
     const struct inputs *in;
     float *out; /* [tokens, rows] */
-    int relu;
+    struct pieces pieces;
 };
 
 static void matmul_part(void *context, int part, int parts)
 {
-    const struct call *c = context;
-    const struct rows *r = c->rows;
-    float ss[r->groups + 1];
-    int64_t start, stop;
-    share(r->count, part, parts, &start, &stop);
-    for (int64_t i = start; i < stop; i++) {
-        dot_row(r, c->in, i, 0, ss, c->out + i, r->count);
+    struct matmul_call *c = context;
+    (void)part, (void)parts;
+    for (int64_t i; next_piece(&c->pieces, &i);) {
+        int64_t start = i * c->pieces.size, stop = start + c->pieces.size;
+        stop = stop < c->rows->count ? stop : c->rows->count;
+        product(c->use, c->rows, c->in, start, stop, NULL, 0, c->out, c->rows->count);
     }
 }
 
-static void gate_up_part(void *context, int part, int parts)
+/* out [tokens, rows] = x . rows; 0, or 1 without memory */
+int m2c_matmul(struct kernels *k, const struct given *given, const struct rows *rows, float *out)
 {
-    const struct call *c = context;
-    const struct rows *r = c->rows;
-    int tokens = c->in->tokens;
-    float ss[r->groups + 1], gate[tokens], up[tokens];
-    int64_t start, stop;
-    share(r->count, part, parts, &start, &stop);
-    for (int64_t i = start; i < stop; i++) {
-        dot_row(r, c->in, i, 0, ss, gate, 1);
-        dot_row(r, c->in, i, 1, ss, up, 1);
-        for (int t = 0; t < tokens; t++) {
-            c->out[(size_t)t * r->count + i] = activate(gate[t], up[t], c->relu);
-        }
+    struct inputs in;
+    int failed = prepare(k, given, rows->kind, &in);
+    if (!failed) {
+        struct matmul_call c = { k->use, rows, &in, out, pieces_of(k, rows->count) };
+        pool_run(k->pool, matmul_part, &c);
     }
+    scratch_reset(k);
+    return failed;
 }
 
-/* int8 activations: x = xs * xq to within half a step of the largest in each group */
-void m2c_quantize(const float *x, int32_t tokens, int32_t length, int32_t groups, int8_t *xq,
-                  float *xs, float *xsum)
+struct read_call {
+    const uint64_t *at;
+    int64_t count;
+    uint64_t *sums; /* [threads] */
+};
+
+static void read_part(void *context, int part, int parts)
 {
-    for (int32_t t = 0; t < tokens; t++) {
-        for (int32_t g = 0; g < groups; g++) {
-            float largest = 0, total = 0;
-            int sum = 0, stop = length - g * GROUP < GROUP ? length - g * GROUP : GROUP;
-            const float *from = x + (size_t)t * length + g * GROUP;
-            int8_t *to = xq + ((size_t)t * groups + g) * GROUP;
-            for (int j = 0; j < stop; j++)
-                largest = fmaxf(largest, fabsf(from[j])), total += fabsf(from[j]);
-            /* a sum is finite only if all its terms are; NaN must not be rounded away */
-            int finite = isfinite(total), usable = finite && largest > 1e-30f;
-            float inverse = usable ? 127.0f / largest : 0;
-            for (int j = 0; j < GROUP; j++) {
-                int value = j < stop && usable ? (int)lrintf(from[j] * inverse) : 0;
-                to[j] = (int8_t)value;
-                sum += value;
-            }
-            xs[(size_t)t * groups + g] = finite ? largest / 127.0f : NAN;
-            xsum[(size_t)t * groups + g] = (float)sum;
-        }
+    const struct read_call *c = context;
+    uint64_t sums[16] = { 0 }, total = 0;
+    int64_t start = c->count / 16 * part / parts, stop = c->count / 16 * (part + 1) / parts;
+    for (int64_t i = start; i < stop; i++)
+        for (int k = 0; k < 16; k++)
+            sums[k] ^= c->at[16 * i + k];
+    for (int k = 0; k < 16; k++)
+        total ^= sums[k];
+    c->sums[part] = total;
+}
+
+/* Reads nbytes once with all threads and does nothing else: what memory can give. */
+uint64_t m2c_read(struct kernels *k, const void *at, int64_t nbytes)
+{
+    uint64_t *sums = scratch_take(k, pool_threads(k->pool) * sizeof(*sums)), total = 0;
+    if (sums) {
+        struct read_call c = { at, nbytes / 8, sums };
+        pool_run(k->pool, read_part, &c);
+        for (int i = 0; i < pool_threads(k->pool); i++)
+            total ^= sums[i];
     }
-}
-
-void m2c_matmul(struct kernels *k, struct rows *rows, const struct inputs *in, float *out)
-{
-    struct call c = { rows, in, out, 0 };
-    rows->use = k->use;
-    pool_run(k->pool, matmul_part, &c);
-}
-
-void m2c_gate_up(struct kernels *k, struct rows *rows, const struct inputs *in, int relu,
-                 float *out)
-{
-    struct call c = { rows, in, out, relu };
-    rows->use = k->use;
-    pool_run(k->pool, gate_up_part, &c);
+    scratch_reset(k);
+    return total;
 }

@@ -1,17 +1,25 @@
-/* Rows, activations, and what rows.c and ffn.c share. */
+/* Rows, activations, and what the entry points share. */
 #ifndef M2C_ROWS_H
 #define M2C_ROWS_H
 
-#include <math.h>
+#include <stdatomic.h>
 
 #include "pool.h"
 #include "primitives.h"
 
-/* An instruction set and the threads that use it. */
+/* Memory that lasts for one call; kept for the next one. */
+struct scratch {
+    char *at;
+    size_t size, used;
+    struct scratch *full; /* blocks that became too small during this call */
+};
+
+/* An instruction set, the threads that use it, and their memory. */
 struct kernels {
     const struct primitives *use;
     const char *name;
     struct pool *pool;
+    struct scratch scratch;
 };
 
 /* Rows in memory. kind: 4 or 8 (codes), or 16. Mirrored by kernels/native.py. */
@@ -23,17 +31,35 @@ struct rows {
     int64_t count;
     int32_t vectors, length, groups;
     int32_t kind, is_bf16;
-    const struct primitives *use; /* set by the entry points */
 };
 
-/* Activations of `tokens` tokens: f32, and as int8 with a scale and a sum per group. */
-struct inputs {
+/* What rows are to meet. Mirrored by kernels/native.py. */
+struct given {
     const float *x; /* [tokens, length] */
-    const int8_t *xq; /* [tokens, groups * GROUP] */
-    const float *xs; /* [tokens, groups] */
-    const float *xsum; /* [tokens, groups]: sum of the int8 values */
-    int32_t tokens;
+    const float *norm; /* [length] weights of an RMS norm applied first, or NULL */
+    float eps;
+    int32_t tokens, length;
 };
+
+/* Pieces of one call, handed out to whoever is free: `size` things each. */
+struct pieces {
+    atomic_long next;
+    int64_t count, size;
+};
+
+/* A few pieces for each thread: long ones, since memory is fastest along long streams. */
+static inline struct pieces pieces_of(const struct kernels *k, int64_t things)
+{
+    int64_t shares = 4 * (int64_t)pool_threads(k->pool);
+    int64_t size = ((things + shares - 1) / shares + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE * ROWS_AT_ONCE;
+    return (struct pieces){ 0, size ? (things + size - 1) / size : 0, size };
+}
+
+static inline int next_piece(struct pieces *p, int64_t *piece)
+{
+    *piece = atomic_fetch_add_explicit(&p->next, 1, memory_order_relaxed);
+    return *piece < p->count;
+}
 
 static inline size_t code_nbytes(const struct rows *r)
 {
@@ -46,30 +72,49 @@ static inline const uint8_t *record4(const struct rows *r, int64_t row)
     return r->int4 + at * (code_nbytes(r) + (size_t)r->vectors * r->groups * 2);
 }
 
-static inline const uint8_t *record8(const struct rows *r, int64_t row)
+static inline struct codes codes_of(const struct rows *r, int64_t row, int vector)
 {
-    return r->int8 + (size_t)(r->index8 ? r->index8[row] : row) * code_nbytes(r);
+    size_t half = (size_t)r->groups * (GROUP / 2);
+    const uint8_t *record = record4(r, row), *second = NULL;
+    if (r->int8)
+        second = r->int8 + (size_t)(r->index8 ? r->index8[row] : row) * code_nbytes(r)
+                 + vector * half;
+    return (struct codes){ record + vector * half, second,
+                           record + code_nbytes(r) + (size_t)vector * r->groups * 2,
+                           NULL };
 }
 
-static inline void prefetch(const uint8_t *at, size_t nbytes)
+static inline const uint16_t *wide_of(const struct rows *r, int64_t row, int vector)
 {
-    for (size_t i = 0; i < nbytes; i += 64)
-        __builtin_prefetch(at + i);
+    return r->wide + ((size_t)row * r->vectors + vector) * r->length;
 }
 
-static inline float activate(float gate, float up, int relu)
+static inline size_t padded_length(int length)
 {
-    return (relu ? (gate > 0 ? gate : 0) : gate / (1.0f + expf(-gate))) * up;
+    return (size_t)(length + STRIPE_VALUES - 1) / STRIPE_VALUES * STRIPE_VALUES;
 }
 
-static inline void share(int64_t count, int part, int parts, int64_t *start, int64_t *stop)
+static inline size_t padded_groups(int length)
 {
-    *start = count * part / parts;
-    *stop = count * (part + 1) / parts;
+    return (size_t)batches_of((length + GROUP - 1) / GROUP) * BATCH;
 }
 
-/* out[t] = row . x[t] for one vector of one row; ss: room for `groups` floats */
-void dot_row(const struct rows *r, const struct inputs *in, int64_t row, int vector, float *ss,
-             float *out, int64_t out_stride);
+/* nbytes for the rest of this call, aligned to 64; NULL when there is no memory */
+void *scratch_take(struct kernels *k, size_t nbytes);
+/* The call is over. */
+void scratch_reset(struct kernels *k);
+
+/* The activations normed, and rounded to int8 when rows have codes. 0, or 1 without memory. */
+int prepare(struct kernels *k, const struct given *given, int kind, struct inputs *in);
+/* The same activations from token t on. */
+struct inputs tokens_from(const struct inputs *in, int t, int tokens, int length);
+
+/* out[i * stride + t] = vector of row + i times x[t], for `count` <= ROWS_AT_ONCE rows */
+void dot_vectors(const struct primitives *use, const struct rows *r, int64_t row, int count,
+                 int vector, const struct inputs *in, float *out, int64_t stride);
+/* out[t * out_stride + row] = x[t] . row + bias (+ what is there), rows [start, stop) */
+void product(const struct primitives *use, const struct rows *r, const struct inputs *in,
+             int64_t start, int64_t stop, const float *bias, int add, float *out,
+             int64_t out_stride);
 
 #endif

@@ -2,6 +2,7 @@
 
 #include "primitives.h"
 
+#include <math.h>
 #include <string.h>
 
 static float half_value(uint16_t h)
@@ -25,38 +26,7 @@ static float scale_at(const uint8_t *scales, int g)
     return half_value(raw);
 }
 
-static int group_dot(const uint8_t *c, const int8_t *x)
-{
-    int sum = 0;
-    for (int j = 0; j < 16; j++)
-        sum += (c[j] & 15) * x[j] + (c[j] >> 4) * x[j + 16];
-    return sum;
-}
-
-static float dot4(const uint8_t *q, const uint8_t *next, const float *ss,
-                          const int8_t *xq, int groups)
-{
-    (void)next;
-    float sum = 0;
-    for (int g = 0; g < groups; g++)
-        sum += ss[g] * (float)group_dot(q + 16 * g, xq + 32 * g);
-    return sum;
-}
-
-static float dot8(const uint8_t *q, const uint8_t *r, const uint8_t *next,
-                          const float *ss, const int8_t *xq, int groups)
-{
-    (void)next;
-    float sum = 0;
-    for (int g = 0; g < groups; g++) {
-        const int8_t *x = xq + 32 * g;
-        int both = 16 * group_dot(q + 16 * g, x) + group_dot(r + 16 * g, x);
-        sum += ss[g] * (float)both;
-    }
-    return sum;
-}
-
-static float widen1(uint16_t w, int is_bf16)
+static float widen(uint16_t w, int is_bf16)
 {
     uint32_t bits = (uint32_t)w << 16;
     float value;
@@ -66,55 +36,115 @@ static float widen1(uint16_t w, int is_bf16)
     return value;
 }
 
-static float dot16(const uint16_t *w, const float *x, int length, int is_bf16)
+/* code i of a group, not biased: q at INT4, 16 q + r at INT8 */
+static int code_at(const struct codes *w, int g, int i)
 {
-    float sum = 0;
-    for (int i = 0; i < length; i++)
-        sum += widen1(w[i], is_bf16) * x[i];
-    return sum;
+    int at = 16 * g + (i & 15), shift = i < 16 ? 0 : 4;
+    int q = ((w->q[at] >> shift) & 15) - 8;
+    return w->r ? 16 * q + ((w->r[at] >> shift) & 15) - 8 : q;
 }
 
-static void axpy16(float *y, const uint16_t *w, float h, int length, int is_bf16)
+static float dot_codes1(const struct codes *w, const struct inputs *in, int t, int groups)
 {
-    for (int i = 0; i < length; i++)
-        y[i] += widen1(w[i], is_bf16) * h;
+    int stripes = stripes_of(groups);
+    const int8_t *values = in->values + (size_t)t * stripes * STRIPE_VALUES;
+    const float *scales = in->scales + (size_t)t * batches_of(groups) * BATCH;
+    float total = 0;
+    for (int g = 0; g < groups; g++) {
+        const int8_t *x = values + g / STRIPE * STRIPE_VALUES + g % STRIPE * 16;
+        int sum = 0;
+        for (int i = 0; i < GROUP; i++)
+            sum += code_at(w, g, i) * x[(i & 15) + (i < 16 ? 0 : 64)];
+        total += (float)sum * scales[g] * scale_at(w->scales, g);
+    }
+    return w->r ? total * 0.0625f : total;
 }
 
-static void axpy_codes(float *y, const struct column *columns, int count, int groups)
+static void dot_codes(const struct codes *rows, int count, const struct inputs *in, int groups,
+                      float *out, int64_t row_stride)
 {
-    for (int n = 0; n < count; n++) {
-        const struct column *c = columns + n;
-        for (int i = 0; i < 32 * groups; i++) {
-            int shift = (i & 31) < 16 ? 0 : 4, at = 16 * (i / 32) + (i & 15);
-            int u = ((c->q[at] >> shift) & 15) - 8;
-            if (c->r)
-                u = 16 * u + ((c->r[at] >> shift) & 15) - 8;
-            y[i] += c->scales[i / 32] * (float)u;
+    for (int i = 0; i < count; i++)
+        for (int t = 0; t < in->tokens; t++)
+            out[i * row_stride + t] = dot_codes1(rows + i, in, t, groups);
+}
+
+static void dot_wide(const uint16_t *const *rows, int count, const struct inputs *in, int length,
+                     int is_bf16, float *out, int64_t row_stride)
+{
+    for (int i = 0; i < count; i++) {
+        for (int t = 0; t < in->tokens; t++) {
+            float sum = 0;
+            for (int j = 0; j < length; j++)
+                sum += widen(rows[i][j], is_bf16) * in->x[(size_t)t * length + j];
+            out[i * row_stride + t] = sum;
         }
     }
 }
 
-static void scaled(float *to, const uint8_t *scales, float h, int groups)
+static void add_codes(float *y, const struct codes *columns, const float *h, int count, int groups)
 {
-    for (int g = 0; g < groups; g++)
-        to[g] = scale_at(scales, g) * h;
+    for (int n = 0; n < count; n++) {
+        for (int g = 0; g < groups; g++) {
+            float scale = scale_at(columns[n].scales, g) * h[n] * (columns[n].r ? 0.0625f : 1.0f);
+            for (int i = 0; i < GROUP; i++)
+                y[g * GROUP + i] += scale * (float)code_at(columns + n, g, i);
+        }
+    }
 }
 
-static void scale_products(float *ss, const uint8_t *scales, const float *xs, int groups)
+static void add_wide(float *y, const uint16_t *const *columns, const float *h, int count,
+                     int length, int is_bf16)
 {
-    for (int g = 0; g < groups; g++)
-        ss[g] = scale_at(scales, g) * xs[g];
+    for (int n = 0; n < count; n++)
+        for (int j = 0; j < length; j++)
+            y[j] += widen(columns[n][j], is_bf16) * h[n];
 }
 
-static float dot_f32(const float *a, const float *b, int n)
+static float cached_at(struct cached from, size_t i)
 {
-    float sum = 0;
-    for (int i = 0; i < n; i++)
-        sum += a[i] * b[i];
-    return sum;
+    return from.is_f16 ? half_value(((const uint16_t *)from.at)[i]) : ((const float *)from.at)[i];
+}
+
+static void scores(float *to, const float *q, struct cached keys, int positions, int dim)
+{
+    for (int p = 0; p < positions; p++) {
+        float sum = 0;
+        for (int j = 0; j < dim; j++)
+            sum += cached_at(keys, (size_t)p * dim + j) * q[j];
+        to[p] = sum;
+    }
+}
+
+static void mixed(float *out, const float *weights, struct cached values, int positions, int dim)
+{
+    memset(out, 0, (size_t)dim * sizeof(float));
+    for (int p = 0; p < positions; p++)
+        for (int j = 0; j < dim; j++)
+            out[j] += weights[p] * cached_at(values, (size_t)p * dim + j);
+}
+
+/* to the nearest, ties to even */
+static uint16_t half_of(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+    if (magnitude >= 0x7f800000)
+        return (uint16_t)(sign | 0x7c00 | (magnitude > 0x7f800000 ? 0x200 : 0));
+    if (magnitude >= 0x477ff000)
+        return (uint16_t)(sign | 0x7c00);
+    if (magnitude < 0x38800000) /* subnormal: in units of 2^-24 */
+        return (uint16_t)(sign | (uint32_t)lrintf(fabsf(value) * 16777216.0f));
+    uint32_t rounded = magnitude + 0xfff + (magnitude >> 13 & 1);
+    return (uint16_t)(sign | ((rounded - 0x38000000) >> 13));
+}
+
+static void to_half(uint16_t *to, const float *from, int count)
+{
+    for (int i = 0; i < count; i++)
+        to[i] = half_of(from[i]);
 }
 
 const struct primitives primitives_scalar = {
-    dot4, dot8, dot16, axpy16,
-    axpy_codes, scaled, scale_products, dot_f32,
+    dot_codes, dot_wide, add_codes, add_wide, scores, mixed, to_half,
 };

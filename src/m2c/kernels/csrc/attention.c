@@ -1,0 +1,179 @@
+/* The attention half of a layer in one call: norm, projections, rotary positions, KV cache, softmax,
+ * output projection, residual. Equal to model/attention.py up to the rounding of activations.
+ *
+ * Every sum is computed by one thread in one order, whatever the threads and the tokens of the call.
+ */
+
+#include <math.h>
+#include <string.h>
+
+#include "rows.h"
+
+/* Mirrored by kernels/native.py. */
+struct attention {
+    const struct rows *projections[4]; /* q, k, v, o */
+    const float *biases[4]; /* or NULL */
+    void *keys, *values; /* this layer's [kv_heads, positions, dim] */
+    const float *cosines, *sines; /* [positions, dim / 2] */
+    int64_t positions; /* that the cache has room for */
+    int64_t start; /* position of the first token */
+    int32_t heads, kv_heads, dim, is_f16;
+    float scale; /* of the scores */
+};
+
+struct attend_call {
+    const struct primitives *use;
+    const struct attention *a;
+    const struct inputs *in;
+    float *made[3]; /* q, k, v: [tokens, heads, dim] */
+    float *scores; /* [threads, positions] */
+    float *mixed; /* [tokens, heads, dim] */
+    float *x; /* [tokens, hidden]: the residual stream */
+    int tokens;
+    struct pieces pieces;
+};
+
+/* q, k and v as one row of rows */
+static void project_part(void *context, int part, int parts)
+{
+    struct attend_call *c = context;
+    (void)part, (void)parts;
+    for (int64_t i; next_piece(&c->pieces, &i);) {
+        int64_t start = i * c->pieces.size, stop = start + c->pieces.size;
+        for (int which = 0; which < 3; which++) {
+            const struct rows *r = c->a->projections[which];
+            int64_t last = stop < r->count ? stop : r->count;
+            if (start < last)
+                product(c->use, r, c->in, start, last, c->a->biases[which], 0, c->made[which],
+                        r->count);
+            start = start > r->count ? start - r->count : 0;
+            stop -= r->count;
+        }
+    }
+}
+
+static void rotate(float *x, const float *cosines, const float *sines, int dim)
+{
+    for (int i = 0; i < dim / 2; i++) {
+        float low = x[i], high = x[i + dim / 2];
+        x[i] = low * cosines[i] - high * sines[i];
+        x[i + dim / 2] = high * cosines[i] + low * sines[i];
+    }
+}
+
+static void keep(const struct attend_call *c, void *cache, int head, int64_t position,
+                 const float *from)
+{
+    int dim = c->a->dim;
+    size_t at = ((size_t)head * c->a->positions + position) * dim;
+    if (c->a->is_f16)
+        c->use->to_half((uint16_t *)cache + at, from, dim);
+    else
+        memcpy((float *)cache + at, from, (size_t)dim * sizeof(float));
+}
+
+static void place_part(void *context, int part, int parts)
+{
+    struct attend_call *c = context;
+    const struct attention *a = c->a;
+    (void)part, (void)parts;
+    for (int64_t t; next_piece(&c->pieces, &t);) {
+        const float *cosines = a->cosines + (a->start + t) * (a->dim / 2);
+        const float *sines = a->sines + (a->start + t) * (a->dim / 2);
+        for (int head = 0; head < a->heads; head++)
+            rotate(c->made[0] + ((size_t)t * a->heads + head) * a->dim, cosines, sines, a->dim);
+        for (int head = 0; head < a->kv_heads; head++) {
+            size_t at = ((size_t)t * a->kv_heads + head) * a->dim;
+            rotate(c->made[1] + at, cosines, sines, a->dim);
+            keep(c, a->keys, head, a->start + t, c->made[1] + at);
+            keep(c, a->values, head, a->start + t, c->made[2] + at);
+        }
+    }
+}
+
+static void softmax(float *scores, int count, float scale)
+{
+    float largest = -INFINITY, total = 0;
+    for (int p = 0; p < count; p++) {
+        scores[p] *= scale;
+        largest = scores[p] > largest ? scores[p] : largest;
+    }
+    for (int p = 0; p < count; p++) {
+        scores[p] = expf(scores[p] - largest);
+        total += scores[p];
+    }
+    for (int p = 0; p < count; p++)
+        scores[p] /= total;
+}
+
+static void heads_part(void *context, int part, int parts)
+{
+    struct attend_call *c = context;
+    const struct attention *a = c->a;
+    float *scores = c->scores + (size_t)part * a->positions;
+    size_t item = a->is_f16 ? 2 : 4;
+    (void)parts;
+    for (int64_t i; next_piece(&c->pieces, &i);) {
+        /* heads that share keys follow each other, and so do their tokens */
+        int head = (int)(i / c->tokens), t = (int)(i % c->tokens);
+        size_t from = (size_t)(head / (a->heads / a->kv_heads)) * a->positions * a->dim * item;
+        size_t at = ((size_t)t * a->heads + head) * a->dim;
+        int seen = (int)(a->start + t + 1);
+        struct cached keys = { (char *)a->keys + from, a->is_f16 };
+        struct cached values = { (char *)a->values + from, a->is_f16 };
+        c->use->scores(scores, c->made[0] + at, keys, seen, a->dim);
+        softmax(scores, seen, a->scale);
+        c->use->mixed(c->mixed + at, scores, values, seen, a->dim);
+    }
+}
+
+static void output_part(void *context, int part, int parts)
+{
+    struct attend_call *c = context;
+    const struct rows *r = c->a->projections[3];
+    (void)part, (void)parts;
+    for (int64_t i; next_piece(&c->pieces, &i);) {
+        int64_t start = i * c->pieces.size, stop = start + c->pieces.size;
+        product(c->use, r, c->in, start, stop < r->count ? stop : r->count, c->a->biases[3], 1,
+                c->x, r->count);
+    }
+}
+
+static void run(struct kernels *k, struct attend_call *c, pool_work work, struct pieces pieces)
+{
+    c->pieces = pieces;
+    if (pieces.count == 1)
+        work(c, 0, 1);
+    else
+        pool_run(k->pool, work, c);
+}
+
+/* x [tokens, hidden] += attention(norm(x)); keys and values of the tokens are stored from `start` on.
+ * 0, or 1 without memory. */
+int m2c_attention(struct kernels *k, const struct given *given, const struct attention *a, float *x)
+{
+    struct inputs in;
+    int64_t made = 0;
+    size_t tokens = (size_t)given->tokens, wide = (size_t)a->heads * a->dim;
+    struct attend_call c = { .use = k->use, .a = a, .in = &in, .x = x, .tokens = given->tokens };
+    int failed = prepare(k, given, a->projections[0]->kind, &in);
+    for (int i = 0; i < 3 && !failed; i++) {
+        made += a->projections[i]->count;
+        c.made[i] = scratch_take(k, tokens * a->projections[i]->count * sizeof(float));
+        failed = !c.made[i];
+    }
+    c.scores = scratch_take(k, pool_threads(k->pool) * a->positions * sizeof(float));
+    c.mixed = scratch_take(k, tokens * wide * sizeof(float));
+    failed = failed || !c.scores || !c.mixed;
+    if (!failed) {
+        run(k, &c, project_part, pieces_of(k, made));
+        run(k, &c, place_part, (struct pieces){ 0, given->tokens, 1 });
+        run(k, &c, heads_part, (struct pieces){ 0, (int64_t)a->heads * given->tokens, 1 });
+        struct given mixed = { c.mixed, NULL, 0, given->tokens, (int32_t)wide };
+        failed = prepare(k, &mixed, a->projections[3]->kind, &in);
+    }
+    if (!failed)
+        run(k, &c, output_part, pieces_of(k, a->projections[3]->count));
+    scratch_reset(k);
+    return failed;
+}
