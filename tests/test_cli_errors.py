@@ -48,7 +48,9 @@ WITHOUT_BUNDLE = {
     "run /dev/null -p x": (4, "/dev/null: no such bundle"),
     "rnu": (2, "No such command 'rnu'"),
     "run --nosuch": (2, "No such option: --nosuch; see m2c run --help"),
-    "bench": (2, "nothing to replay; type: m2c bench --replay FILE"),
+    "bench": (2, "no bundle given and none packed before; type: m2c profile MODEL"),
+    "bench -p 0 -n 0": (2, "-p 0 -n 0 leaves nothing to measure; give at least one of them tokens"),
+    "bench -o csv": (2, "--output csv: choose one of md, json"),
     "bench --replay no/where": (4, "no/where: no such file or directory"),
     "show no/where": (4, "no/where: no such bundle"),
 }

@@ -12,7 +12,9 @@ import torch
 
 from m2c.bundle.bundle import Bundle
 from m2c.bundle.importance import Importance
+from m2c.bundle.shard import BLOCK
 from m2c.contents import config_of, importance_of, tokenizer_of, vectors_of
+from m2c.disk import DEFAULT, disk_profile
 from m2c.errors import DoesNotFit, UsageError
 from m2c.hardware import auto_dram, auto_threads
 from m2c.kernels.workers import Workers
@@ -71,9 +73,12 @@ class Engine:
         device = torch.device(options.device)
         threads = self.shape.threads if device.type == "cpu" else 1
         self.workers = Workers(threads, kernel=kernel_for(options))
+        # a probe takes a second: only for those who will read while they decode
+        self.disk = disk_profile(bundle) if self.plan.ssd_nbytes_per_token else DEFAULT
         self.store = NeuronStore(
-            bundle, self.plan, self.shape.precisions, device=device, progress=progress
-        )
+            bundle, self.plan, self.shape.precisions, device=device, progress=progress,
+            io_threads=self.disk.depth, request_blocks=self.disk.request_nbytes // BLOCK,
+        )  # fmt: skip
         vectors = {k: v.to(device) for k, v in vectors_of(bundle, self.config).items()}
         norms = [
             torch.from_numpy(layer.down_norm[layer.order]).to(device) for layer in importance.layers

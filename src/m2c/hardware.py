@@ -11,10 +11,6 @@ from typing import Final
 
 import numpy as np
 
-from m2c.bundle.bundle import Bundle
-from m2c.bundle.shard import BLOCK
-from m2c.tiers.memory import aligned_buffer
-from m2c.tiers.ssd import SsdReader
 from m2c.units import GiB, MiB
 
 # Python, torch and its thread stacks: resident before any weight is (BENCHMARKS.md, "Memory")
@@ -55,22 +51,6 @@ def probe_dram(threads: int) -> float:
             list(pool.map(np.sum, data))
             best = max(best, data.nbytes / (time.perf_counter() - begin))
     return best
-
-
-def probe_ssd(bundle: Bundle, reader: SsdReader) -> float:
-    """Bytes per second that direct reads of the bundle's own blocks reach, on 64 MiB of them."""
-    buffer = aligned_buffer(_PROBE_NBYTES)
-    shards = sorted(bundle.shards.values(), key=lambda index: -index.header.payload_nbytes)
-    pending, position = [], 0
-    begin = time.perf_counter()
-    for index in shards:
-        blocks = min(len(index.block_hashes), (len(buffer) - position) // BLOCK)
-        if blocks:
-            pending.append(reader.read(index, [(0, blocks)], buffer[position:]))
-            position += blocks * BLOCK
-    for part in pending:
-        part.wait()
-    return position / (time.perf_counter() - begin)
 
 
 def _system_available() -> int:

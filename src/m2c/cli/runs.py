@@ -14,7 +14,7 @@ from m2c.cli.names import parse_budget
 from m2c.engine import Engine, RunOptions
 from m2c.errors import UsageError
 from m2c.generate import GenerationStats
-from m2c.hardware import probe_dram, probe_ssd
+from m2c.hardware import probe_dram
 from m2c.kernels.native import CHOICES
 from m2c.model.footprint import RunShape
 from m2c.model.kv import KV_DTYPES
@@ -159,9 +159,7 @@ def stats_facts(engine: Engine, figures: GenerationStats) -> dict[str, Any]:
     assert decode is not None
     achieved = decode.ssd.nbytes / decode.ssd.busy_s if decode.ssd.busy_s else 0.0
     # disks swing: the roof is at least what this very run has reached
-    ssd_bandwidth = (
-        max(achieved, probe_ssd(engine.bundle, engine.store.reader)) if achieved else 0.0
-    )
+    ssd_bandwidth = max(achieved, engine.disk.bytes_per_s) if achieved else 0.0
     dram_bandwidth = probe_dram(min(engine.shape.threads, 8))
     moved = decode.ssd.nbytes / steps
     computed = engine.plan.compute_nbytes_per_token

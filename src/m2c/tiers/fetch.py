@@ -111,7 +111,7 @@ class PlaneSource:
             begin = self._section.offset + self._offsets[ids[start:]]
             end = self._section.offset + self._offsets[ids[start:] + 1]
             runs, positions, taken = plan_runs(begin, end, len(self._staging))
-            self._reader.read(self._index, runs, self._staging).wait()
+            self._reader.read_now(self._index, runs, self._staging)
             yield slice(start, start + taken), positions
             start += taken
 

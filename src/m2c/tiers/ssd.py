@@ -1,17 +1,19 @@
 """The SSD tier: direct reads of payload blocks, many in flight, each block verified on arrival.
 
 Reads go past the page cache (O_DIRECT) straight into their destination. A file system that refuses
-O_DIRECT is read through the page cache, which is then given back. Knows nothing about layers,
-neurons or what the blocks hold.
+O_DIRECT is read through the page cache, which is then given back. Reads ahead wait in one line;
+reads on demand do not join it. Knows nothing about layers, neurons or what the blocks hold.
 """
 
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +22,21 @@ from m2c.bundle.files import disk_errors
 from m2c.bundle.shard import BLOCK, PAGE, ShardIndex
 from m2c.errors import StorageError
 
-REQUEST_BLOCKS = 8  # 512 KiB a read: past the knee of every drive measured, and 8 in flight suffice
+# where nothing was measured (disk.py): past the knee of every drive seen
+REQUEST_BLOCKS: Final = 8
+THREADS: Final = 8
+_COURTESY_S: Final = 0.1
 
 U8 = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class _Request:
+    index: ShardIndex
+    descriptor: int
+    direct: bool
+    block: int  # the first of those that fill `view`
+    view: memoryview
 
 
 @dataclass
@@ -59,14 +73,22 @@ class Pending:
 
 
 class SsdReader:
-    """Opens shards once and reads their blocks with `threads` reads in flight."""
+    """Opens shards once and reads their blocks, `threads` requests of `request_blocks` at a time.
 
-    def __init__(self, threads: int = 8) -> None:
+    Reads on demand have threads of their own; while they run, reads ahead hold back.
+    """
+
+    def __init__(self, threads: int = THREADS, request_blocks: int = REQUEST_BLOCKS) -> None:
         self.stats = LinkStats()
+        self._request_blocks = request_blocks
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="m2c-ssd")
+        # scattered blocks are small requests: they need many in flight, whatever large ones need
+        self._helpers = ThreadPoolExecutor(THREADS - 1, thread_name_prefix="m2c-ssd-now")
         self._descriptors: dict[Path, tuple[int, bool]] = {}
         self._lock = threading.Lock()
-        self._under_way = 0
+        self._turn = threading.Condition()
+        self._on_demand = 0  # calls of read_now
+        self._under_way = 0  # requests
         self._busy_since = 0.0
 
     def read(self, index: ShardIndex, runs: Sequence[tuple[int, int]], into: U8) -> Pending:
@@ -74,18 +96,34 @@ class SsdReader:
 
         into: page-aligned u8 of at least the runs' bytes. Errors surface in `Pending.wait`.
         """
-        descriptor, direct = self._open(index.path)
-        futures, position = [], 0
-        for first, stop in runs:
-            for start in range(first, stop, REQUEST_BLOCKS):
-                end = min(start + REQUEST_BLOCKS, stop)
-                nbytes = min(end * BLOCK, index.header.payload_nbytes) - start * BLOCK
-                view = into.data[position : position + nbytes]
-                futures.append(
-                    self._pool.submit(self._read, index, descriptor, direct, start, view)
-                )
-                position += nbytes
-        return Pending(futures)
+        requests = self._requests(index, runs, into)
+        return Pending([self._pool.submit(self._read_ahead, request) for request in requests])
+
+    def read_now(self, index: ShardIndex, runs: Sequence[tuple[int, int]], into: U8) -> None:
+        """As `read`, before all that is waiting in line; returns when done, raises what failed.
+
+        The caller reads too: a single request needs no other thread. Nothing is under way any more
+        when this returns or raises.
+        """
+        requests = self._requests(index, runs, into)
+        left = iter(requests)
+
+        def lane() -> None:
+            for request in left:
+                self._read(request)
+
+        helpers: list[Future[None]] = []
+        with self._priority():
+            try:
+                for _ in range(min(THREADS, len(requests)) - 1):
+                    helpers.append(self._helpers.submit(lane))
+                lane()
+                for helper in helpers:
+                    if not helper.cancel():  # one that has not started would find nothing left
+                        helper.result()
+            except BaseException:
+                Pending(helpers).cancel()
+                raise
 
     def read_all(self, index: ShardIndex, into: U8) -> Pending:
         """Start reading a shard's whole payload."""
@@ -97,7 +135,8 @@ class SsdReader:
             self._busy_since = time.perf_counter()
 
     def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        for pool in (self._pool, self._helpers):
+            pool.shutdown(wait=True, cancel_futures=True)
         for descriptor, _ in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
@@ -112,20 +151,51 @@ class SsdReader:
                     self._descriptors[path] = os.open(path, flags), False
         return self._descriptors[path]
 
-    def _read(
-        self, index: ShardIndex, descriptor: int, direct: bool, block: int, view: memoryview
-    ) -> None:
+    def _requests(
+        self, index: ShardIndex, runs: Sequence[tuple[int, int]], into: U8
+    ) -> list[_Request]:
+        descriptor, direct = self._open(index.path)
+        requests, position = [], 0
+        for first, stop in runs:
+            for start in range(first, stop, self._request_blocks):
+                end = min(start + self._request_blocks, stop)
+                nbytes = min(end * BLOCK, index.header.payload_nbytes) - start * BLOCK
+                view = into.data[position : position + nbytes]
+                requests.append(_Request(index, descriptor, direct, start, view))
+                position += nbytes
+        return requests
+
+    @contextmanager
+    def _priority(self) -> Iterator[None]:
+        """While the block runs, reads ahead hold back.
+
+        A disk's scheduler may let a long sequential read finish before a small one elsewhere: eight
+        requests in flight have delayed a read of 64 KiB by 60 ms where alone it takes 0.2.
+        """
+        with self._turn:
+            self._on_demand += 1
+        try:
+            yield
+        finally:
+            with self._turn:
+                self._on_demand -= 1
+                self._turn.notify_all()
+
+    def _read_ahead(self, request: _Request) -> None:
+        with self._turn:  # a courtesy that ends: an interrupted caller may never say it is done
+            self._turn.wait_for(lambda: not self._on_demand, timeout=_COURTESY_S)
+        self._read(request)
+
+    def _read(self, request: _Request) -> None:
+        index, view = request.index, request.view
         with self._lock:
             if not self._under_way:
                 self._busy_since = time.perf_counter()
             self._under_way += 1
         try:
-            self._fill(index, descriptor, block, view)
-            if not direct:
-                offset = PAGE + block * BLOCK
-                os.posix_fadvise(descriptor, offset, len(view), os.POSIX_FADV_DONTNEED)
+            _fill(request)
             for i in range(0, len(view), BLOCK):
-                index.verify(block + i // BLOCK, view[i : i + BLOCK])
+                index.verify(request.block + i // BLOCK, view[i : i + BLOCK])
         finally:
             with self._lock:
                 self._under_way -= 1
@@ -133,14 +203,17 @@ class SsdReader:
                 if not self._under_way:
                     self.stats.busy_s += time.perf_counter() - self._busy_since
 
-    def _fill(self, index: ShardIndex, descriptor: int, block: int, view: memoryview) -> None:
-        offset, done = PAGE + block * BLOCK, 0
-        while done < len(view):
-            with disk_errors(f"{index.path} at byte {offset + done}"):
-                got = os.preadv(descriptor, [view[done:]], offset + done)
-            if not got:
-                raise StorageError(
-                    f"{index.path}: ended at byte {offset + done}, too early",
-                    "check the disk, then pack the model again",
-                )
-            done += got
+
+def _fill(request: _Request) -> None:
+    view, begin, done = request.view, PAGE + request.block * BLOCK, 0
+    while done < len(view):
+        with disk_errors(f"{request.index.path} at byte {begin + done}"):
+            got = os.preadv(request.descriptor, [view[done:]], begin + done)
+        if not got:
+            raise StorageError(
+                f"{request.index.path}: ended at byte {begin + done}, too early",
+                "check the disk, then pack the model again",
+            )
+        done += got
+    if not request.direct:
+        os.posix_fadvise(request.descriptor, begin, len(view), os.POSIX_FADV_DONTNEED)

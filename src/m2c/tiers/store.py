@@ -20,7 +20,7 @@ from m2c.tiers.fetch import PlaneSource, RowSource, rows_at_once
 from m2c.tiers.memory import aligned_buffer
 from m2c.tiers.plan import Plan
 from m2c.tiers.ring import LayerRing
-from m2c.tiers.ssd import LinkStats, SsdReader
+from m2c.tiers.ssd import REQUEST_BLOCKS, THREADS, LinkStats, SsdReader
 from m2c.tiers.upgrades import HitStats, UpgradePlane
 
 Ids = npt.NDArray[np.int32]
@@ -50,12 +50,12 @@ class NeuronStore:
 
     def __init__(
         self, bundle: Bundle, plan: Plan, precisions: Precisions, *,
-        device: torch.device, io_threads: int = 8,
+        device: torch.device, io_threads: int = THREADS, request_blocks: int = REQUEST_BLOCKS,
         progress: Callable[[int], None] = lambda nbytes: None,
     ) -> None:  # fmt: skip
         self.plan = plan
         self.device = device
-        self.reader = SsdReader(io_threads)
+        self.reader = SsdReader(io_threads, request_blocks)
         self._bundle = bundle
         self._precisions = precisions
         self._progress = progress
@@ -64,6 +64,12 @@ class NeuronStore:
         self._blocks = [self._block(i) for i in range(len(plan.footprint.blocks))]
         self._resident: dict[int, dict[str, Rows]] = {}  # ready for the kernels
         self._raw: dict[int, npt.NDArray[np.uint8]] = {}  # in DRAM behind HBM, as stored
+        # per layer: blocks that stream, and operands that stay; then blocks that wait behind HBM
+        self._layers: dict[int, tuple[list[int], dict[str, Rows]]] = {}
+        self._behind: dict[int, list[int]] = {}
+        self._views: dict[
+            tuple[int, int], dict[str, Rows]
+        ] = {}  # of payloads, by block and address
         self._hbm_slots: list[torch.Tensor] = []
         self._upgrades: dict[tuple[int, str], UpgradePlane] = {}
         self._ring: LayerRing | None = None
@@ -93,18 +99,14 @@ class NeuronStore:
 
         Layers must be entered in order, pass after pass. Raises what a failed read raised.
         """
-        facts = self.plan.footprint.blocks
-        positions = [i for i, fact in enumerate(facts) if fact.layer == layer]
-        streamed = [i for i in positions if i in set(self.plan.streamed)]
-        rows: dict[str, Rows] = {}
+        streamed, rows = self._layers.get(layer, ([], {}))
         payloads = self._ring.acquire(layer) if self._ring and streamed else []
+        if streamed or self.plan.budget.hbm:
+            rows = dict(rows)
         for i, payload in zip(streamed, payloads, strict=True):
             rows.update(self._to_compute(i, payload))
-        for i in positions:
-            if i in self._raw:
-                rows.update(self._to_compute(i, self._raw[i]))
-            elif i in self._resident:
-                rows.update(self._resident[i])
+        for i in self._behind.get(layer, ()):
+            rows.update(self._to_compute(i, self._raw[i]))
         yield rows
         if self._ring and streamed:
             self._ring.release()
@@ -168,6 +170,17 @@ class NeuronStore:
             ]
         if plan.streamed:
             self._ring = self._make_ring()
+        self._sort_by_layer()
+
+    def _sort_by_layer(self) -> None:
+        for i, fact in enumerate(self.plan.footprint.blocks):
+            streamed, rows = self._layers.setdefault(fact.layer, ([], {}))
+            if i in self._resident:
+                rows.update(self._resident[i])
+            elif i in self._raw:
+                self._behind.setdefault(fact.layer, []).append(i)
+            else:
+                streamed.append(i)
 
     def _load_resident(self, i: int) -> dict[str, Rows]:
         """Read a block into the compute tier; exact blocks are decoded on the way."""
@@ -260,7 +273,10 @@ class NeuronStore:
         """
         block = self._blocks[i]
         if not self.plan.budget.hbm:
-            return dict(block.rows(payload))
+            place = i, payload.ctypes.data
+            if place not in self._views:
+                self._views[place] = dict(block.rows(payload))
+            return self._views[place]
         if block.is_exact:
             self._copied(block.streamed_nbytes, 0.0)
             return dict(block.rows(payload))
