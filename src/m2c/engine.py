@@ -17,6 +17,7 @@ from m2c.contents import config_of, importance_of, tokenizer_of, vectors_of
 from m2c.disk import DEFAULT, disk_profile
 from m2c.errors import DoesNotFit, UsageError
 from m2c.hardware import auto_dram, auto_threads
+from m2c.kernels.native import computes_natively
 from m2c.kernels.workers import Workers
 from m2c.model.config import ModelConfig
 from m2c.model.footprint import (
@@ -110,7 +111,9 @@ def shape_for(config: ModelConfig, options: RunOptions, mix: Mix) -> RunShape:
     if ctx_size > longest:
         raise UsageError(f"--ctx-size {ctx_size} is beyond the {longest} tokens of this model")
     threads = options.threads or auto_threads()
-    return RunShape(mix, options.dense or mix.dense, ctx_size, options.kv_type, threads)
+    native = computes_natively(kernel_for(options))
+    dense = options.dense or mix.dense
+    return RunShape(mix, dense, ctx_size, options.kv_type, threads, native)
 
 
 def budget_for(options: RunOptions) -> Budget:

@@ -89,7 +89,7 @@ def command(
     job = SpeedJob(n_prompt, n_gen, n_depth, repetitions)
     chosen = run_options(
         mix=mix, drop=0.0, dense=dense, ctx_size=job.ctx_size, kv="f16", dram=dram, hbm=hbm,
-        device=device, policy=None, depth=2, threads=threads, kernel=kernel,
+        device=device, policy=None, depth=3, threads=threads, kernel=kernel,
     )  # fmt: skip
     opened = open_bundle(bundle_path(bundle, ssd))
     if probe:

@@ -52,7 +52,7 @@ def command(
 
     chosen = run_options(
         mix=mix, drop=drop, dense=dense, ctx_size=ctx_size, kv=kv, dram=dram, hbm=hbm,
-        device="cpu", policy=policy, depth=2, threads=threads,
+        device="cpu", policy=policy, depth=3, threads=threads,
     )  # fmt: skip
     given = [parse_size(speed) for speed in (ssd_speed, link_speed, dram_speed, hbm_speed)]
     if 0 in given:

@@ -51,7 +51,7 @@ def command(
     hbm: options.Hbm = None,
     device: options.Device = "cpu",
     policy: options.Policy = None,
-    depth: Annotated[int, typer.Option(min=2, max=16, help="Layers read ahead.")] = 2,
+    depth: Annotated[int, typer.Option(min=1, max=64, help="Blocks read ahead.")] = 3,
     ssd: options.Ssd = None,
     threads: options.Threads = None,
     kernel: options.Kernel = "auto",

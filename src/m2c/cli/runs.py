@@ -102,8 +102,8 @@ def describe_plan(plan: Plan, shape: RunShape, speeds: Speeds | None = None) -> 
     lines.append(_tier("DRAM", plan.used_dram, plan.budget.dram, blocks(plan.in_dram)))
     if plan.streamed:
         lines.append(
-            f"SSD   streams {blocks(plan.streamed)} for every token, {plan.ring_slots} layers in "
-            f"a ring of {format_size(plan.ring_nbytes)}"
+            f"SSD   streams {blocks(plan.streamed)} for every token, through a ring of "
+            f"{format_size(plan.ring_nbytes)}"
         )
     for u in f.upgrades:
         lines.append(

@@ -42,7 +42,7 @@ def down(activations: Tensor, rows: Rows, workers: Workers, *, into: Tensor) -> 
     """Add what `reference.down` returns to `into` [tokens, hidden]."""
     native = _native(activations, rows, workers)
     if native is None:
-        into += reference.down(activations, rows, workers)
+        reference.down(activations, rows, workers, into=into)
         return
     start = 0
     for part in _parts(rows, workers):
@@ -58,7 +58,7 @@ def gather_ffn(
     native = _native(x, rows, workers)
     if native is None:
         x = reference.apply_norm(x, norm)
-        into += reference.gather_ffn(x, rows, act, workers, mask=mask)
+        reference.gather_ffn(x, rows, act, workers, mask=mask, into=into)
         return
     start = 0
     for part in _parts(rows, workers):

@@ -52,7 +52,7 @@ def load_native(choice: str, threads: int) -> "NativeKernels | None":
     """
     if choice not in CHOICES:
         raise UsageError(f"kernel {choice!r}", f"choose one of {', '.join(CHOICES)}")
-    if choice == "torch" or (choice == "auto" and not LIBRARY.exists()):
+    if choice == "torch" or (choice == "auto" and not computes_natively(choice)):
         return None
     if not LIBRARY.exists():
         raise UsageError(
@@ -60,6 +60,11 @@ def load_native(choice: str, threads: int) -> "NativeKernels | None":
             "install a C compiler and m2c again, or use torch",
         )
     return NativeKernels(choice, threads)
+
+
+def computes_natively(choice: str) -> bool:
+    """Whether `choice` means the C kernels here."""
+    return choice != "torch" and LIBRARY.exists()
 
 
 class NativeKernels:

@@ -41,21 +41,30 @@ def gate_up(x: Tensor, rows: Rows, act: str, workers: Workers) -> Tensor:
     return torch.cat(workers.map(piece, _chunks(rows)), dim=1)
 
 
-def down(activations: Tensor, rows: Rows, workers: Workers) -> Tensor:
-    """Sum over neurons of activation * down column: [tokens, rows] f32 to [tokens, hidden]."""
+def down(
+    activations: Tensor, rows: Rows, workers: Workers, *, into: Tensor | None = None
+) -> Tensor:
+    """Sum over neurons of activation * down column: [tokens, rows] f32 to [tokens, hidden].
+
+    into: what the sum is added to, chunk after chunk; how rows are cut into calls of whole chunks
+    then does not change a bit.
+    """
 
     def piece(i: int) -> Tensor:
         start, stop = _bounds(i, rows)
         values = rows.values(start, stop, first=2, last=3).to(activations.device)
         return activations[:, start:stop] @ values[:, 0]
 
-    return _sum(workers.map(piece, _chunks(rows)))
+    return _sum(workers.map(piece, _chunks(rows)), into)
 
 
 def gather_ffn(
-    x: Tensor, rows: Rows, act: str, workers: Workers, *, mask: Tensor | None = None
-) -> Tensor:
+    x: Tensor, rows: Rows, act: str, workers: Workers, *, mask: Tensor | None = None,
+    into: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The FFN output of gathered neurons: x [tokens, hidden] f32 to [tokens, hidden] f32.
+
+    into: as in `down`.
 
     mask: [tokens, rows] f32 or None, multiplies each neuron's activation: with several tokens in
     one pass, a neuron may be active for some of them only.
@@ -71,8 +80,8 @@ def gather_ffn(
         return hidden @ values[:, 2]
 
     if not len(rows):
-        return torch.zeros_like(x)
-    return _sum(workers.map(piece, _chunks(rows)))
+        return torch.zeros_like(x) if into is None else into
+    return _sum(workers.map(piece, _chunks(rows)), into)
 
 
 def rank(activations: Tensor, norms: Tensor, best: list[tuple[int, int]]) -> Tensor:
@@ -158,8 +167,9 @@ def _bounds(i: int, rows: Rows) -> tuple[int, int]:
     return i * CHUNK, min((i + 1) * CHUNK, len(rows))
 
 
-def _sum(parts: list[Tensor]) -> Tensor:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
+def _sum(parts: list[Tensor], into: Tensor | None) -> Tensor:
+    if into is None:
+        into = torch.zeros_like(parts[0])
+    for part in parts:
+        into += part
+    return into

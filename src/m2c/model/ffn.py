@@ -6,7 +6,7 @@ order, so the result does not depend on which tier a neuron came from. Knows not
 `fetch` does.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 import numpy as np
@@ -26,6 +26,16 @@ Ids = npt.NDArray[np.int32]
 Fetch = Callable[[str, Ids], Rows]
 
 
+def uniform_ffn(
+    x: Tensor, parts: Iterable[Rows], *, norm: Norm, act: str, workers: Workers
+) -> Tensor:
+    """x [tokens, hidden] f32 plus the FFN's output for norm(x), all neurons as they come."""
+    out = x.clone()
+    for part in parts:
+        gather_ffn(x, part, act, workers, norm=norm, into=out)
+    return out
+
+
 def mixed_ffn(
     x: Tensor, floor: Rows, down_norm: Tensor, *, norm: Norm, act: str, mix: Mix, fetch: Fetch,
     workers: Workers, record: Callable[[str, Ids], None] | None = None,
@@ -37,9 +47,6 @@ def mixed_ffn(
     is told the ids (traces).
     """
     out = x.clone()
-    if mix.is_uniform:
-        gather_ffn(x, floor, act, workers, norm=norm, into=out)
-        return out
     activations = scored_ffn(x, floor, act, workers, norm=norm, into=out)
     levels = rank(activations, down_norm, mix.ranks(len(floor)), workers)
     # all were added at the floor, in one pass over memory: take back those that do not stay there

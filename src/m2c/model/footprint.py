@@ -18,6 +18,7 @@ from m2c.model.config import ModelConfig, dense_matrices
 from m2c.model.ffn import FETCH
 from m2c.model.kv import kv_nbytes
 from m2c.model.mix import Mix
+from m2c.tiers.blocks import block_of
 from m2c.tiers.fetch import DECODE_WEIGHTS, staging_nbytes
 from m2c.tiers.plan import BlockFact, Footprint, UpgradeFact
 from m2c.tiers.store import Precisions, head_name
@@ -28,6 +29,8 @@ ESTIMATED_EXACT_BITS: Final = {"bf16": 4.4, "f16": 7.2}
 _ACTIVATIONS_NBYTES: Final = 64 * MiB  # of a prefill batch
 _STAGING_NBYTES: Final = 32 * MiB
 _DECODE_NBYTES: Final = 44  # temporary bytes per weight while the exact plane is decoded
+# neurons and head stream in pieces of about this size: the ring holds a few, whatever the model
+PIECE_NBYTES: Final = 8 * MiB
 _CHANCE: Final = tuple(k / 100 for k in range(101))
 
 
@@ -40,6 +43,7 @@ class RunShape:
     ctx_size: int
     kv_type: str
     threads: int
+    native: bool = True  # the C kernels compute: they need less memory than torch
 
     @property
     def precisions(self) -> Precisions:
@@ -52,6 +56,7 @@ class _Sizes:
 
     planes: dict[str, int]
     weights: int
+    records: int
 
     def stored(self, precision: str) -> int:
         return sum(self.planes[p] for p in PLANES[: PLANES.index(precision) + 1])
@@ -81,6 +86,7 @@ def footprint_of_bundle(
         if s.frames
     )
     made = _footprint(config, shape, dense, neurons, head, largest, bundle.manifest.exact_type)
+    made = replace(made, blocks=tuple(_true_size(bundle, b, shape) for b in made.blocks))
     tables = sum(index.block_hashes.nbytes for index in bundle.shards.values())
     tables += sum(t.nbytes for i in bundle.shards.values() for t in i.frame_nbytes.values()) * 6
     share = tuple(float(v) for v in hit_share)
@@ -108,8 +114,8 @@ def bundle_nbytes(config: ModelConfig, exact_type: str) -> int:
     shape = RunShape(Mix(100, 0, 0), "fp16", 1, "f16", 1)
     footprint = footprint_of_config(config, shape, exact_type)
     total = sum(block.streamed_nbytes for block in footprint.blocks)
-    head = next(block for block in footprint.blocks if block.kind == "head")
-    return total + (0 if config.tie_word_embeddings else head.streamed_nbytes)
+    head = sum(block.streamed_nbytes for block in footprint.blocks if block.kind == "head")
+    return total + (0 if config.tie_word_embeddings else head)
 
 
 def _footprint(
@@ -117,10 +123,12 @@ def _footprint(
     head: _Sizes, largest_frame: int, exact_type: str,
 ) -> Footprint:  # fmt: skip
     blocks = []
+    # a mix needs all of a layer's scores before it can upgrade the best
+    pieces = shape.mix.is_uniform
     for i, (attn, ffn) in enumerate(zip(dense, neurons, strict=True)):
         blocks.append(_block("dense", i, attn, shape.dense))
-        blocks.append(_block("neurons", i, ffn, shape.mix.floor))
-    blocks.append(_block("head", len(dense), head, shape.dense))
+        blocks += _blocks("neurons", i, ffn, shape.mix.floor, pieces)
+    blocks += _blocks("head", len(dense), head, shape.dense, True)
     layout = RecordLayout(3, config.hidden_size)
     counts = shape.mix.counts(config.intermediate_size)
     upgrades = []
@@ -146,18 +154,54 @@ def _block(kind: str, layer: int, sizes: _Sizes, precision: str) -> BlockFact:
     return BlockFact(kind, layer, sizes.resident(precision), sizes.stored(precision))
 
 
+def _blocks(kind: str, layer: int, sizes: _Sizes, precision: str, pieces: bool) -> list[BlockFact]:
+    """All records of one shard family, in pieces of whole chunks: how they are cut must not change
+    a sum over neurons."""
+    per_record = sizes.stored(precision) / sizes.records
+    step = max(1, round(PIECE_NBYTES / per_record / CHUNK)) * CHUNK
+    if not pieces or step >= sizes.records:
+        return [replace(_block(kind, layer, sizes, precision), end=sizes.records)]
+    found = []
+    for start in range(0, sizes.records, step):
+        end = min(start + step, sizes.records)
+        resident = sizes.resident(precision) * (end - start) // sizes.records
+        # whole checksum blocks, one of them shared with a neighbour in every plane
+        stored = align(int(per_record * (end - start)), BLOCK) + BLOCK
+        found.append(BlockFact(kind, layer, resident, stored, start, end))
+    return found
+
+
+def _true_size(bundle: Bundle, fact: BlockFact, shape: RunShape) -> BlockFact:
+    """What exactly a piece reads and keeps, by the bundle's own tables."""
+    if fact.kind == "dense":
+        return fact
+    kind, name = ("dense", head_name(bundle)) if fact.kind == "head" else ("neurons", fact.layer)
+    precision = shape.dense if fact.kind == "head" else shape.mix.floor
+    block = replace(block_of(bundle, kind, name, precision), start=fact.start, end=fact.end)
+    return replace(
+        fact, resident_nbytes=block.resident_nbytes, streamed_nbytes=block.streamed_nbytes
+    )
+
+
 def _workspace_nbytes(config: ModelConfig, shape: RunShape) -> int:
     """Temporary values: chunks per thread, a prefill batch, attention, gathered neurons."""
     width = max(3 * config.hidden_size, config.num_attention_heads * config.head_dim)
-    # exact rows that stream are decoded a chunk per thread
-    decoding = "fp16" in (shape.dense, shape.mix.floor)
-    kernels = shape.threads * CHUNK * width * (_DECODE_NBYTES if decoding else 12)
     tokens = batch_tokens(config)
     batch = tokens * 4 * (8 * config.intermediate_size + 8 * config.hidden_size)
-    # scores of one batch against the whole context, the f32 view of one layer's KV, rotary tables
-    attend = 3 * 4 * config.num_attention_heads * tokens * shape.ctx_size
-    attend += 2 * 4 * config.num_key_value_heads * config.head_dim * shape.ctx_size
-    attend += 2 * 4 * config.head_dim * shape.ctx_size
+    attend = 2 * 4 * config.head_dim * shape.ctx_size  # rotary tables
+    if shape.native:
+        kernels = max(8 * MiB, shape.threads * 128 * 4 * (config.hidden_size + 128))
+        attend += 4 * shape.threads * shape.ctx_size
+    else:
+        # scores of a batch against the whole context, the f32 view of one layer's KV
+        kernels = shape.threads * CHUNK * width * 12
+        attend += 3 * 4 * config.num_attention_heads * tokens * shape.ctx_size
+        attend += 2 * 4 * config.num_key_value_heads * config.head_dim * shape.ctx_size
+    if "fp16" in (shape.dense, shape.mix.floor):
+        # exact rows that stream are decoded: chunks of neurons, a layer's attention as a whole
+        kernels += shape.threads * CHUNK * width * _DECODE_NBYTES
+        heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
+        kernels += 4 * config.hidden_size * heads * config.head_dim
     logits = 6 * 4 * config.vocab_size
     gathered = 0
     for plane in shape.mix.upgrades:
@@ -181,7 +225,9 @@ def _vectors_nbytes(config: ModelConfig) -> int:
 def _bundle_sizes(bundle: Bundle, kind: str, name: int | str) -> _Sizes:
     shards = {plane: bundle.shard(kind, name, plane).header for plane in PLANES}
     weights = sum(s.records * s.vectors * s.length for s in shards["int4"].sections)
-    return _Sizes({plane: header.payload_nbytes for plane, header in shards.items()}, weights)
+    records = sum(s.records for s in shards["int4"].sections)
+    planes = {plane: header.payload_nbytes for plane, header in shards.items()}
+    return _Sizes(planes, weights, records)
 
 
 def _estimate(shapes: list[tuple[int, int]], vectors: int, exact_type: str) -> _Sizes:
@@ -194,4 +240,4 @@ def _estimate(shapes: list[tuple[int, int]], vectors: int, exact_type: str) -> _
         planes["int8"] += align(rows * layout.nbytes("int8"))
         exact = rows * vectors * columns * ESTIMATED_EXACT_BITS[exact_type] / 8
         planes["fp16"] += align(int(exact))
-    return _Sizes(planes, weights)
+    return _Sizes(planes, weights, sum(rows for rows, _ in shapes))

@@ -4,6 +4,7 @@ Knows nothing about text, sampling or where the bytes lie.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ from m2c.kernels.rows import Rows
 from m2c.kernels.workers import Workers
 from m2c.model.attention import MATRICES, Rotary, attention_call, layer_vectors
 from m2c.model.config import ModelConfig
-from m2c.model.ffn import mixed_ffn
+from m2c.model.ffn import mixed_ffn, uniform_ffn
 from m2c.model.kv import KvCache
 from m2c.model.mix import Mix
 from m2c.tiers.store import FFN, NeuronStore
@@ -58,33 +59,38 @@ class Transformer:
         for layer in range(self.config.num_hidden_layers):
             x = self._layer(layer, x)
         self.kv.advance(len(ids))
-        with self._store.layer(self.config.num_hidden_layers) as rows:
-            (head,) = rows.values()
-            last = x if all_logits else x[-1:]
-            logits = matmul_rows(last, head, self._workers, norm=self._norm)
+        last = x if all_logits else x[-1:]
+        parts = [
+            matmul_rows(last, head, self._workers, norm=self._norm)
+            for rows in self._store.uses("head", self.config.num_hidden_layers)
+            for head in rows.values()
+        ]
+        logits = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         if not bool(torch.isfinite(logits).all()):
             raise BadInput("the model's output is not finite", "check the bundle with m2c check")
         return logits if all_logits else logits[0]
 
     def _layer(self, layer: int, x: Tensor) -> Tensor:
-        vectors = self._layers[layer]
-        with self._store.layer(layer) as rows:
-            x = attention(
-                x, self._attention_call(layer, rows), self.kv.length, self._workers,
-                norm=vectors.attn_norm,
+        vectors, act = self._layers[layer], self.config.hidden_act
+        for rows in self._store.uses("dense", layer):
+            call = self._attention_call(layer, rows)
+            x = attention(x, call, self.kv.length, self._workers, norm=vectors.attn_norm)
+        neurons = (rows[FFN] for rows in self._store.uses("neurons", layer))
+        if self._mix.is_uniform:
+            return uniform_ffn(x, neurons, norm=vectors.ffn_norm, act=act, workers=self._workers)
+        single = x.shape[0] == 1
+        record = self.record if single else None
+        for floor in neurons:  # one block: a mix needs all scores before it can choose
+            fetch = partial(self._fetch, layer, floor, single)
+            x = mixed_ffn(
+                x, floor, self._down_norms[layer], norm=vectors.ffn_norm, act=act, mix=self._mix,
+                fetch=fetch, workers=self._workers,
+                record=None if record is None else partial(record, layer),
             )  # fmt: skip
-            single = x.shape[0] == 1
-            floor = rows[FFN]
-            record = self.record if single else None
-            return mixed_ffn(
-                x, floor, self._down_norms[layer], norm=vectors.ffn_norm,
-                act=self.config.hidden_act, mix=self._mix,
-                fetch=lambda plane, ids: self._store.upgrade(
-                    layer, plane, ids, floor, step=single
-                ),
-                workers=self._workers,
-                record=None if record is None else lambda plane, ids: record(layer, plane, ids),
-            )  # fmt: skip
+        return x
+
+    def _fetch(self, layer: int, floor: Rows, single: bool, plane: str, ids: Ids) -> Rows:
+        return self._store.upgrade(layer, plane, ids, floor, step=single)
 
     def _attention_call(self, layer: int, rows: dict[str, Rows]) -> AttentionCall:
         """Made once for rows that stay where they are: a model has few of them and many tokens."""

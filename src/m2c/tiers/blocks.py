@@ -1,17 +1,19 @@
 """Blocks: weights that every token uses, from shard payloads to kernel operands.
 
-A block is one layer's attention, one layer's FFN floor, or the head, at one precision. It knows
-which shards it needs and how their payloads become rows; not where the payloads lie.
+A block is one layer's attention, some neurons of one layer's FFN floor, or rows of the head, at one
+precision. It knows which bytes of which shards it needs and how they become rows; not where in
+memory they lie.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from m2c.bundle.bundle import Bundle
-from m2c.bundle.shard import PLANES, ShardIndex
+from m2c.bundle.shard import BLOCK, PLANES, Section, ShardIndex
 from m2c.errors import BadInput
 from m2c.kernels.rows import ExactFrames, PackedRows
 from m2c.tiers.ssd import Pending, SsdReader
@@ -25,9 +27,23 @@ def planes_of(precision: str) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
+class _Span:
+    """What a block reads of one shard: whole checksum blocks [first, stop)."""
+
+    first: int
+    stop: int
+    nbytes: int
+    shift: int  # bytes before the first record
+
+
+@dataclass(frozen=True)
 class Block:
+    """All records of its shards, or records [start, end) of their only section."""
+
     shards: tuple[ShardIndex, ...]  # one per plane, lowest first
     exact_type: str
+    start: int = 0
+    end: int | None = None
 
     @property
     def is_exact(self) -> bool:
@@ -35,7 +51,7 @@ class Block:
 
     @property
     def streamed_nbytes(self) -> int:
-        return sum(index.header.payload_nbytes for index in self.shards)
+        return sum(span.nbytes for span in self._spans)
 
     @property
     def resident_nbytes(self) -> int:
@@ -43,7 +59,24 @@ class Block:
         if not self.is_exact:
             return self.streamed_nbytes
         sections = self.shards[0].header.sections
-        return sum(2 * s.records * s.vectors * s.length for s in sections)
+        return sum(2 * self.count(s) * s.vectors * s.length for s in sections)
+
+    def count(self, section: Section) -> int:
+        """Records of a section that belong to the block."""
+        return (section.records if self.end is None else self.end) - self.start
+
+    @cached_property
+    def _spans(self) -> tuple[_Span, ...]:
+        return tuple(self._span(index) for index in self.shards)
+
+    def _span(self, index: ShardIndex) -> _Span:
+        whole = index.header.payload_nbytes
+        if self.end is None:
+            return _Span(0, len(index.block_hashes), whole, 0)
+        (section,) = index.header.sections
+        begin, end = (record_offset(index, section, i) for i in (self.start, self.end))
+        first, stop = begin // BLOCK, -(-end // BLOCK)
+        return _Span(first, stop, min(stop * BLOCK, whole) - first * BLOCK, begin - first * BLOCK)
 
     @property
     def sections(self) -> tuple[str, ...]:
@@ -52,9 +85,9 @@ class Block:
     def read(self, reader: SsdReader, into: U8) -> Pending:
         """Start reading all planes, one after another, into page-aligned `into`."""
         parts, position = [], 0
-        for index in self.shards:
-            parts.append(reader.read_all(index, into[position:]))
-            position += index.header.payload_nbytes
+        for index, span in zip(self.shards, self._spans, strict=True):
+            parts.append(reader.read(index, [(span.first, span.stop)], into[position:]))
+            position += span.nbytes
         return Pending.all_of(parts)
 
     def rows(self, payload: U8 | torch.Tensor) -> dict[str, PackedRows]:
@@ -65,22 +98,37 @@ class Block:
     def _section_rows(self, name: str, flat: torch.Tensor) -> PackedRows:
         views: list[torch.Tensor] = []
         position = 0
-        for index in self.shards:
+        for index, span in zip(self.shards, self._spans, strict=True):
             section = index.header.section(name)
-            start = position + section.offset
-            views.append(flat[start : start + section.nbytes])
-            position += index.header.payload_nbytes
+            begin, end = (record_offset(index, section, i) for i in self._range(section))
+            start = position + span.shift + (0 if self.end is not None else section.offset)
+            views.append(flat[start : start + end - begin])
+            position += span.nbytes
         section = self.shards[0].header.section(name)
-        count = section.records
-        frames = None
-        if self.is_exact:
-            exact = self.shards[2]
-            frames = ExactFrames(
-                views[2].numpy(), exact.frame_nbytes[name], exact.frame_escapes[name],
-                exact.header.section(name).frame_records, self.exact_type,
-            )  # fmt: skip
+        count = self.count(section)
+        frames = self._frames(name, views[2].numpy()) if self.is_exact else None
         int8 = views[1].view(count, -1) if len(views) > 1 else None
         return PackedRows(section.layout, views[0].view(count, -1), int8, frames)
+
+    def _range(self, section: Section) -> tuple[int, int]:
+        return self.start, self.start + self.count(section)
+
+    def _frames(self, name: str, data: U8) -> ExactFrames:
+        exact = self.shards[2]
+        section = exact.header.section(name)
+        per = section.frame_records
+        start, stop = self._range(section)
+        some = slice(start // per, -(-stop // per))
+        nbytes, escapes = exact.frame_nbytes[name][some], exact.frame_escapes[name][some]
+        return ExactFrames(data, nbytes, escapes, per, self.exact_type)
+
+
+def record_offset(index: ShardIndex, section: Section, record: int) -> int:
+    """Bytes from a section's start to a record; in the exact plane it must begin a frame."""
+    if not section.frames:
+        return record * section.layout.nbytes(index.header.plane)
+    frames = -(-record // section.frame_records)
+    return int(index.frame_nbytes[section.name][:frames].sum(dtype=np.int64))
 
 
 def block_of(bundle: Bundle, kind: str, name: int | str, precision: str) -> Block:

@@ -2,8 +2,9 @@
 
 Blocks that every token uses (attention, head, the lowest plane of the FFN) have the highest value
 per byte and are placed first, attention before neurons; over a cyclic scan of the layers a fixed
-set is the best any policy can do. What does not fit is streamed through a ring, `depth` layers
-ahead. Memory that remains holds the upgrade planes of the hottest neurons.
+set is the best any policy can do. What does not fit is streamed through a ring, `depth` blocks
+ahead; so that the SSD is never idle, what is resident is spread evenly over the layers. Memory that
+remains holds the upgrade planes of the hottest neurons.
 
 Knows only sizes; reads nothing, allocates nothing.
 """
@@ -11,21 +12,28 @@ Knows only sizes; reads nothing, allocates nothing.
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
+
 from m2c.bundle.shard import BLOCK
 from m2c.errors import DoesNotFit
 from m2c.units import format_size
 
-DEPTH: Final = 2  # layers read ahead: loading one takes up to twice its compute (M2Cache, 4.3)
+# blocks read ahead: enough that reads go on while attention is computed
+DEPTH: Final = 3
 
 
 @dataclass(frozen=True)
 class BlockFact:
-    """Weights that every token uses, placed as one: the attention or the FFN floor of a layer."""
+    """Weights that every token uses, placed as one: a layer's attention, some of its neurons at the
+    floor, or some rows of the head."""
 
     kind: str  # "dense", "head" or "neurons"
     layer: int  # the head counts as the layer after the last
     resident_nbytes: int  # in memory, ready for the kernels
     streamed_nbytes: int  # read from the SSD each time it is needed
+    start: int = 0  # records [start, end) of head or neurons
+    end: int | None = None  # None: all
 
 
 @dataclass(frozen=True)
@@ -67,15 +75,10 @@ class Plan:
     in_hbm: tuple[int, ...]  # positions in footprint.blocks
     in_dram: tuple[int, ...]
     streamed: tuple[int, ...]
-    ring_slots: int
-    ring_slot_nbytes: int
+    ring_nbytes: int
     hbm_staging_nbytes: int
     slab_slots: dict[str, int]  # plane -> neurons per layer in the compute tier
     prefix: dict[str, int]  # plane -> hottest neurons per layer pinned in DRAM
-
-    @property
-    def ring_nbytes(self) -> int:
-        return self.ring_slots * self.ring_slot_nbytes
 
     @property
     def slab_nbytes(self) -> int:
@@ -109,8 +112,8 @@ class Plan:
         """Expected reads from the SSD while decoding: streamed blocks and missing upgrades."""
         blocks = self.footprint.blocks
         streamed = sum(blocks[i].streamed_nbytes for i in self.streamed)
-        if len({blocks[i].layer for i in self.streamed}) <= self.ring_slots:
-            streamed = 0  # every layer keeps its slot
+        if streamed <= self.ring_nbytes:
+            streamed = 0  # the ring keeps them all
         return streamed + self.footprint.layers * sum(
             self._upgrade_reads(u) for u in self.footprint.upgrades
         )
@@ -208,8 +211,8 @@ def _plan(
     staging: int, slabs: dict[str, int], room: int,
 ) -> Plan:  # fmt: skip
     return Plan(
-        budget, f, policy, in_hbm, placement.resident, placement.streamed, placement.ring_slots,
-        placement.ring_slot_nbytes, staging, slabs, _prefixes(f, room),
+        budget, f, policy, in_hbm, placement.resident, placement.streamed, placement.ring_nbytes,
+        staging, slabs, _prefixes(f, room),
     )  # fmt: skip
 
 
@@ -225,8 +228,7 @@ class _Tier:
 class _Placement:
     resident: tuple[int, ...]
     streamed: tuple[int, ...]
-    ring_slots: int
-    ring_slot_nbytes: int
+    ring_nbytes: int
     nbytes: int  # resident blocks and ring
 
 
@@ -238,40 +240,50 @@ def _place(f: Footprint, tier: _Tier, depth: int, order: list[int]) -> _Placemen
     """
     options = []
     used = 0
+    sizes = np.array([block.streamed_nbytes for block in f.blocks], np.int64)
+    streams = np.ones(len(sizes), np.bool_)
+    streams[list(set(range(len(sizes))) - set(order))] = False
     for count in range(len(order) + 1):
-        streamed = tuple(sorted(order[count:]))
-        slots, slot_nbytes = _ring(f, streamed, depth)
-        options.append(
-            _Placement(
-                tuple(sorted(order[:count])), streamed, slots, slot_nbytes,
-                used + slots * slot_nbytes,
-            )
-        )  # fmt: skip
+        ring = _ring_nbytes(sizes[streams], depth)
+        options.append((count, ring, used + ring))
         if count < len(order):
             block = f.blocks[order[count]]
             used += block.streamed_nbytes if tier.raw else block.resident_nbytes
-    for option in reversed(options):
-        if tier.fixed + option.nbytes <= tier.capacity:
-            return option
-    raise _too_small(
-        tier.flag, tier.capacity, tier.fixed + min(option.nbytes for option in options)
-    )
+            streams[order[count]] = False
+    for count, ring, nbytes in reversed(options):
+        if tier.fixed + nbytes <= tier.capacity:
+            resident, streamed = sorted(order[:count]), sorted(order[count:])
+            return _Placement(tuple(resident), tuple(streamed), ring, nbytes)
+    smallest = tier.fixed + min(nbytes for _, _, nbytes in options)
+    raise _too_small(tier.flag, tier.capacity, smallest)
 
 
-def _ring(f: Footprint, streamed: tuple[int, ...], depth: int) -> tuple[int, int]:
-    """(slots, bytes of a slot): a slot holds what one layer streams."""
-    per_layer: dict[int, int] = {}
-    for i in streamed:
-        block = f.blocks[i]
-        per_layer[block.layer] = per_layer.get(block.layer, 0) + block.streamed_nbytes
-    if not per_layer:
-        return 0, 0
-    return min(depth + 1, len(per_layer)), max(per_layer.values())
+def _ring_nbytes(sizes: npt.NDArray[np.int64], depth: int) -> int:
+    """Room for any block and the `depth` blocks after it, over and over; at most for all."""
+    total = int(sizes.sum())
+    if len(sizes) <= depth + 1:
+        return total
+    around = np.concatenate(([0], np.cumsum(np.concatenate((sizes, sizes[:depth])))))
+    return min(total, int((around[depth + 1 :] - around[: -depth - 1]).max()))
 
 
 def _by_value(f: Footprint) -> list[int]:
-    """Attention and head first, then neurons in layer order: all are used by every token."""
-    return sorted(range(len(f.blocks)), key=lambda i: (f.blocks[i].kind == "neurons", i))
+    """Attention and head first, then the first neurons of every layer, then the next.
+
+    All are used by every token; layers in an order whose every beginning is spread evenly.
+    """
+
+    def key(i: int) -> tuple[bool, int, int, int]:
+        block = f.blocks[i]
+        neurons = block.kind == "neurons"
+        return neurons, block.start if neurons else 0, _spread(block.layer) if neurons else 0, i
+
+    return sorted(range(len(f.blocks)), key=key)
+
+
+def _spread(layer: int) -> int:
+    """The bits of a layer number reversed (van der Corput's sequence)."""
+    return int(f"{layer:016b}"[::-1], 2)
 
 
 def _prefixes(f: Footprint, room: int) -> dict[str, int]:

@@ -1,11 +1,13 @@
-"""The ring: DRAM slots that streamed layers pass through, read ahead in the order of use.
+"""The ring: DRAM that streamed blocks pass through, read ahead in the order of use.
 
-Every pass over the model uses the layers in the same order, so the next read is always known.
-Knows nothing about what a layer is made of beyond its blocks' sizes.
+Every pass over the model uses the blocks in the same order, so the next read is always known. Bytes
+are given out as in a circular buffer: a block needs its own size, not that of the largest.
+Knows nothing about what a block is beyond its size and how it is read.
 """
 
+from collections import deque
 from collections.abc import Sequence
-from typing import Final
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -15,66 +17,87 @@ from m2c.tiers.memory import aligned_buffer
 from m2c.tiers.ssd import Pending, SsdReader
 
 U8 = npt.NDArray[np.uint8]
-_NOTHING: Final = Pending([])
 
 
-class LayerRing:
-    """`slots` buffers for `layers`: (layer number, its streamed blocks), in order of use."""
+@dataclass(frozen=True)
+class _Held:
+    """A block in the ring, or on its way there."""
 
-    def __init__(
-        self, reader: SsdReader, layers: Sequence[tuple[int, list[Block]]], slots: int, nbytes: int
-    ) -> None:
+    start: int
+    stop: int
+    pending: Pending
+
+
+class BlockRing:
+    """nbytes: at least the largest of `blocks`, which are in order of use."""
+
+    def __init__(self, reader: SsdReader, blocks: Sequence[Block], nbytes: int) -> None:
         self._reader = reader
-        self._layers = layers
-        self._buffers = [aligned_buffer(nbytes) for _ in range(slots)]
-        self._pending = [_NOTHING] * slots
-        self._next = 0  # layers acquired so far, over all passes
+        self._blocks = blocks
+        self._buffer = aligned_buffer(nbytes)
+        self._keeps_all = sum(block.streamed_nbytes for block in blocks) <= nbytes
+        self._held: deque[_Held] = deque()
+        self._started = 0  # of this pass and, read ahead, of those that follow
+        self._used = 0
         self._acquired = False
-        for i in range(slots):
-            self._start(i)
+        self._read_ahead()
 
-    def acquire(self, layer: int) -> list[U8]:
-        """The payloads of the layer's blocks, once they have arrived; valid until `release`.
+    def acquire(self, position: int) -> U8:
+        """The payload of block `position` once it has arrived; valid until `release`.
 
-        Layers must be acquired in their order, over and over; a pass that was broken off is
-        followed by one from the start.
+        Blocks must be acquired in order, over and over; a pass that was broken off is followed by
+        one from the start.
         """
-        number, blocks = self._layers[self._next % len(self._layers)]
-        if self._acquired or number != layer:
+        if self._acquired or self._used % len(self._blocks) != position:
             self._rewind()
-            number, blocks = self._layers[0]
-        assert number == layer, f"layer {layer} acquired, layer {number} is next"
+        assert position == self._used % len(self._blocks), f"block {position} is not the next"
         self._acquired = True
-        slot = self._next % len(self._buffers)
-        self._pending[slot].wait()
-        payloads, position = [], 0
-        for block in blocks:
-            payloads.append(self._buffers[slot][position : position + block.streamed_nbytes])
-            position += block.streamed_nbytes
-        return payloads
+        held = self._held[position if self._keeps_all else 0]
+        held.pending.wait()
+        return self._buffer[held.start : held.stop]
 
     def release(self) -> None:
-        """Give the acquired layer's slot to the layer that many places ahead."""
-        if len(self._layers) > len(self._buffers):  # else every layer keeps its slot
-            self._start(self._next + len(self._buffers))
-        self._next += 1
+        """Give the acquired block's bytes to those that come later."""
+        self._used += 1
         self._acquired = False
+        if not self._keeps_all:
+            self._held.popleft()
+            self._read_ahead()
+
+    def settle(self) -> None:
+        """Wait for what is read ahead."""
+        for held in self._held:
+            held.pending.wait()
 
     def close(self) -> None:
-        for pending in self._pending:
-            pending.cancel()
+        for held in self._held:
+            held.pending.cancel()
 
     def _rewind(self) -> None:
-        self.close()  # nothing may land in a buffer that is read into again
-        self._next = 0
-        for i in range(len(self._buffers)):
-            self._start(i)
+        self.close()  # nothing may land in bytes that are read into again
+        self._held.clear()
+        self._started = self._used = 0
+        self._acquired = False
+        self._read_ahead()
 
-    def _start(self, position: int) -> None:
-        _, blocks = self._layers[position % len(self._layers)]
-        slot = position % len(self._buffers)
-        parts, offset = [], 0
-        for block in blocks:
-            parts.append(block.read(self._reader, self._buffers[slot][offset:]))
-            offset += block.streamed_nbytes
-        self._pending[slot] = Pending.all_of(parts)
+    def _read_ahead(self) -> None:
+        while not self._keeps_all or self._started < len(self._blocks):
+            block = self._blocks[self._started % len(self._blocks)]
+            start = self._room_for(block.streamed_nbytes)
+            if start is None:
+                return
+            stop = start + block.streamed_nbytes
+            pending = block.read(self._reader, self._buffer[start:stop])
+            self._held.append(_Held(start, stop, pending))
+            self._started += 1
+
+    def _room_for(self, nbytes: int) -> int | None:
+        """Where the next block may go: behind the last one, or at the start if that is free."""
+        if not self._held:
+            return 0
+        first, last = self._held[0].start, self._held[-1].stop
+        if last > first:  # in use: [first, last)
+            if len(self._buffer) - last >= nbytes:
+                return last
+            return 0 if first >= nbytes else None
+        return last if first - last >= nbytes else None

@@ -6,7 +6,6 @@ upgrades on demand. It knows bytes and tiers; which neurons a token needs is dec
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -18,8 +17,8 @@ from m2c.kernels.rows import EXACT_DTYPES, ExactRows, PackedRows, Rows
 from m2c.tiers.blocks import Block, block_of, planes_of
 from m2c.tiers.fetch import PlaneSource, RowSource, rows_at_once
 from m2c.tiers.memory import aligned_buffer
-from m2c.tiers.plan import Plan
-from m2c.tiers.ring import LayerRing
+from m2c.tiers.plan import BlockFact, Plan
+from m2c.tiers.ring import BlockRing
 from m2c.tiers.ssd import REQUEST_BLOCKS, THREADS, LinkStats, SsdReader
 from m2c.tiers.upgrades import HitStats, UpgradePlane
 
@@ -45,6 +44,16 @@ class StoreStats:
     upgrades: dict[str, HitStats] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Use:
+    """A block, and where it is when it is used: ready, in DRAM as stored, or in the ring."""
+
+    block: Block
+    rows: dict[str, Rows] | None = None
+    raw: npt.NDArray[np.uint8] | None = None
+    ring: int = 0
+
+
 class NeuronStore:
     """Use as a context manager. `progress` is told the bytes that became resident."""
 
@@ -61,18 +70,10 @@ class NeuronStore:
         self._progress = progress
         self._link = LinkStats()
         self._staging = aligned_buffer(plan.footprint.staging_nbytes)
-        self._blocks = [self._block(i) for i in range(len(plan.footprint.blocks))]
-        self._resident: dict[int, dict[str, Rows]] = {}  # ready for the kernels
-        self._raw: dict[int, npt.NDArray[np.uint8]] = {}  # in DRAM behind HBM, as stored
-        # per layer: blocks that stream, and operands that stay; then blocks that wait behind HBM
-        self._layers: dict[int, tuple[list[int], dict[str, Rows]]] = {}
-        self._behind: dict[int, list[int]] = {}
-        self._views: dict[
-            tuple[int, int], dict[str, Rows]
-        ] = {}  # of payloads, by block and address
         self._hbm_slots: list[torch.Tensor] = []
         self._upgrades: dict[tuple[int, str], UpgradePlane] = {}
-        self._ring: LayerRing | None = None
+        self._ring: BlockRing | None = None
+        self._uses: dict[tuple[str, int], list[_Use]] = {}
         self._embed = self._row_source("embed", EMBED, precisions.dense)
         try:
             self._load()
@@ -93,23 +94,21 @@ class NeuronStore:
 
     # -- what the model asks for -------------------------------------------------------------------
 
-    @contextmanager
-    def layer(self, layer: int) -> Iterator[dict[str, Rows]]:
-        """Operands of a layer's blocks by section name; the head is the layer after the last.
+    def uses(self, kind: str, layer: int) -> Iterator[dict[str, Rows]]:
+        """Operands of a layer's blocks of `kind` by section name, block after block, records in
+        order; the head is the layer after the last. Each is valid until the next is asked for.
 
-        Layers must be entered in order, pass after pass. Raises what a failed read raised.
+        Layers must be used in order, pass after pass. Raises what a failed read raised.
         """
-        streamed, rows = self._layers.get(layer, ([], {}))
-        payloads = self._ring.acquire(layer) if self._ring and streamed else []
-        if streamed or self.plan.budget.hbm:
-            rows = dict(rows)
-        for i, payload in zip(streamed, payloads, strict=True):
-            rows.update(self._to_compute(i, payload))
-        for i in self._behind.get(layer, ()):
-            rows.update(self._to_compute(i, self._raw[i]))
-        yield rows
-        if self._ring and streamed:
-            self._ring.release()
+        for use in self._uses[kind, layer]:
+            if use.rows is not None:
+                yield use.rows
+            elif use.raw is not None:
+                yield self._to_compute(use.block, use.raw)
+            else:
+                assert self._ring is not None
+                yield self._to_compute(use.block, self._ring.acquire(use.ring))
+                self._ring.release()
 
     def upgrade(self, layer: int, plane: str, ids: Ids, floor: Rows, *, step: bool) -> Rows:
         """Rows of `ids` (ascending) of a layer at `plane`; `floor` is the layer's FFN operand."""
@@ -128,7 +127,7 @@ class NeuronStore:
     def embed(self, ids: Ids) -> torch.Tensor:
         """Embeddings of token `ids` [tokens] as f32 [tokens, hidden] on the compute device."""
         wanted, back = np.unique(ids, return_inverse=True)
-        resident = next((rows[EMBED] for rows in self._resident.values() if EMBED in rows), None)
+        resident = self._resident_embedding
         if resident is None:
             rows = self._embed.rows(wanted.astype(np.int32))
         else:
@@ -153,38 +152,42 @@ class NeuronStore:
 
     def _load(self) -> None:
         plan = self.plan
-        in_compute = plan.in_hbm if plan.budget.hbm else plan.in_dram
-        for i in in_compute:
-            self._resident[i] = self._load_resident(i)
-        for i in plan.in_dram if plan.budget.hbm else ():
-            self._raw[i] = aligned_buffer(self._blocks[i].streamed_nbytes)
-            self._blocks[i].read(self.reader, self._raw[i]).wait()
-            self._progress(self._blocks[i].streamed_nbytes)
-        for layer in range(plan.footprint.layers):
-            for fact in plan.footprint.upgrades:
-                self._upgrades[layer, fact.plane] = self._upgrade_plane(layer, fact.plane)
         if plan.hbm_staging_nbytes:
             half = plan.hbm_staging_nbytes // 2
             self._hbm_slots = [
                 torch.empty(half, dtype=torch.uint8, device=self.device) for _ in range(2)
             ]
-        if plan.streamed:
-            self._ring = self._make_ring()
-        self._sort_by_layer()
+        streamed = [self._block(plan.footprint.blocks[i]) for i in plan.streamed]
+        for layer in range(plan.footprint.layers):
+            for fact in plan.footprint.upgrades:
+                self._upgrades[layer, fact.plane] = self._upgrade_plane(layer, fact.plane)
+        self._uses = self._place()
+        if streamed:
+            self._ring = BlockRing(self.reader, streamed, plan.ring_nbytes)
 
-    def _sort_by_layer(self) -> None:
-        for i, fact in enumerate(self.plan.footprint.blocks):
-            streamed, rows = self._layers.setdefault(fact.layer, ([], {}))
-            if i in self._resident:
-                rows.update(self._resident[i])
-            elif i in self._raw:
-                self._behind.setdefault(fact.layer, []).append(i)
+    def _place(self) -> dict[tuple[str, int], list[_Use]]:
+        """Read what is resident. Neighbours that are ready for the kernels become one."""
+        plan, found = self.plan, dict[tuple[str, int], list[_Use]]()
+        ready = set(plan.in_hbm if plan.budget.hbm else plan.in_dram)
+        waiting, ring = set(plan.in_dram) - ready, 0
+        for kind, layer, run in _runs(plan, ready):
+            first, last = plan.footprint.blocks[run[0]], plan.footprint.blocks[run[-1]]
+            block = self._block(replace(first, end=last.end))
+            if run[0] in ready:
+                use = _Use(block, rows=self._load_resident(block))
+            elif run[0] in waiting:
+                raw = aligned_buffer(block.streamed_nbytes)
+                block.read(self.reader, raw).wait()
+                self._progress(block.streamed_nbytes)
+                use = _Use(block, raw=raw)
             else:
-                streamed.append(i)
+                use = _Use(block, ring=ring)
+                ring += 1
+            found.setdefault((kind, layer), []).append(use)
+        return found
 
-    def _load_resident(self, i: int) -> dict[str, Rows]:
+    def _load_resident(self, block: Block) -> dict[str, Rows]:
         """Read a block into the compute tier; exact blocks are decoded on the way."""
-        block = self._blocks[i]
         if block.is_exact:
             return {name: self._load_exact(block, name) for name in block.sections}
         buffer = aligned_buffer(block.streamed_nbytes)
@@ -200,16 +203,17 @@ class NeuronStore:
              for s in block.shards],
             section, block.exact_type,
         )  # fmt: skip
-        shape = (section.records, section.vectors * section.length)
+        count = block.count(section)
+        shape = (count, section.vectors * section.length)
         out = torch.empty(shape, dtype=EXACT_DTYPES[block.exact_type], device=self.device)
         frame_records = block.shards[-1].header.section(name).frame_records
         step = rows_at_once(section.layout, frame_records)
-        for start in range(0, section.records, step):
-            stop = min(start + step, section.records)
-            piece = source.rows(np.arange(start, stop, dtype=np.int32))
+        for start in range(0, count, step):
+            stop = min(start + step, count)
+            piece = source.rows(np.arange(block.start + start, block.start + stop, dtype=np.int32))
             assert isinstance(piece, ExactRows)
             out[start:stop] = piece.weights
-        self._progress(sum(s.header.section(name).nbytes for s in block.shards))
+        self._progress(block.streamed_nbytes)
         return ExactRows(section.layout, out)
 
     def _upgrade_plane(self, layer: int, plane: str) -> UpgradePlane:
@@ -235,24 +239,24 @@ class NeuronStore:
             copied=self._copied if plan.budget.hbm else lambda nbytes, seconds: None,
         )  # fmt: skip
 
-    def _make_ring(self) -> LayerRing:
-        plan = self.plan
-        per_layer: dict[int, list[Block]] = {}
-        for i in plan.streamed:
-            layer = plan.footprint.blocks[i].layer
-            per_layer.setdefault(layer, []).append(self._blocks[i])
-        return LayerRing(
-            self.reader, sorted(per_layer.items()), plan.ring_slots, plan.ring_slot_nbytes
-        )
-
     # -- small helpers -----------------------------------------------------------------------------
 
-    def _block(self, i: int) -> Block:
-        fact = self.plan.footprint.blocks[i]
+    @property
+    def _resident_embedding(self) -> Rows | None:
+        """The embedding where a tied head has it in the compute tier, whole."""
+        head = self._uses["head", self.plan.footprint.layers]
+        if len(head) > 1 or head[0].rows is None:
+            return None
+        return head[0].rows.get(EMBED)
+
+    def _block(self, fact: BlockFact) -> Block:
         if fact.kind == "head":
-            return block_of(self._bundle, "dense", head_name(self._bundle), self._precisions.dense)
-        precision = self._precisions.dense if fact.kind == "dense" else self._precisions.floor
-        return block_of(self._bundle, fact.kind, fact.layer, precision)
+            name, precision = head_name(self._bundle), self._precisions.dense
+            whole = block_of(self._bundle, "dense", name, precision)
+        else:
+            precision = self._precisions.dense if fact.kind == "dense" else self._precisions.floor
+            whole = block_of(self._bundle, fact.kind, fact.layer, precision)
+        return replace(whole, start=fact.start, end=fact.end)
 
     def _plane_source(self, layer: int, plane: str) -> PlaneSource:
         index = self._bundle.shard("neurons", layer, plane)
@@ -266,22 +270,18 @@ class NeuronStore:
         facts = shards[0].header.section(section)
         return RowSource(sources, facts, self._bundle.manifest.exact_type)
 
-    def _to_compute(self, i: int, payload: npt.NDArray[np.uint8]) -> dict[str, Rows]:
+    def _to_compute(self, block: Block, payload: npt.NDArray[np.uint8]) -> dict[str, Rows]:
         """Operands of a payload that lies in DRAM, copied to HBM if that is where we compute.
 
         Exact payloads stay: they are decoded on the host and cross the link as values.
         """
-        block = self._blocks[i]
         if not self.plan.budget.hbm:
-            place = i, payload.ctypes.data
-            if place not in self._views:
-                self._views[place] = dict(block.rows(payload))
-            return self._views[place]
+            return dict(block.rows(payload))
         if block.is_exact:
             self._copied(block.streamed_nbytes, 0.0)
             return dict(block.rows(payload))
-        # a layer has at most two blocks, attention before FFN: one slot each
-        slot = self._hbm_slots[self.plan.footprint.blocks[i].kind == "neurons"]
+        # attention has its slot, neurons and head have the other
+        slot = self._hbm_slots[len(block.sections) == 1]
         begin = time.perf_counter()
         view = slot[: block.streamed_nbytes]
         view.copy_(torch.from_numpy(payload[: block.streamed_nbytes]))
@@ -296,3 +296,20 @@ class NeuronStore:
 def head_name(bundle: Bundle) -> str:
     """The shard that the output projection is in: the embedding's own when they are tied."""
     return "embed" if bundle.manifest.architecture.get("tie_word_embeddings") else "head"
+
+
+def _runs(plan: Plan, ready: set[int]) -> Iterator[tuple[str, int, list[int]]]:
+    """(kind, layer, positions): blocks of one layer and kind that follow each other and are ready.
+
+    Others stay apart: they are taken from the ring, or copied into HBM, block by block.
+    """
+    run: list[int] = []
+    for i, fact in enumerate(plan.footprint.blocks):
+        before = plan.footprint.blocks[run[-1]] if run else fact
+        same = (before.kind, before.layer) == (fact.kind, fact.layer)
+        if run and not (same and i in ready and run[-1] in ready):
+            yield before.kind, before.layer, run
+            run = []
+        run.append(i)
+    last = plan.footprint.blocks[run[-1]]
+    yield last.kind, last.layer, run
