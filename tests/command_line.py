@@ -14,6 +14,7 @@ from unittest.mock import patch
 from m2c.cli.app import call
 
 COMMAND = (sys.executable, "-m", "m2c.cli.app")
+_NOTES = ("m2c: using ", "m2c: expecting ")
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Said:
     @property
     def reason(self) -> str:
         """The one line on stderr beside the notes on which default was taken."""
-        lines = [line for line in self.err.splitlines() if not line.startswith("m2c: using ")]
+        lines = [line for line in self.err.splitlines() if not line.startswith(_NOTES)]
         assert len(lines) == 1, self.err
         assert lines[0].startswith("m2c: ")
         return lines[0].removeprefix("m2c: ")

@@ -13,9 +13,7 @@ from running import MIXES, options_for, smallest_dram
 
 from m2c.bundle.bundle import Bundle
 from m2c.engine import Engine
-from m2c.speed import Speed, SpeedJob, measure_speed, predicted_tps
-from m2c.tiers.ssd import LinkStats
-from m2c.tiers.store import StoreStats
+from m2c.speed import Speed, SpeedJob, measure_speed
 
 Call = tuple[int, int]  # tokens in the context before, tokens of the pass
 
@@ -104,27 +102,6 @@ def test_mean_and_deviation_are_over_repetitions() -> None:
     assert speed.mean == pytest.approx(fmean(speed.tps))
     assert speed.deviation == pytest.approx(stdev(speed.tps))
     assert Speed("tg10", 10, (2.0,), 0.0, 0.0).deviation == 0
-
-
-@pytest.mark.parametrize(
-    ("memory", "reached", "bound"), [(1e15, 1e6, "ssd"), (1e3, 1e15, "memory"), (1e15, 1.0, "disk")]
-)
-def test_the_slowest_tier_predicts(
-    deep_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, memory: float, reached: float, bound: str
-) -> None:
-    monkeypatch.setattr("m2c.speed.probe_dram", lambda threads: memory)
-    with Engine(deep_bundle, streaming(deep_bundle, "0/0/100")) as engine:
-        if bound == "disk":  # this run was slower than the disk is known to be
-            engine.disk = engine.disk.__class__(1 << 20, 4, 2e6)
-        stats = StoreStats(LinkStats(int(reached), 1.0), LinkStats())
-        found = predicted_tps(engine, stats)
-        plan = engine.plan
-    expected = {
-        "ssd": 1e6 / plan.ssd_nbytes_per_token,
-        "memory": 1e3 / plan.compute_nbytes_per_token,
-        "disk": 2e6 / plan.ssd_nbytes_per_token,
-    }
-    assert found == pytest.approx(expected[bound])
 
 
 # -- the command -----------------------------------------------------------------------------------

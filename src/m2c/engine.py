@@ -32,6 +32,7 @@ from m2c.model.transformer import Transformer
 from m2c.tiers.plan import DEPTH, Budget, Plan, make_plan
 from m2c.tiers.policies import POLICY_NAMES
 from m2c.tiers.store import NeuronStore
+from m2c.tokenizer import Tokenizer
 
 DEFAULT_CTX: Final = 4096
 # what pack usually finds, for models that are not packed yet
@@ -62,15 +63,16 @@ class Engine:
     def __init__(
         self, bundle: Bundle, options: RunOptions, *,
         progress: Callable[[int], None] = lambda nbytes: None,
-        record: Callable[[int, str, Any], None] | None = None,
+        record: Callable[[int, str, Any], None] | None = None, tokenizer: Tokenizer | None = None,
     ) -> None:  # fmt: skip
+        """tokenizer: the bundle's own, for whoever has made it already."""
         self.bundle = bundle
         self.closing = ExitStack()  # what else ends with this engine
         self.config = config_of(bundle)
         self.shape = run_shape(bundle, self.config, options)
         importance = importance_of(bundle)
         self.plan = plan_for(bundle, self.config, self.shape, importance, options)
-        self.tokenizer = tokenizer_of(bundle)
+        self.tokenizer = tokenizer or tokenizer_of(bundle)
         device = torch.device(options.device)
         threads = self.shape.threads if device.type == "cpu" else 1
         self.workers = Workers(threads, kernel=kernel_for(options))

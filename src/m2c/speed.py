@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from m2c.engine import Engine
 from m2c.generate import prefill
-from m2c.hardware import probe_dram
+from m2c.predict import measured_speeds, predicted_tps
 from m2c.tiers.store import StoreStats
 
 _WARM_TOKENS: Final = 16  # decoded before the clock starts: caches fill, threads and disk wake up
@@ -56,7 +56,7 @@ class Speed:
     seconds: tuple[float, ...]  # [repetitions]
     ssd_nbytes_per_token: float
     ssd_bytes_per_s: float  # while at least one read was under way; 0: nothing was read
-    predicted_tps: float | None = None  # the bound that the plan gives; none for prompts
+    predicted_tps: float | None = None  # by the plan; none for prompts
 
     @property
     def tps(self) -> tuple[float, ...]:
@@ -95,28 +95,8 @@ def measure_speed(
     if n := job.generate:
         runs = ids(min(n, _WARM_TOKENS), *[n] * job.repetitions)
         speed, stats = _timed(engine, job.depth, f"tg{n}{after}", runs, _decode, progress)
-        yield replace(speed, predicted_tps=predicted_tps(engine, stats))
-
-
-def predicted_tps(engine: Engine, stats: StoreStats) -> float | None:
-    """Tokens per second that the plan's bytes allow, as all transfers overlap: a bound.
-
-    stats: traffic of decoding on this engine. The SSD counts with its probed speed or the one
-    reached, whichever is higher, the link to HBM with the one reached. Memory of a GPU is not
-    probed: there transfers alone count. None when nothing limits.
-    """
-    plan, ssd, link = engine.plan, stats.ssd, stats.link
-    seconds = []
-    if ssd.busy_s:
-        speed = max(ssd.nbytes / ssd.busy_s, engine.disk.bytes_per_s)
-        seconds.append(plan.ssd_nbytes_per_token / speed)
-    if link.busy_s:
-        seconds.append(plan.link_nbytes_per_token / (link.nbytes / link.busy_s))
-    if engine.store.device.type == "cpu":
-        memory = probe_dram(min(engine.shape.threads, 8))  # more threads read no faster
-        seconds.append(plan.compute_nbytes_per_token / memory)
-    slowest = max(seconds, default=0.0)
-    return 1 / slowest if slowest else None
+        predicted = predicted_tps(engine.plan, measured_speeds(engine, stats))
+        yield replace(speed, predicted_tps=predicted or None)
 
 
 def _prompt(engine: Engine, ids: Ids, progress: Progress) -> None:

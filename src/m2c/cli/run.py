@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from m2c.bundle.bundle import Bundle
     from m2c.engine import Engine, RunOptions
     from m2c.generate import GenerationStats
+    from m2c.tokenizer import Tokenizer
 
 _GIVE_ONE = 'give one with --prompt "..." or on stdin'
 EXAMPLE = 'Example: m2c run --prompt "Why is the sky blue?"'
@@ -71,6 +72,7 @@ def command(
     from m2c.bundle.bundle import open_bundle
     from m2c.cli.names import bundle_path, require_writable
     from m2c.cli.runs import run_options
+    from m2c.contents import tokenizer_of
     from m2c.sampling import Sampler, SamplingParams
 
     chosen = run_options(
@@ -92,13 +94,15 @@ def command(
     if plan:
         _print_plan(opened, chosen)
         return
-    ids = _prompt_ids(opened, chosen, _read_prompt(prompt), system, raw)
+    tokenizer = tokenizer_of(opened)
+    ids = _prompt_ids(opened, tokenizer, chosen, _read_prompt(prompt), system, raw)
     _say_price(opened, drop, quiet)
-    with _open_engine(opened, chosen, trace, quiet) as engine:
+    with _open_engine(opened, tokenizer, chosen, trace, quiet) as engine:
+        expected = 0.0 if quiet and stats is None else _expected(engine, quiet)
         if temperature > 0 and seed is None and not quiet:
             say(f"m2c: seed {sampler.seed}")
         figures = _generate(engine, ids, sampler, max_tokens, stop or [], no_stream)
-        _report(engine, figures, stats, quiet)
+        _report(engine, figures, expected, stats, quiet)
 
 
 def _read_prompt(prompt: str | None) -> str:
@@ -162,7 +166,7 @@ def _say_price(bundle: "Bundle", drop: float, quiet: bool) -> None:
 
 
 def _open_engine(
-    bundle: "Bundle", chosen: "RunOptions", trace: Path | None, quiet: bool
+    bundle: "Bundle", tokenizer: "Tokenizer", chosen: "RunOptions", trace: Path | None, quiet: bool
 ) -> "Engine":
     from m2c.cli.runs import tracing_engine
     from m2c.engine import Engine
@@ -170,21 +174,34 @@ def _open_engine(
     total = sum(index.header.payload_nbytes for index in bundle.shards.values())
     with progress("load", total, unit="B", quiet=quiet) as advance:
         if trace is None:
-            return Engine(bundle, chosen, progress=advance)
-        return tracing_engine(bundle, chosen, trace, advance)
+            return Engine(bundle, chosen, progress=advance, tokenizer=tokenizer)
+        return tracing_engine(bundle, chosen, trace, advance, tokenizer)
+
+
+def _expected(engine: "Engine", quiet: bool) -> float:
+    """Tokens per second that the plan promises on this machine as it is now, said unless quiet."""
+    from m2c.cli.runs import where_weights_lie
+    from m2c.predict import measured_speeds, predicted_tps
+
+    expected = predicted_tps(engine.plan, measured_speeds(engine))
+    if not quiet:
+        say(
+            f"m2c: expecting {expected:.{2 if expected < 10 else 0}f} tok/s: {where_weights_lie(engine.plan)}"
+        )
+    return expected
 
 
 def _prompt_ids(
-    bundle: "Bundle", chosen: "RunOptions", text: str, system: str | None, raw: bool
-) -> list[int]:
+    bundle: "Bundle", tokenizer: "Tokenizer", chosen: "RunOptions", text: str,
+    system: str | None, raw: bool,
+) -> list[int]:  # fmt: skip
     """Known to fit before a byte of weights is read: loading can take minutes."""
     from m2c.chat import chat_template_of
-    from m2c.contents import config_of, sidecars_of, tokenizer_of
+    from m2c.contents import config_of, sidecars_of
     from m2c.engine import run_shape
     from m2c.generate import require_prompt
     from m2c.prompt import chat_ids, raw_ids
 
-    tokenizer = tokenizer_of(bundle)
     template = None if raw else chat_template_of(sidecars_of(bundle))
     if template is not None:
         ids = chat_ids(tokenizer, template, text, system=system)
@@ -232,14 +249,16 @@ def _print_plan(bundle: "Bundle", chosen: "RunOptions") -> None:
         result(line)
 
 
-def _report(engine: "Engine", figures: "GenerationStats", stats: Path | None, quiet: bool) -> None:
+def _report(
+    engine: "Engine", figures: "GenerationStats", expected: float, stats: Path | None, quiet: bool
+) -> None:
     from m2c.bundle.files import write_atomic
     from m2c.bundle.strict import dump_json
     from m2c.cli.runs import stats_facts, summary_line
 
     if quiet and stats is None:
         return
-    facts = stats_facts(engine, figures)
+    facts = stats_facts(engine, figures, expected)
     if stats is not None:
         write_atomic(stats, dump_json(facts) + b"\n")
     if not quiet:

@@ -19,8 +19,10 @@ from m2c.kernels.native import CHOICES
 from m2c.model.footprint import RunShape
 from m2c.model.kv import KV_DTYPES
 from m2c.model.mix import PRECISIONS, Mix
+from m2c.predict import measured_speeds
 from m2c.tiers.plan import Plan
 from m2c.tiers.trace import TraceWriter
+from m2c.tokenizer import Tokenizer
 from m2c.units import format_size
 
 POLICY_WORDS = {
@@ -54,8 +56,9 @@ def run_options(
 
 
 def tracing_engine(
-    bundle: Bundle, options: RunOptions, path: Path, progress: Callable[[int], None]
-) -> Engine:
+    bundle: Bundle, options: RunOptions, path: Path, progress: Callable[[int], None],
+    tokenizer: Tokenizer,
+) -> Engine:  # fmt: skip
     """An engine that records the active neurons of every decoded token in `path`."""
     from m2c.contents import config_of
     from m2c.engine import run_shape
@@ -68,7 +71,7 @@ def tracing_engine(
         path, num_layers=config.num_hidden_layers, num_neurons=config.intermediate_size,
         planes=planes,
     )  # fmt: skip
-    engine = Engine(bundle, options, progress=progress, record=writer.write)
+    engine = Engine(bundle, options, progress=progress, record=writer.write, tokenizer=tokenizer)
     engine.closing.enter_context(writer)
     return engine
 
@@ -137,6 +140,14 @@ def _tier(name: str, used: int, budget: int, blocks: str) -> str:
     return f"{name:5} {format_size(used)} of {format_size(budget)}: {blocks}"
 
 
+def where_weights_lie(plan: Plan) -> str:
+    """Few words for the line before a run."""
+    if not plan.ssd_nbytes_per_token:
+        return "all weights in memory"
+    read = format_size(plan.ssd_nbytes_per_token)
+    return f"{read} of {format_size(plan.compute_nbytes_per_token)} a token come from the SSD"
+
+
 def plan_facts(plan: Plan) -> dict[str, Any]:
     """The plan for programs. Bytes."""
     return {
@@ -152,15 +163,19 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def stats_facts(engine: Engine, figures: GenerationStats) -> dict[str, Any]:
-    """Figures of a run, for `--stats` and the summary line. Bytes, seconds, bytes per second."""
+def stats_facts(engine: Engine, figures: GenerationStats, predicted: float) -> dict[str, Any]:
+    """Figures of a run, for `--stats` and the summary line. Bytes, seconds, bytes per second.
+
+    predicted: tokens per second that were expected before.
+    """
     steps = max(1, figures.decode_steps)
     decode = figures.decode
     assert decode is not None
     achieved = decode.ssd.nbytes / decode.ssd.busy_s if decode.ssd.busy_s else 0.0
     # disks swing: the roof is at least what this very run has reached
-    ssd_bandwidth = max(achieved, engine.disk.bytes_per_s) if achieved else 0.0
-    dram_bandwidth = probe_dram(min(engine.shape.threads, 8))
+    speeds = measured_speeds(engine, decode)
+    ssd_bandwidth = max(speeds.ssd, achieved)
+    dram_bandwidth = speeds.memory or probe_dram(min(engine.shape.threads, 8))
     moved = decode.ssd.nbytes / steps
     computed = engine.plan.compute_nbytes_per_token
     # reads overlap compute, so the slower of the two bounds a token
@@ -180,6 +195,7 @@ def stats_facts(engine: Engine, figures: GenerationStats) -> dict[str, Any]:
         "ttft_s": figures.ttft_s,
         "prefill_tps": figures.prefill_tps,
         "decode_tps": figures.decode_tps,
+        "predicted_tps": predicted,
         "prefill_ssd_nbytes": figures.prefill_ssd_nbytes,
         "ssd_nbytes_per_token": moved,
         "ssd_bytes_per_second": achieved,
@@ -211,7 +227,8 @@ def summary_line(facts: dict[str, Any]) -> str:
 
 def _decode_words(facts: dict[str, Any]) -> list[str]:
     parts = [
-        f"decode {facts['decode_tps']:.2f} tok/s",
+        f"decode {facts['decode_tps']:.2f} tok/s"
+        + (f" (expected {facts['predicted_tps']:.2f})" if facts["predicted_tps"] else ""),
         f"SSD {facts['ssd_nbytes_per_token'] / 1e6:.1f} MB/token"
         + (
             f" at {facts['ssd_bytes_per_second'] / 1e9:.2f} GB/s"

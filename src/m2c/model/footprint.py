@@ -135,7 +135,10 @@ def _footprint(
     for plane in shape.mix.upgrades:
         stored = max(size.planes[plane] for size in neurons) // config.intermediate_size
         slot = layout.code_nbytes if plane == "int8" else 6 * config.hidden_size
-        upgrades.append(UpgradeFact(plane, stored, slot, counts[plane], _CHANCE))
+        # the floor's down column is taken back, and INT8 builds on the floor's codes
+        floor = layout.nbytes("int4")
+        reads = slot + floor // 3 + (floor if plane == "int8" else 0)
+        upgrades.append(UpgradeFact(plane, stored, slot, reads, counts[plane], _CHANCE))
     plane_nbytes = max(size.planes[p] for size in neurons for p in PLANES)
     return Footprint(
         layers=len(dense),

@@ -43,6 +43,7 @@ class UpgradeFact:
     plane: str  # "int8" or "fp16"
     record_nbytes: int  # as stored, average
     slot_nbytes: int  # in a slab of the compute tier
+    compute_nbytes: int  # that the kernels read for it, the floor's share once more included
     active: int  # neurons per token that need it
     hit_share: tuple[float, ...]  # [101] share of these uses that the hottest k % neurons serve
 
@@ -134,7 +135,7 @@ class Plan:
     def compute_nbytes_per_token(self) -> int:
         """Weight bytes the kernels read for a token."""
         blocks = sum(b.resident_nbytes for b in self.footprint.blocks)
-        upgrades = sum(u.active * u.slot_nbytes for u in self.footprint.upgrades)
+        upgrades = sum(u.active * u.compute_nbytes for u in self.footprint.upgrades)
         return blocks + self.footprint.layers * upgrades
 
     def _resident(self, positions: tuple[int, ...]) -> int:

@@ -5,16 +5,21 @@ are given out as in a circular buffer: a block needs its own size, not that of t
 Knows nothing about what a block is beyond its size and how it is read.
 """
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
+from m2c.bundle.shard import BLOCK
 from m2c.tiers.blocks import Block
 from m2c.tiers.memory import aligned_buffer
 from m2c.tiers.ssd import Pending, SsdReader
+
+_PROBES: Final = 4  # times that staging is filled to tell the disk's speed
 
 U8 = npt.NDArray[np.uint8]
 
@@ -68,6 +73,27 @@ class BlockRing:
         """Wait for what is read ahead."""
         for held in self._held:
             held.pending.wait()
+
+    def read_speed(self, staging: U8) -> float:
+        """Bytes per second of reading blocks into page-aligned `staging`, full a few times."""
+        self.settle()
+        nbytes, begin = 0, time.perf_counter()
+        for i in range(_PROBES):
+            nbytes += self._fill(staging, i * len(self._blocks) // _PROBES)
+        return nbytes / (time.perf_counter() - begin)
+
+    def _fill(self, staging: U8, start: int) -> int:
+        """Read the beginnings of blocks from `start` on, all at once; the bytes read."""
+        position, parts = 0, []
+        for k in range(len(self._blocks)):
+            index = self._blocks[(start + k) % len(self._blocks)].shards[0]
+            count = min(len(index.block_hashes), (len(staging) - position) // BLOCK)
+            if not count:
+                break
+            parts.append(self._reader.read(index, [(0, count)], staging[position:]))
+            position += min(count * BLOCK, index.header.payload_nbytes)
+        Pending.all_of(parts).wait()
+        return position
 
     def close(self) -> None:
         for held in self._held:

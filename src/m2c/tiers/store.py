@@ -19,10 +19,11 @@ from m2c.tiers.fetch import PlaneSource, RowSource, rows_at_once
 from m2c.tiers.memory import aligned_buffer
 from m2c.tiers.plan import BlockFact, Plan
 from m2c.tiers.ring import BlockRing
-from m2c.tiers.ssd import REQUEST_BLOCKS, THREADS, LinkStats, SsdReader
+from m2c.tiers.ssd import REQUEST_BLOCKS, THREADS, LinkStats, Pending, SsdReader
 from m2c.tiers.upgrades import HitStats, UpgradePlane
 
 Ids = npt.NDArray[np.int32]
+U8 = npt.NDArray[np.uint8]
 FFN = "ffn"  # section of the neuron shards
 EMBED = "embed_tokens"
 
@@ -44,13 +45,13 @@ class StoreStats:
     upgrades: dict[str, HitStats] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Use:
     """A block, and where it is when it is used: ready, in DRAM as stored, or in the ring."""
 
     block: Block
     rows: dict[str, Rows] | None = None
-    raw: npt.NDArray[np.uint8] | None = None
+    raw: U8 | None = None
     ring: int = 0
 
 
@@ -136,6 +137,19 @@ class NeuronStore:
         return values[torch.from_numpy(back.astype(np.int64)).to(self.device)]
 
     @property
+    def largest_resident(self) -> torch.Tensor | None:
+        """The largest tensor of weights that is ready for the kernels."""
+        held = [
+            rows.weights if isinstance(rows, ExactRows) else rows.int4
+            for uses in self._uses.values() for use in uses for rows in (use.rows or {}).values()
+        ]  # fmt: skip
+        return max(held, key=lambda tensor: tensor.nbytes, default=None)
+
+    def read_speed(self) -> float:
+        """Bytes per second of the SSD now, read as the ring reads; 0 if nothing streams."""
+        return self._ring.read_speed(self._staging) if self._ring is not None else 0.0
+
+    @property
     def stats(self) -> StoreStats:
         totals: dict[str, HitStats] = {}
         for (_, plane), upgrade in self._upgrades.items():
@@ -166,34 +180,34 @@ class NeuronStore:
             self._ring = BlockRing(self.reader, streamed, plan.ring_nbytes)
 
     def _place(self) -> dict[tuple[str, int], list[_Use]]:
-        """Read what is resident. Neighbours that are ready for the kernels become one."""
+        """Read what is resident. Neighbours that are ready for the kernels become one.
+
+        All reads are started before the first is waited for: the disk is never idle.
+        """
         plan, found = self.plan, dict[tuple[str, int], list[_Use]]()
         ready = set(plan.in_hbm if plan.budget.hbm else plan.in_dram)
         waiting, ring = set(plan.in_dram) - ready, 0
+        started: list[tuple[_Use, U8, Pending]] = []
         for kind, layer, run in _runs(plan, ready):
             first, last = plan.footprint.blocks[run[0]], plan.footprint.blocks[run[-1]]
-            block = self._block(replace(first, end=last.end))
-            if run[0] in ready:
-                use = _Use(block, rows=self._load_resident(block))
-            elif run[0] in waiting:
-                raw = aligned_buffer(block.streamed_nbytes)
-                block.read(self.reader, raw).wait()
-                self._progress(block.streamed_nbytes)
-                use = _Use(block, raw=raw)
-            else:
-                use = _Use(block, ring=ring)
+            use = _Use(self._block(replace(first, end=last.end)))
+            if run[0] not in ready | waiting:
+                use.ring = ring
                 ring += 1
+            elif run[0] in ready and use.block.is_exact:
+                use.rows = {n: self._load_exact(use.block, n) for n in use.block.sections}
+            else:
+                raw = aligned_buffer(use.block.streamed_nbytes)
+                started.append((use, raw, use.block.read(self.reader, raw)))
+                if run[0] in waiting:
+                    use.raw = raw
             found.setdefault((kind, layer), []).append(use)
+        for use, raw, pending in started:
+            pending.wait()
+            self._progress(use.block.streamed_nbytes)
+            if use.raw is None:
+                use.rows = dict(use.block.rows(torch.from_numpy(raw).to(self.device)))
         return found
-
-    def _load_resident(self, block: Block) -> dict[str, Rows]:
-        """Read a block into the compute tier; exact blocks are decoded on the way."""
-        if block.is_exact:
-            return {name: self._load_exact(block, name) for name in block.sections}
-        buffer = aligned_buffer(block.streamed_nbytes)
-        block.read(self.reader, buffer).wait()
-        self._progress(block.streamed_nbytes)
-        return dict(block.rows(torch.from_numpy(buffer).to(self.device)))
 
     def _load_exact(self, block: Block, name: str) -> Rows:
         """Piece by piece through the staging buffer, so that loading needs no extra memory."""
@@ -270,7 +284,7 @@ class NeuronStore:
         facts = shards[0].header.section(section)
         return RowSource(sources, facts, self._bundle.manifest.exact_type)
 
-    def _to_compute(self, block: Block, payload: npt.NDArray[np.uint8]) -> dict[str, Rows]:
+    def _to_compute(self, block: Block, payload: U8) -> dict[str, Rows]:
         """Operands of a payload that lies in DRAM, copied to HBM if that is where we compute.
 
         Exact payloads stay: they are decoded on the host and cross the link as values.

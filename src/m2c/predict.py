@@ -1,0 +1,78 @@
+"""How fast a plan will decode: its bytes over what memory, disk and link give right now.
+
+Transfers overlap with compute, so the slowest of them decides; compute also pays a little for every
+layer. Knows nothing about text and prints nothing.
+"""
+
+import time
+from dataclasses import dataclass
+from statistics import median
+from typing import Final
+
+import torch
+
+from m2c.engine import Engine
+from m2c.hardware import probe_dram
+from m2c.tiers.plan import Plan
+from m2c.tiers.store import StoreStats
+from m2c.units import MiB
+
+# of a plain read of memory, what the kernels reach on whole layers (BENCHMARKS.md, "Kernels")
+_EFFICIENCY: Final = 0.88
+_LAYER_S: Final = 0.0001  # Python between the kernels of a layer
+_MIXED_LAYER_S: Final = 0.0004  # ranking and gathering besides
+_ENOUGH_NBYTES: Final = 64 * MiB
+_READ_NBYTES: Final = 256 * MiB
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Bytes per second; 0: nothing passes there, or it was not measured."""
+
+    ssd: float
+    link: float  # DRAM to HBM
+    memory: float  # that the kernels compute on, plainly read
+
+
+def measured_speeds(engine: Engine, stats: StoreStats | None = None) -> Speeds:
+    """What this machine gives now. stats: traffic of a run, if there was one.
+
+    The disk is read for a moment, as while decoding; what it reached in the run counts if that was
+    faster.
+    """
+    ssd, link = engine.store.read_speed(), 0.0
+    if stats is not None:
+        if stats.ssd.busy_s and stats.ssd.nbytes >= _ENOUGH_NBYTES:
+            ssd = max(ssd, stats.ssd.nbytes / stats.ssd.busy_s)
+        if stats.link.busy_s:
+            link = stats.link.nbytes / stats.link.busy_s
+    memory = _memory_speed(engine) if engine.store.device.type == "cpu" else 0.0
+    return Speeds(ssd, link, memory)
+
+
+def predicted_tps(plan: Plan, speeds: Speeds) -> float:
+    """Tokens per second while decoding; 0 when nothing that limits was measured."""
+    seconds = [0.0]
+    if speeds.ssd:
+        seconds.append(plan.ssd_nbytes_per_token / speeds.ssd)
+    if speeds.link:
+        seconds.append(plan.link_nbytes_per_token / speeds.link)
+    if speeds.memory:
+        layer_s = _MIXED_LAYER_S if plan.footprint.upgrades else _LAYER_S
+        compute_s = plan.compute_nbytes_per_token / (_EFFICIENCY * speeds.memory)
+        seconds.append(compute_s + plan.footprint.layers * layer_s)
+    return 1 / max(seconds) if max(seconds) else 0.0
+
+
+def _memory_speed(engine: Engine) -> float:
+    """Plain reads of the largest weights in memory with all threads, the median of five."""
+    native, rows = engine.workers.native, engine.store.largest_resident
+    if native is None or rows is None or rows.nbytes < _ENOUGH_NBYTES // 4:
+        return probe_dram(min(engine.shape.threads, 8))
+    data = rows.view(torch.uint8).flatten()[:_READ_NBYTES]
+    seconds = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        native.read(data)
+        seconds.append(time.perf_counter() - begin)
+    return data.nbytes / median(seconds)
