@@ -271,7 +271,7 @@ def test_every_upgrade_is_served_by_one_tier(deep_bundle: Bundle, policy: str) -
         assert served[plane].dram + served[plane].ssd > 0
 
 
-def test_with_memory_for_everything_only_embeddings_are_read(deep_bundle: Bundle) -> None:
+def test_with_memory_for_everything_at_most_embeddings_are_read(deep_bundle: Bundle) -> None:
     with Engine(deep_bundle, options_for(MIXES["5/15/80"])) as engine:
         decode(engine)
         read = bytes_read(engine, engine.model.forward)
@@ -284,13 +284,29 @@ def test_options_that_mean_nothing(deep_bundle: Bundle) -> None:
             plan_of(deep_bundle, options_for(MIXES["0/25/75"], **changes))
 
 
-def test_stats_are_a_snapshot(tiny_bundle: Bundle) -> None:
-    with Engine(tiny_bundle, options_for(Mix(100, 0, 0))) as engine:
+def test_stats_are_a_snapshot(deep_bundle: Bundle) -> None:
+    options = options_for(Mix(100, 0, 0))
+    options = replace(options, dram=smallest_dram(deep_bundle, options))
+    with Engine(deep_bundle, options) as engine:
         engine.model.forward(np.asarray([1, 2], np.int32))
         before = engine.store.stats
         known = before.ssd.nbytes
         engine.model.forward(np.asarray([3], np.int32))
         assert engine.store.stats.ssd.nbytes > known == before.ssd.nbytes
+
+
+@pytest.mark.parametrize("mix", [Mix(100, 0, 0), Mix(0, 0, 100)], ids=str)
+def test_with_memory_to_spare_embeddings_are_not_read(deep_bundle: Bundle, mix: Mix) -> None:
+    plan = plan_of(deep_bundle, options_for(mix))
+    assert plan.holds_embed
+    with Engine(deep_bundle, options_for(mix)) as engine:
+        expected = decode(engine)
+        assert bytes_read(engine, engine.model.forward) == 0
+    less = options_for(mix, dram=plan.used_dram - 1)
+    with Engine(deep_bundle, less) as engine:
+        assert not engine.plan.holds_embed
+        assert same(decode(engine), expected)
+        assert bytes_read(engine, engine.store.embed) > 0
 
 
 LONG = [

@@ -185,9 +185,8 @@ def _expected(engine: "Engine", quiet: bool) -> float:
 
     expected = predicted_tps(engine.plan, measured_speeds(engine))
     if not quiet:
-        say(
-            f"m2c: expecting {expected:.{2 if expected < 10 else 0}f} tok/s: {where_weights_lie(engine.plan)}"
-        )
+        speed = f"{expected:.2f}" if expected < 10 else f"{expected:.0f}"
+        say(f"m2c: expecting {speed} tok/s: {where_weights_lie(engine.plan)}")
     return expected
 
 

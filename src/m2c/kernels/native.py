@@ -17,6 +17,7 @@ from m2c.kernels.rows import ExactRows, Rows
 CHOICES: Final = ("auto", "torch", "scalar", "avx2", "avx512")
 LIBRARY: Final = Path(__file__).parent / "csrc" / "libm2c.so"
 _POINTER = ctypes.c_void_p
+_WIDE: Final = (torch.bfloat16, torch.float16)
 
 
 class _Rows(ctypes.Structure):
@@ -88,11 +89,10 @@ class NativeKernels:
 
     def takes(self, x: Tensor, rows: Rows) -> bool:
         """Whether these kernels can compute this; if not, the reference does."""
-        if x.device.type != "cpu":
-            return False
-        if isinstance(rows, ExactRows):
-            return rows.weights.dtype in (torch.bfloat16, torch.float16)
-        return rows.int4.device.type == "cpu"
+        held: bool | None = rows.__dict__.get("_c_takes")  # asked for every token
+        if held is None:
+            held = rows.__dict__["_c_takes"] = _takes(rows)
+        return held and not x.is_cuda and not x.is_meta
 
     def matmul_rows(self, x: Tensor, rows: Rows, *, norm: Norm | None = None) -> Tensor:
         out = torch.empty((x.shape[0], len(rows)))
@@ -157,6 +157,12 @@ class NativeKernels:
         passed = [ctypes.byref(a) if isinstance(a, ctypes.Structure) else a for a in arguments]
         if function(self._handle, *passed):
             raise MemoryError("no memory for the temporary values of a kernel")
+
+
+def _takes(rows: Rows) -> bool:
+    if isinstance(rows, ExactRows):
+        return rows.weights.device.type == "cpu" and rows.weights.dtype in _WIDE
+    return rows.int4.device.type == "cpu"
 
 
 def _given(x: Tensor, norm: Norm | None) -> _Given:

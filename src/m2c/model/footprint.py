@@ -147,6 +147,7 @@ def _footprint(
         upgrades=tuple(upgrades),
         kv_nbytes=kv_nbytes(config, shape.ctx_size, shape.kv_type),
         fixed_nbytes=_vectors_nbytes(config),
+        embed_nbytes=0 if config.tie_word_embeddings else head.resident(shape.dense),
         workspace_nbytes=_workspace_nbytes(config, shape),
         staging_nbytes=max(min(plane_nbytes, _STAGING_NBYTES), 0) // BLOCK * BLOCK
         + staging_nbytes(max(largest_frame, layout.nbytes("int4"))),

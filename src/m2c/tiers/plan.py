@@ -60,6 +60,7 @@ class Footprint:
     fixed_nbytes: int  # norms, biases, checksums, offsets
     workspace_nbytes: int  # activations and the temporary values of the kernels
     staging_nbytes: int  # buffer of on-demand reads
+    embed_nbytes: int  # embeddings in memory; 0 when the head has them
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Plan:
     hbm_staging_nbytes: int
     slab_slots: dict[str, int]  # plane -> neurons per layer in the compute tier
     prefix: dict[str, int]  # plane -> hottest neurons per layer pinned in DRAM
+    holds_embed: bool  # embeddings lie in DRAM; else a token's row is read when it is needed
 
     @property
     def slab_nbytes(self) -> int:
@@ -98,7 +100,7 @@ class Plan:
     @property
     def used_dram(self) -> int:
         used = self._dram_blocks() + self.ring_nbytes + self.prefix_nbytes
-        used += self.footprint.staging_nbytes
+        used += self.footprint.staging_nbytes + self.holds_embed * self.footprint.embed_nbytes
         return used + (self.working_nbytes + self.slab_nbytes if not self.budget.hbm else 0)
 
     @property
@@ -211,9 +213,14 @@ def _plan(
     f: Footprint, budget: Budget, policy: str, in_hbm: tuple[int, ...], placement: "_Placement",
     staging: int, slabs: dict[str, int], room: int,
 ) -> Plan:  # fmt: skip
+    prefix = _prefixes(f, room)
+    room -= f.layers * sum(prefix[u.plane] * u.record_nbytes for u in f.upgrades)
+    # last: it saves a small read a token
+    spare = not budget.hbm and not placement.streamed
+    holds_embed = spare and 0 < f.embed_nbytes <= room
     return Plan(
         budget, f, policy, in_hbm, placement.resident, placement.streamed, placement.ring_nbytes,
-        staging, slabs, _prefixes(f, room),
+        staging, slabs, prefix, holds_embed,
     )  # fmt: skip
 
 

@@ -75,6 +75,7 @@ class NeuronStore:
         self._upgrades: dict[tuple[int, str], UpgradePlane] = {}
         self._ring: BlockRing | None = None
         self._uses: dict[tuple[str, int], list[_Use]] = {}
+        self._pinned_embed: Rows | None = None
         self._embed = self._row_source("embed", EMBED, precisions.dense)
         try:
             self._load()
@@ -176,6 +177,8 @@ class NeuronStore:
             for fact in plan.footprint.upgrades:
                 self._upgrades[layer, fact.plane] = self._upgrade_plane(layer, fact.plane)
         self._uses = self._place()
+        if plan.holds_embed:
+            self._pinned_embed = self._load_embed()
         if streamed:
             self._ring = BlockRing(self.reader, streamed, plan.ring_nbytes)
 
@@ -209,6 +212,15 @@ class NeuronStore:
                 use.rows = dict(use.block.rows(torch.from_numpy(raw).to(self.device)))
         return found
 
+    def _load_embed(self) -> Rows:
+        block = block_of(self._bundle, "dense", "embed", self._precisions.dense)
+        if block.is_exact:
+            return self._load_exact(block, EMBED)
+        raw = aligned_buffer(block.streamed_nbytes)
+        block.read(self.reader, raw).wait()
+        self._progress(block.streamed_nbytes)
+        return block.rows(raw)[EMBED]
+
     def _load_exact(self, block: Block, name: str) -> Rows:
         """Piece by piece through the staging buffer, so that loading needs no extra memory."""
         section = block.shards[0].header.section(name)
@@ -218,8 +230,11 @@ class NeuronStore:
             section, block.exact_type,
         )  # fmt: skip
         count = block.count(section)
-        shape = (count, section.vectors * section.length)
-        out = torch.empty(shape, dtype=EXACT_DTYPES[block.exact_type], device=self.device)
+        width = section.vectors * section.length
+        arena = torch.from_numpy(aligned_buffer(2 * count * width))[: 2 * count * width]
+        out = arena.view(EXACT_DTYPES[block.exact_type]).view(count, width)
+        if self.device.type != "cpu":
+            out = torch.empty_like(out, device=self.device)
         frame_records = block.shards[-1].header.section(name).frame_records
         step = rows_at_once(section.layout, frame_records)
         for start in range(0, count, step):
@@ -257,7 +272,9 @@ class NeuronStore:
 
     @property
     def _resident_embedding(self) -> Rows | None:
-        """The embedding where a tied head has it in the compute tier, whole."""
+        """The embedding, where it was pinned or a tied head has it in the compute tier, whole."""
+        if self._pinned_embed is not None:
+            return self._pinned_embed
         head = self._uses["head", self.plan.footprint.layers]
         if len(head) > 1 or head[0].rows is None:
             return None

@@ -116,9 +116,11 @@ INLINE float widen1(uint16_t w, int is_bf16)
 }
 
 TARGET static void dot_wide(const uint16_t *const *w, int count, const struct inputs *in,
-                            int length, int is_bf16, float *out, int64_t stride)
+                            int length, int is_bf16, size_t ahead, float *out, int64_t stride)
 {
     for (int i = 0; i < count; i++) {
+        for (int at = 0; at < 2 * length; at += 64)
+            fetch_line((const uint8_t *)w[i] + ahead + at);
         for (int t = 0; t < in->tokens; t++) {
             const float *x = in->x + (size_t)t * length;
             __m256 a = _mm256_setzero_ps(), b = _mm256_setzero_ps();

@@ -157,43 +157,61 @@ INLINE __mmask16 first_of(int count)
     return count >= 16 ? 0xFFFF : (__mmask16)((1 << count) - 1);
 }
 
+/* Even and odd sixteens are summed apart: one chain of additions would be slower than memory. */
 INLINE void dot_wide_block(const uint16_t *const *w, const int R, const struct inputs *in, int t,
-                           const int T, int length, int is_bf16, float *out, int64_t stride)
+                           const int T, int length, int is_bf16, size_t ahead, float *out,
+                           int64_t stride)
 {
-    __m512 sums[ROWS_AT_ONCE][4];
+    __m512 sums[ROWS_AT_ONCE][2][2];
     for (int i = 0; i < R; i++)
         for (int k = 0; k < T; k++)
-            sums[i][k] = _mm512_setzero_ps();
-    for (int j = 0; j < length; j += 16) {
-        __mmask16 mask = first_of(length - j);
-        __m512 values[ROWS_AT_ONCE];
-        for (int i = 0; i < R; i++)
-            values[i] = widen(_mm256_maskz_loadu_epi16(mask, w[i] + j), is_bf16);
-        for (int k = 0; k < T; k++) {
-            __m512 x = _mm512_maskz_loadu_ps(mask, in->x + (size_t)(t + k) * length + j);
-            for (int i = 0; i < R; i++)
-                sums[i][k] = _mm512_fmadd_ps(values[i], x, sums[i][k]);
+            sums[i][k][0] = sums[i][k][1] = _mm512_setzero_ps();
+    for (int j = 0; j < length; j += 32) {
+        for (int half = 0; half < 2; half++) {
+            int at = j + 16 * half, rest = length - at;
+            __mmask16 mask = rest > 0 ? first_of(rest) : 0;
+            __m512 values[ROWS_AT_ONCE];
+            for (int i = 0; i < R; i++) {
+                if (!half)
+                    fetch_line((const uint8_t *)(w[i] + at) + ahead);
+                values[i] = widen(_mm256_maskz_loadu_epi16(mask, w[i] + at), is_bf16);
+            }
+            for (int k = 0; k < T; k++) {
+                __m512 x = _mm512_maskz_loadu_ps(mask, in->x + (size_t)(t + k) * length + at);
+                for (int i = 0; i < R; i++)
+                    sums[i][k][half] = _mm512_fmadd_ps(values[i], x, sums[i][k][half]);
+            }
         }
     }
     for (int i = 0; i < R; i++)
         for (int k = 0; k < T; k++)
-            out[i * stride + t + k] = _mm512_reduce_add_ps(sums[i][k]);
+            out[i * stride + t + k]
+                = _mm512_reduce_add_ps(_mm512_add_ps(sums[i][k][0], sums[i][k][1]));
 }
 
-TARGET static void dot_wide(const uint16_t *const *w, int count, const struct inputs *in,
-                            int length, int is_bf16, float *out, int64_t stride)
+INLINE void dot_wide_typed(const uint16_t *const *w, int count, const struct inputs *in,
+                           int length, const int is_bf16, size_t ahead, float *out, int64_t stride)
 {
     int t = 0;
-    if (count == 4) {
-        for (; t + 3 < in->tokens; t += 4)
-            dot_wide_block(w, 4, in, t, 4, length, is_bf16, out, stride);
+    if (count == 4 && in->tokens >= ENOUGH_TOKENS) {
+        for (; t + 1 < in->tokens; t += 2)
+            dot_wide_block(w, 4, in, t, 2, length, is_bf16, ahead, out, stride);
         for (; t < in->tokens; t++)
-            dot_wide_block(w, 4, in, t, 1, length, is_bf16, out, stride);
+            dot_wide_block(w, 4, in, t, 1, length, is_bf16, ahead, out, stride);
         return;
     }
     for (int i = 0; i < count; i++)
         for (t = 0; t < in->tokens; t++)
-            dot_wide_block(w + i, 1, in, t, 1, length, is_bf16, out + i * stride, stride);
+            dot_wide_block(w + i, 1, in, t, 1, length, is_bf16, ahead, out + i * stride, stride);
+}
+
+TARGET static void dot_wide(const uint16_t *const *w, int count, const struct inputs *in,
+                            int length, int is_bf16, size_t ahead, float *out, int64_t stride)
+{
+    if (is_bf16)
+        dot_wide_typed(w, count, in, length, 1, ahead, out, stride);
+    else
+        dot_wide_typed(w, count, in, length, 0, ahead, out, stride);
 }
 
 TARGET static void add_wide(float *y, const uint16_t *const *columns, const float *h, int count,

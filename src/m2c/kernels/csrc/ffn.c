@@ -23,8 +23,10 @@ static void activations(const struct primitives *use, const struct rows *r, int6
                         const struct inputs *in, int relu, float *h, int64_t stride)
 {
     float up[ROWS_AT_ONCE * TOKENS_AT_ONCE];
-    for (int first = 0; first < count; first += ROWS_AT_ONCE) {
-        int some = count - first < ROWS_AT_ONCE ? count - first : ROWS_AT_ONCE;
+    /* 16-bit rows are long: with few tokens a neuron at a time, in the order of memory */
+    int most = r->kind == 16 && in->tokens < ROWS_AT_ONCE ? 1 : ROWS_AT_ONCE;
+    for (int first = 0; first < count; first += most) {
+        int some = count - first < most ? count - first : most;
         float *gate = h + first * stride;
         dot_vectors(use, r, row + first, some, 0, in, gate, stride);
         dot_vectors(use, r, row + first, some, 1, in, up, TOKENS_AT_ONCE);

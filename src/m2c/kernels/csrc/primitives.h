@@ -41,8 +41,9 @@ struct primitives {
     /* out[i * row_stride + t] = rows[i] . x[t], up to ROWS_AT_ONCE rows, any number of tokens */
     void (*dot_codes)(const struct codes *rows, int count, const struct inputs *in, int groups,
                       float *out, int64_t row_stride);
+    /* the same for 16-bit rows; what lies `ahead` bytes further is fetched as well */
     void (*dot_wide)(const uint16_t *const *rows, int count, const struct inputs *in, int length,
-                     int is_bf16, float *out, int64_t row_stride);
+                     int is_bf16, size_t ahead, float *out, int64_t row_stride);
     /* y += sum of h[n] * columns[n], up to TILE columns; y has whole stripes */
     void (*add_codes)(float *y, const struct codes *columns, const float *h, int count, int groups);
     void (*add_wide)(float *y, const uint16_t *const *columns, const float *h, int count,

@@ -46,7 +46,9 @@ void dot_vectors(const struct primitives *use, const struct rows *r, int64_t row
         const uint16_t *wide[ROWS_AT_ONCE];
         for (int i = 0; i < count; i++)
             wide[i] = wide_of(r, row + i, vector);
-        use->dot_wide(wide, count, in, r->length, r->is_bf16, out, stride);
+        /* the same vector of the neuron after, or some rows further on */
+        size_t ahead = r->vectors > 1 ? (size_t)r->vectors * r->length * 2 : 8192;
+        use->dot_wide(wide, count, in, r->length, r->is_bf16, ahead, out, stride);
         return;
     }
     struct codes codes[2 * ROWS_AT_ONCE];

@@ -69,8 +69,9 @@ static void dot_codes(const struct codes *rows, int count, const struct inputs *
 }
 
 static void dot_wide(const uint16_t *const *rows, int count, const struct inputs *in, int length,
-                     int is_bf16, float *out, int64_t row_stride)
+                     int is_bf16, size_t ahead, float *out, int64_t row_stride)
 {
+    (void)ahead;
     for (int i = 0; i < count; i++) {
         for (int t = 0; t < in->tokens; t++) {
             float sum = 0;
