@@ -1,0 +1,180 @@
+"""Writes the weights of a checkpoint as a GGUF file that llama.cpp loads.
+
+    python scripts/make_gguf.py CHECKPOINT OUT.gguf [--type f16|bf16]
+
+For comparisons of speed on the same weights: matrices in 16 bits, vectors in F32, q and k of a
+llama in the row order that llama.cpp expects. Peak memory: one tensor, as stored and as written.
+Knows nothing about tokenizers: the file has none, so it can be timed but not talked to.
+"""
+
+import argparse
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import gguf
+import numpy as np
+import torch
+
+from m2c.bundle.files import atomic_file
+from m2c.errors import BadInput, M2CError, UnsupportedModel
+from m2c.model.checkpoint import Checkpoint, open_checkpoint
+from m2c.model.config import ModelConfig
+from m2c.model.gguf_config import ROPE_DIVISORS, llama3_divisors
+
+
+@dataclass(frozen=True)
+class MatrixType:
+    """A 16-bit type, as torch and as GGUF call it."""
+
+    torch: torch.dtype
+    ggml: gguf.GGMLQuantizationType
+    file: gguf.LlamaFileType
+
+
+TYPES: Final = {
+    "f16": MatrixType(torch.float16, gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
+    "bf16": MatrixType(
+        torch.bfloat16, gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16
+    ),
+}
+_ARCHITECTURES: Final = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}
+
+
+def write_gguf(checkpoint: Checkpoint, out: Path, *, kind: str = "f16") -> None:
+    """The whole model as the file `out`, which is complete or not there. kind: a key of `TYPES`.
+
+    Raises BadInput for a matrix with numbers that `kind` cannot hold, UnsupportedModel for an
+    activation that GGUF cannot name, NoSpace or StorageError when the disk refuses.
+    """
+    config = checkpoint.config
+    if config.hidden_act != "silu":
+        raise UnsupportedModel(
+            f"{checkpoint.path}: GGUF has no word for {config.hidden_act} in {config.model_type}",
+            "use a checkpoint with the silu activation",
+        )
+    names = in_file_order(checkpoint.names())
+    with atomic_file(out) as file:
+        # the writer opens its file by name; that is the same file, synced and renamed afterwards
+        writer = gguf.GGUFWriter(file.name, config.model_type)
+        try:
+            add_metadata(writer, config, checkpoint.name, TYPES[kind])
+            add_tensor_infos(writer, checkpoint, names, TYPES[kind])
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for array in arrays(checkpoint, names, TYPES[kind]):
+                writer.write_tensor_data(array)
+        finally:
+            writer.close()
+
+
+def in_file_order(names: Iterable[str]) -> list[str]:
+    """Layer by layer, as a forward pass needs them: a file read through is read ahead."""
+
+    def place(name: str) -> tuple[int, int]:
+        if name.startswith("model.layers."):
+            return 1, int(name.split(".")[2])
+        return (0, 0) if "embed_tokens" in name else (2, 0)
+
+    return sorted(names, key=place)
+
+
+def add_metadata(writer: gguf.GGUFWriter, config: ModelConfig, name: str, kind: MatrixType) -> None:
+    writer.add_name(name)
+    writer.add_file_type(kind.file)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("no_vocab")
+    scaling = config.rope_scaling
+    if scaling and scaling.rope_type == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(scaling.factor)
+    elif scaling:
+        writer.add_rope_scaling_orig_ctx_len(scaling.original_max_position_embeddings)
+
+
+def add_tensor_infos(
+    writer: gguf.GGUFWriter, checkpoint: Checkpoint, names: Iterable[str], kind: MatrixType
+) -> None:
+    config = checkpoint.config
+    known = gguf.get_tensor_name_map(_ARCHITECTURES[config.model_type], config.num_hidden_layers)
+    f32, f16 = np.dtype(np.float32), np.dtype(np.float16)
+    divisors = rope_divisors(config)
+    if divisors is not None:
+        writer.add_tensor_info(ROPE_DIVISORS, divisors.shape, f32, divisors.nbytes)
+    for name in names:
+        renamed = known.get_name(name, try_suffixes=(".weight", ".bias"))
+        if renamed is None:
+            raise UnsupportedModel(f"{checkpoint.path}: GGUF has no name for {name}")
+        shape = checkpoint.shape(name)
+        dtype = f16 if len(shape) > 1 else f32
+        raw = kind.ggml if len(shape) > 1 else gguf.GGMLQuantizationType.F32
+        nbytes = int(np.prod(shape)) * dtype.itemsize
+        writer.add_tensor_info(renamed, shape, dtype, nbytes, raw_dtype=raw)
+
+
+def arrays(checkpoint: Checkpoint, names: Iterable[str], kind: MatrixType) -> Iterator[np.ndarray]:
+    """The tensors announced by `add_tensor_infos`, in that order; 16-bit ones as bytes."""
+    config = checkpoint.config
+    divisors = rope_divisors(config)
+    if divisors is not None:
+        yield divisors
+    for name in names:
+        tensor = checkpoint.read(name)
+        if config.model_type == "llama" and name.split(".")[-2] in ("q_proj", "k_proj"):
+            tensor = permute(tensor, config.head_dim)
+        if tensor.ndim == 1:
+            yield tensor.float().numpy()
+            continue
+        rounded = tensor.to(kind.torch)
+        if bool(rounded.isinf().any()) and not bool(tensor.isinf().any()):
+            message = f"{checkpoint.path}: {name} has numbers beyond the range of the type"
+            raise BadInput(message, "write it with --type bf16")
+        del tensor  # before the rounded one is copied to the file and the next is read
+        yield rounded.contiguous().view(torch.uint8).numpy()
+
+
+def permute(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Rows of whole heads, [heads * head_dim, ...], from HF's order (x0, x1, ..., y0, y1, ...).
+
+    GGUF has both members of a rotary pair side by side: (x0, y0, x1, y1, ...).
+    """
+    halves = rows.view(-1, 2, head_dim // 2, *rows.shape[1:])
+    return halves.transpose(1, 2).reshape(rows.shape)
+
+
+def rope_divisors(config: ModelConfig) -> np.ndarray | None:
+    """[head_dim / 2] f32, which GGUF has in place of the llama3 parameters."""
+    scaling = config.rope_scaling
+    if scaling is None or scaling.rope_type != "llama3":
+        return None
+    divisors = llama3_divisors(scaling.to_dict(), config.head_dim, config.rope_theta)
+    return divisors.astype(np.float32)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", type=Path, help="a Hugging Face folder or a GGUF file")
+    parser.add_argument("out", type=Path, help="the .gguf file to write")
+    parser.add_argument("--type", choices=tuple(TYPES), default="f16", help="of the matrices")
+    given = parser.parse_args()
+    try:
+        write_gguf(open_checkpoint(given.checkpoint), given.out, kind=given.type)
+    except M2CError as error:
+        raise SystemExit(str(error)) from None
+
+
+if __name__ == "__main__":
+    main()
