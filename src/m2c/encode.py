@@ -1,43 +1,59 @@
 """From a matrix, or the neurons of a layer, to the records of its three planes.
 
 Works through the rows in small pieces, so that memory stays bounded and pieces fit the processor's
-cache. Knows nothing about which matrices a model has.
+cache: each is read and encoded by one of the workers while another thread writes the pieces before.
+Knows nothing about which matrices a model has.
 """
 
+import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import zstandard
 from torch import Tensor
 
-from m2c.bundle.exact import Frames, encode_frames, round_to, widen
-from m2c.bundle.planes import RecordLayout, quantize
+from m2c.bundle.exact import ZSTD_LEVEL, Frames, encode_frames, round_to, widen
+from m2c.bundle.planes import GROUP, RecordLayout, group_weights, quantize
 from m2c.bundle.shard import PLANES, ShardWriter, shard_writer
 from m2c.errors import BadInput
+from m2c.kernels.encoder import Encoder
 from m2c.kernels.workers import Workers
 
 PIECE_WEIGHTS: Final = 1 << 17
-_PIECES_AT_ONCE: Final = 4  # per thread
+_PIECES_AT_ONCE: Final = 8  # per thread
 _FRAME_WEIGHTS: Final = 1 << 14  # smaller frames pay for their own entropy table
 _TORCH_TYPES: Final = {"bf16": torch.bfloat16, "f16": torch.float16}
 
+F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
+U16 = npt.NDArray[np.uint16]
+
+Read = Callable[[int, int], Tensor]
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """What becomes one section. `read(start, stop)`: rows in their stored type, [n, weights]."""
+    """What becomes one section.
+
+    open: makes ready to read, with the workers' help; returns what reads rows [start, stop) in
+    their stored type, [n, weights], and may be called from any thread. check: raises BadInput when
+    such rows hold what is no number.
+    """
 
     name: str
     layout: RecordLayout
     records: int
-    read: Callable[[int, int], Tensor]
-    importance: npt.NDArray[np.float32] | None = None  # [vectors, length], mean square of inputs
+    open: Callable[[Workers], Read]
+    check: Callable[[Tensor], None]
+    importance: F32 | None = None  # [vectors, length], mean square of inputs
 
     @property
     def weights(self) -> int:
@@ -53,6 +69,13 @@ class Matrix:
             256, 1 << max(0, (_FRAME_WEIGHTS // self.weights - 1).bit_length()), self.records
         )
 
+    @cached_property
+    def group_weights(self) -> F32:
+        """What the scale search weighs errors with: [GROUP, groups of a record]."""
+        found = group_weights(self.importance, self.layout, 1)
+        shape = (GROUP, self.layout.vectors * self.layout.groups)
+        return np.ones(shape, np.float32) if found is None else found
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -61,59 +84,168 @@ class Encoded:
     frames: Frames
 
 
+@dataclass
+class Spent:
+    """Seconds by stage, added up over the threads that were busy with it."""
+
+    read: float = 0.0
+    encode: float = 0.0
+    write: float = 0.0
+
+
+class Behind:
+    """A thread that works in the order of giving while the caller goes on, at most one behind."""
+
+    def __init__(self) -> None:
+        self.busy = 0.0  # seconds
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="m2c-pack")
+        self._given: Future[Any] | None = None
+
+    def give(self, work: Callable[[], Any]) -> Future[Any]:
+        """Returns once all that was given before is done; raises what that raised, but `work` is
+        done all the same, so that whatever it has to clean up is."""
+        before, given = self._given, self._pool.submit(self._timed, work)
+        self._given = given
+        if before is not None:
+            before.result()
+        return given
+
+    def wait(self) -> None:
+        """Until all is done. Raises what the work raised."""
+        if self._given is not None:
+            self._given.result()
+
+    def __enter__(self) -> "Behind":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._pool.shutdown(wait=True)
+        if kind is None:
+            self.wait()
+
+    def _timed(self, work: Callable[[], Any]) -> Any:
+        begin = time.perf_counter()
+        try:
+            return work()
+        finally:
+            self.busy += time.perf_counter() - begin
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What all sections of a bundle are encoded with."""
+
+    exact_type: str  # "bf16" or "f16"
+    workers: Workers
+    encoder: Encoder | None  # None: the numpy reference
+    progress: Callable[[int], None]  # told weights done
+    spent: Spent  # the time that sections take is added to it
+
+
 def write_planes(
-    paths: dict[str, Path], recipe: str, matrices: Iterable[Matrix], *, exact_type: str,
-    workers: Workers, progress: Callable[[int], None],
-) -> None:  # fmt: skip
-    """Write the three shards at `paths` (plane to file). `progress` is told weights done."""
+    paths: dict[str, Path], recipe: str, matrices: Iterable[Matrix], tools: Tools
+) -> Callable[[], None]:
+    """Write the three shards at `paths` (plane to file); they appear once the result is called.
+
+    That makes them durable, which takes time and may run in another thread.
+    """
     with ExitStack() as stack:
         writers = {
             plane: stack.enter_context(shard_writer(paths[plane], plane, recipe))
             for plane in PLANES
         }
-        for matrix in matrices:
-            _write_section(matrix, writers, exact_type, workers, progress)
+        with Behind() as behind:
+            for matrix in matrices:
+                _write_section(matrix, writers, tools, behind)
+        tools.spent.write += behind.busy
+        return stack.pop_all().close
 
 
-def encode_piece(rows: Tensor, matrix: Matrix, exact_type: str) -> Encoded:
+def encode_piece(
+    rows: Tensor, matrix: Matrix, exact_type: str, *, encoder: Encoder | None
+) -> Encoded:
     """All planes of `rows` [n, weights]; n a multiple of frame_records, or the last rows.
 
-    Raises BadInput when a weight is beyond the range of `exact_type`.
+    encoder: None for the numpy reference. Raises BadInput when a weight is no number, or beyond the
+    range of `exact_type`.
     """
     if rows.dtype == _TORCH_TYPES[exact_type]:
         bits = rows.contiguous().view(torch.int16).numpy().view(np.uint16)
     else:
         bits = round_to(np.ascontiguousarray(rows.float().numpy()), exact_type)
-    values = widen(np.ascontiguousarray(bits), exact_type)
-    if not np.isfinite(values).all():
+    if encoder is None:
+        encoded = _encode_slowly(bits, matrix, exact_type)
+    else:
+        encoded = _encode_natively(bits, matrix, exact_type, encoder)
+    if encoded is None:
+        matrix.check(rows)
         raise BadInput(
             f"{matrix.name}: a weight does not fit in {exact_type}", "use --exact-type bf16"
         )
-    shape = (len(rows), matrix.layout.vectors, matrix.layout.length)
+    return encoded
+
+
+def _encode_slowly(bits: U16, matrix: Matrix, exact_type: str) -> Encoded | None:
+    """The reference; None if a weight is no number."""
+    values = widen(np.ascontiguousarray(bits), exact_type)
+    if not np.isfinite(values).all():
+        return None
+    shape = (len(bits), matrix.layout.vectors, matrix.layout.length)
     int4, int8, approximate = quantize(values.reshape(shape), matrix.importance)
     base = round_to(approximate, exact_type).reshape(bits.shape)
     return Encoded(int4, int8, encode_frames(bits, base, matrix.frame_records))
 
 
+def _encode_natively(
+    bits: U16, matrix: Matrix, exact_type: str, encoder: Encoder
+) -> Encoded | None:
+    codes = encoder.encode(
+        bits, matrix.group_weights, matrix.layout, exact_type=exact_type,
+        frame_records=matrix.frame_records,
+    )  # fmt: skip
+    if codes is None:
+        return None
+    compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_content_size=True)
+    parts = [compressor.compress(frame.data) for frame in codes.frames]
+    sizes = np.array([len(part) for part in parts], np.uint32)
+    return Encoded(codes.int4, codes.int8, Frames(b"".join(parts), sizes, codes.escapes))
+
+
 def _write_section(
-    matrix: Matrix, writers: dict[str, ShardWriter], exact_type: str, workers: Workers,
-    progress: Callable[[int], None],
-) -> None:  # fmt: skip
-    per_frame = matrix.frame_records
+    matrix: Matrix, writers: dict[str, ShardWriter], tools: Tools, behind: Behind
+) -> None:
+    per_frame, threads = matrix.frame_records, tools.workers.threads
     piece = max(1, PIECE_WEIGHTS // matrix.weights // per_frame) * per_frame
-    window = piece * _PIECES_AT_ONCE * workers.threads
-    for start in range(0, matrix.records, window):
-        rows = matrix.read(start, min(start + window, matrix.records))
-        count = -(-len(rows) // piece)
+    pieces, window = -(-matrix.records // piece), _PIECES_AT_ONCE * threads
+    begin = time.perf_counter()
+    read = matrix.open(tools.workers)
+    tools.spent.read += (time.perf_counter() - begin) * threads
 
-        def work(i: int, rows: Tensor = rows) -> Encoded:
-            return encode_piece(rows[i * piece : (i + 1) * piece], matrix, exact_type)
+    def work(i: int) -> tuple[Encoded, float, float]:
+        begin = time.perf_counter()
+        rows = read(i * piece, min((i + 1) * piece, matrix.records))
+        middle = time.perf_counter()
+        encoded = encode_piece(rows, matrix, tools.exact_type, encoder=tools.encoder)
+        return encoded, middle - begin, time.perf_counter() - middle
 
-        for encoded in workers.map(work, count):
-            writers["int4"].write(encoded.int4)
-            writers["int8"].write(encoded.int8)
-            writers["fp16"].write_frames(encoded.frames)
-        progress(rows.numel())
+    for first in range(0, pieces, window):
+        last = min(first + window, pieces)
+        done = tools.workers.map(lambda i, first=first: work(first + i), last - first)  # type: ignore[misc]
+        behind.give(partial(_write, writers, [encoded for encoded, _, _ in done]))
+        tools.spent.read += sum(seconds for _, seconds, _ in done)
+        tools.spent.encode += sum(seconds for _, _, seconds in done)
+        tools.progress((min(last * piece, matrix.records) - first * piece) * matrix.weights)
+    behind.give(partial(_end_section, writers, matrix))
+
+
+def _write(writers: dict[str, ShardWriter], pieces: list[Encoded]) -> None:
+    for encoded in pieces:
+        writers["int4"].write(encoded.int4)
+        writers["int8"].write(encoded.int8)
+        writers["fp16"].write_frames(encoded.frames)
+
+
+def _end_section(writers: dict[str, ShardWriter], matrix: Matrix) -> None:
     for plane, writer in writers.items():
-        frames = per_frame if plane == "fp16" else 0
+        frames = matrix.frame_records if plane == "fp16" else 0
         writer.end_section(matrix.name, matrix.layout, matrix.records, frames)

@@ -8,12 +8,14 @@ one slice of a matrix, plus a constant. Knows nothing about printing.
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import numpy as np
 import torch
 from safetensors.numpy import save
 
@@ -30,22 +32,23 @@ from m2c.bundle.manifest import (
     Source,
     write_manifest,
 )  # fmt: skip
-from m2c.bundle.planes import GROUP, RecordLayout
+from m2c.bundle.planes import GROUP
 from m2c.bundle.shard import PLANES, VERSION, read_index
 from m2c.bundle.strict import dump_json
 from m2c.contents import IMPORTANCE, VECTORS
-from m2c.encode import PIECE_WEIGHTS, Matrix, encode_piece, write_planes
+from m2c.encode import PIECE_WEIGHTS, Behind, Spent, Tools, encode_piece, write_planes
 from m2c.errors import BadInput, NoSpace, UsageError
+from m2c.kernels.encoder import load_encoder
 from m2c.kernels.workers import Workers
-from m2c.model.attention import MATRICES
 from m2c.model.checkpoint import Checkpoint
 from m2c.model.config import dense_matrices
 from m2c.model.footprint import bundle_nbytes
-from m2c.model.weights import matrix_name, neuron_records, require_finite, vector_tensors
-from m2c.tiers.store import EMBED, FFN
+from m2c.model.weights import vector_tensors
+from m2c.sections import embedding, shard_groups
 from m2c.units import format_size
 
 _SAMPLE_ROWS: Final = 64
+_STORED_NBYTES: Final = {"f32": 4, "f16": 2, "bf16": 2}
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,29 @@ class PackJob:
         ffn = 3 * config.hidden_size * config.intermediate_size
         return dense + config.num_hidden_layers * ffn
 
+    @property
+    def source_nbytes(self) -> int:
+        """Bytes of the checkpoint's weights as they are stored; of a GGUF file, all of it."""
+        given = self.checkpoint
+        if given.path.is_file():
+            return given.path.stat().st_size
+        return sum(
+            prod(given.shape(name)) * _STORED_NBYTES[given.stored_type(name)]
+            for name in given.names()
+        )
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a pack did and how long it took; what an earlier attempt had finished does not count."""
+
+    weights: int
+    source_nbytes: int
+    written_nbytes: int
+    seconds: float  # without the search for the mix
+    mix_seconds: float
+    spent: Spent
+
 
 ChooseMix = Callable[[Bundle], tuple[MixChoice, dict[str, float]]]
 
@@ -88,12 +114,15 @@ ChooseMix = Callable[[Bundle], tuple[MixChoice, dict[str, float]]]
 def pack(
     job: PackJob, path: Path, *, workers: Workers, choose_mix: ChooseMix,
     progress: Callable[[int], None] = lambda weights: None,
+    report: Callable[[Figures], None] = lambda figures: None,
 ) -> bool:  # fmt: skip
     """Write the bundle at `path`; False if it was complete already.
 
-    `choose_mix` is asked once all shards are there. Raises UsageError, NoSpace, StorageError, Busy,
-    BadInput; whatever was finished by then is kept for the next attempt.
+    `choose_mix` is asked once all shards are there; `report` is told how it went. Raises
+    UsageError, NoSpace, StorageError, Busy, BadInput; whatever was finished by then is kept for the
+    next attempt.
     """
+    begin = time.perf_counter()
     _refuse_input_as_output(job.checkpoint.path, path)
     _require_matching(job)
     require_space(job, path)
@@ -102,23 +131,21 @@ def pack(
     with claim_folder(path, recipe) as complete:
         if complete:
             return False
-        shards: dict[str, ShardFact] = {}
-        for kind, name, matrices in _shard_groups(job):
-            names = {plane: shard_name(kind, name, plane) for plane in PLANES}
-            paths = {plane: path / file for plane, file in names.items()}
-            weights = sum(m.records * m.weights for m in matrices)
-            if all(_is_finished(p, shard_recipe) for p in paths.values()):
-                progress(weights)
-            else:
-                write_planes(
-                    paths, shard_recipe, matrices, exact_type=job.exact_type, workers=workers,
-                    progress=progress,
-                )  # fmt: skip
-            shards.update({names[plane]: _shard_fact(paths[plane]) for plane in PLANES})
+        tools = Tools(job.exact_type, workers, load_encoder(), progress, Spent())
+        shards, weights = _write_shards(job, path, shard_recipe, tools)
         files = _write_files(job, path)
         manifest = _manifest(job, recipe, shards, files)
+        packed = time.perf_counter()
         mix, quality = choose_mix(Bundle(path, manifest, open_shards(path, manifest)))
         write_manifest(path, replace(manifest, mix=mix, quality=quality))
+    share = weights / job.weights
+    written = sum(fact.nbytes for fact in shards.values())
+    report(
+        Figures(
+            weights, round(share * job.source_nbytes), round(share * written), packed - begin,
+            time.perf_counter() - packed, tools.spent,
+        )
+    )  # fmt: skip
     return True
 
 
@@ -160,66 +187,45 @@ def require_space(job: PackJob, path: Path) -> tuple[int, int]:
 
 def estimate_seconds(job: PackJob, workers: Workers) -> float:
     """How long packing will take, from encoding a few rows of the checkpoint now."""
-    matrix = _whole_matrix(job, "model.embed_tokens.weight", EMBED, None)
-    rows = matrix.read(0, min(matrix.records, 4 * PIECE_WEIGHTS // matrix.weights + 1))
+    matrix, encoder = embedding(job.checkpoint), load_encoder()
+    rows = matrix.open(workers)(0, min(matrix.records, 4 * PIECE_WEIGHTS // matrix.weights + 1))
     begin = time.perf_counter()
-    encode_piece(rows, matrix, job.exact_type)
+    encode_piece(rows, matrix, job.exact_type, encoder=encoder)
     return (time.perf_counter() - begin) / rows.numel() * job.weights / workers.threads
 
 
-def _shard_groups(job: PackJob) -> Iterator[tuple[str, int | str, list[Matrix]]]:
-    """(kind, name, its matrices) of every shard group, in the order they are written."""
-    config = job.checkpoint.config
-    yield "dense", "embed", [_whole_matrix(job, "model.embed_tokens.weight", EMBED, None)]
-    for layer in range(config.num_hidden_layers):
-        yield "dense", layer, _attention_matrices(job, layer)
-        yield "neurons", layer, [_neurons(job, layer)]
-    if not config.tie_word_embeddings:
-        head = job.importance.head_input
-        yield "dense", "head", [_whole_matrix(job, "lm_head.weight", "lm_head", head)]
+def _write_shards(
+    job: PackJob, path: Path, recipe: str, tools: Tools
+) -> tuple[dict[str, ShardFact], int]:
+    """All shards, and how many weights were not packed yet.
+
+    A group is made durable while the next one is encoded.
+    """
+    facts: list[Future[dict[str, ShardFact]]] = []
+    weights = 0
+    with Behind() as behind:
+        for kind, name, matrices in shard_groups(job.checkpoint, job.importance):
+            names = {plane: shard_name(kind, name, plane) for plane in PLANES}
+            paths = {plane: path / file for plane, file in names.items()}
+            group = sum(m.records * m.weights for m in matrices)
+            if all(_is_finished(p, recipe) for p in paths.values()):
+                finish = None
+                tools.progress(group)
+            else:
+                finish = write_planes(paths, recipe, matrices, tools)
+                weights += group
+            facts.append(behind.give(partial(_finish, finish, path, list(names.values()))))
+    tools.spent.write += behind.busy
+    return {name: fact for group in facts for name, fact in group.result().items()}, weights
 
 
-def _attention_matrices(job: PackJob, layer: int) -> list[Matrix]:
-    known = job.importance.layers[layer]
-    return [
-        _whole_matrix(
-            job, matrix_name(layer, short), short,
-            known.o_input if short == "o_proj" else known.attn_input,
-        )
-        for short in MATRICES
-    ]  # fmt: skip
-
-
-def _whole_matrix(job: PackJob, name: str, section: str, importance: Any) -> Matrix:
-    checkpoint = job.checkpoint
-    rows, columns = checkpoint.shape(name)
-
-    def read(start: int, stop: int) -> torch.Tensor:
-        piece = checkpoint.read(name, start, stop)
-        require_finite(piece, checkpoint, name)
-        return piece
-
-    weight = None if importance is None else importance[None, :]
-    return Matrix(section, RecordLayout(1, columns), rows, read, weight)
-
-
-def _neurons(job: PackJob, layer: int) -> Matrix:
-    """A layer's neurons in importance order. The layer is read when the first row is wanted."""
-    known = job.importance.layers[layer]
-    order = torch.from_numpy(known.order.astype(np.int64))
-    config = job.checkpoint.config
-    held: list[torch.Tensor] = []
-
-    def read(start: int, stop: int) -> torch.Tensor:
-        if not held:
-            held.append(neuron_records(job.checkpoint, layer))
-        return held[0][order[start:stop]]
-
-    # the down column meets the neuron's own activation: one number for the whole vector
-    flat = np.ones_like(known.ffn_input)
-    weight = np.stack((known.ffn_input, known.ffn_input, flat))
-    layout = RecordLayout(3, config.hidden_size)
-    return Matrix(FFN, layout, config.intermediate_size, read, weight)
+def _finish(
+    finish: Callable[[], None] | None, path: Path, names: list[str]
+) -> dict[str, ShardFact]:
+    """Make shards durable that were just written (finish: how), and read them for the manifest."""
+    if finish is not None:
+        finish()
+    return {name: _shard_fact(path / name) for name in names}
 
 
 def _is_finished(path: Path, recipe: str) -> bool:

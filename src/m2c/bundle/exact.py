@@ -21,7 +21,7 @@ from m2c.errors import BadInput
 EXACT_TYPES: Final = ("bf16", "f16")
 _ESCAPE = -128
 _SMALLEST_WINDOW = 1 << 10  # that zstd can be told
-_LEVEL = 1  # the distances are noise to LZ matching: higher levels gain under 0.5 %
+ZSTD_LEVEL = 1  # the distances are noise to LZ matching: higher levels gain under 0.5 %
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
@@ -70,7 +70,7 @@ def encode_frames(true: U16, base: U16, records_per_frame: int = 1) -> Frames:
     steps = distances(true, base)
     near = np.abs(steps.astype(np.int32)) < -_ESCAPE
     small = np.where(near, steps, _ESCAPE).astype(np.int8)
-    compressor = zstandard.ZstdCompressor(level=_LEVEL, write_content_size=True)
+    compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_content_size=True)
     parts, escapes = [], []
     for start in range(0, len(steps), records_per_frame):
         rows = slice(start, start + records_per_frame)

@@ -89,7 +89,7 @@ def quantize(values: F32, importance: F32 | None = None) -> tuple[U8, U8, F32]:
     # [GROUP, records * vectors * groups]: reductions then run along axis 0, vectorised and in a
     # fixed order, so the same bytes come out on every machine
     x = np.clip(np.ascontiguousarray(padded.reshape(-1, GROUP).T), -_LARGEST, _LARGEST)
-    scale = _search_scales(x, _group_weights(importance, layout, records))
+    scale = _search_scales(x, group_weights(importance, layout, records))
     q, r = _codes(x, scale)
     # + 0 turns the -0 that rint may give into the +0 that stored codes decode to
     value = (scale * (q + r * np.float32(1 / 16) + np.float32(0))).T.reshape(padded.shape)[
@@ -112,7 +112,7 @@ def dequantize(layout: RecordLayout, int4: U8, int8: U8 | None = None) -> F32:
     return grouped.reshape(records, layout.vectors, layout.padded)[..., : layout.length]
 
 
-def _group_weights(importance: F32 | None, layout: RecordLayout, records: int) -> F32 | None:
+def group_weights(importance: F32 | None, layout: RecordLayout, records: int) -> F32 | None:
     """Importance laid out like the groups, [GROUP, records * vectors * groups], mean 1."""
     if importance is None:
         return None

@@ -10,7 +10,7 @@ from m2c.cli.console import progress, result, say
 from m2c.errors import BadInput, UsageError
 
 if TYPE_CHECKING:
-    from m2c.pack import PackJob
+    from m2c.pack import Figures, PackJob
 
 EXAMPLE = "Example: m2c pack --ssd /mnt/nvme"
 
@@ -72,6 +72,7 @@ def command(
         fresh = pack(
             job, path, workers=workers, progress=advance,
             choose_mix=lambda bundle: _choose(bundle, job, workers, quiet),
+            report=lambda figures: None if quiet else _say_figures(figures, workers.threads),
         )  # fmt: skip
     remember(bundle=path)
     if not fresh and not quiet:
@@ -135,6 +136,20 @@ def _say_plan(job: "PackJob", path: Path, workers) -> None:  # type: ignore[no-u
     seconds = estimate_seconds(job, workers)
     say(f"m2c: {path}: needs {format_size(needed)}, {format_size(free)} are free")
     say(f"m2c: exact plane in {job.exact_type}; about {max(1, round(seconds))} s on this machine")
+
+
+def _say_figures(figures: "Figures", threads: int) -> None:
+    """Nothing when an earlier attempt had left only the mix to be found."""
+    if not figures.weights:
+        return
+    spent, seconds = figures.spent, figures.seconds
+    say(
+        f"m2c: packed in {seconds:.1f} s: {figures.source_nbytes / seconds / 1e6:.0f} MB/s in, "
+        f"{figures.written_nbytes / seconds / 1e6:.0f} MB/s out, "
+        f"{figures.weights / seconds / 1e6:.1f} M weights/s; {threads} threads, each read "
+        f"{spent.read / threads:.1f} s, encode {spent.encode / threads:.1f} s; write "
+        f"{spent.write:.1f} s beside them; mix {figures.mix_seconds:.1f} s"
+    )
 
 
 def _safe(name: str) -> str:
