@@ -13,9 +13,14 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 FOLDER = Path("src/m2c/kernels/csrc")
-SOURCES = ("primitives.c", "scalar.c", "avx2.c", "avx512.c", "inputs.c", "rows.c", "ffn.c", "attention.c", "rank.c", "encode.c", "pool.c")
+SOURCES = (
+    "primitives.c", "scalar.c", "avx2.c", "avx512.c", "inputs.c", "rows.c", "ffn.c", "attention.c",
+    "rank.c", "encode.c", "pool.c",
+)  # fmt: skip
 # no -march=native: the instruction set is chosen at run time; no -ffast-math: sums keep their order
-FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared", "-pthread")
+FLAGS = (
+    "-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared", "-pthread",
+)  # fmt: skip
 
 
 class NativeKernels(BuildHookInterface):

@@ -20,7 +20,7 @@ from tiny_models import digest, job_for, run_pack, write_checkpoint
 from m2c import pack
 from m2c.bundle.exact import EXACT_TYPES, round_to, widen
 from m2c.bundle.planes import GROUP, RecordLayout
-from m2c.encode import Behind, Encoded, Matrix, encode_piece
+from m2c.encode import Aside, Encoded, Matrix, encode_piece
 from m2c.errors import BadInput, UsageError
 from m2c.kernels.encoder import Encoder
 from m2c.kernels.native import LIBRARY
@@ -218,7 +218,7 @@ def test_a_pack_without_the_library_is_the_same_bytes(
 def test_neurons_are_read_in_importance_order(job: PackJob) -> None:
     workers = Workers(2)
     groups = shard_groups(job.checkpoint, job.importance)
-    (matrix,) = next(ms for kind, name, ms in groups if (kind, name) == ("neurons", 1))
+    (matrix,) = next(g.matrices for g in groups if g.files["int4"] == "neurons/00001.int4")
     rows = matrix.open(workers)(3, 20)
     order = torch.from_numpy(job.importance.layers[1].order.astype(np.int64))
     assert torch.equal(rows, neuron_records(job.checkpoint, 1)[order[3:20]])
@@ -231,10 +231,10 @@ def test_neurons_are_read_in_importance_order(job: PackJob) -> None:
 def test_a_checkpoint_with_nan_is_refused(job: PackJob, tmp_path: Path, name: str) -> None:
     """Also when the bundle's type is not the checkpoint's."""
     source = write_checkpoint(tmp_path / "source")
-    file = next(source.glob("*.safetensors"))
-    tensors = load_file(file)
-    tensors[name][-1, -1] = torch.nan
-    save_file(tensors, file)
+    for file in source.glob("*.safetensors"):
+        if name in (tensors := load_file(file)):
+            tensors[name][-1, -1] = torch.nan
+            save_file(tensors, file)
     checkpoint = open_checkpoint(source)
     facts = replace(job.importance.calibration, fingerprint=checkpoint.fingerprint())
     known = replace(job.importance, calibration=facts)
@@ -273,10 +273,10 @@ def test_figures_count_what_this_attempt_did(job: PackJob, tmp_path: Path) -> No
     assert 0 < rest.written_nbytes < whole.written_nbytes / 2
 
 
-# -- the thread behind -----------------------------------------------------------------------------
+# -- the thread aside ------------------------------------------------------------------------------
 
 
-def test_work_behind_is_done_in_order_and_at_most_one_is_open() -> None:
+def test_work_aside_is_done_in_order_and_at_most_one_is_open() -> None:
     done: list[int] = []
     go = threading.Event()
 
@@ -284,26 +284,23 @@ def test_work_behind_is_done_in_order_and_at_most_one_is_open() -> None:
         go.wait()
         done.append(i)
 
-    with Behind() as behind:
-        behind.give(partial(work, 0))
+    with Aside() as aside:
+        aside.give(partial(work, 0))
         assert done == []
         go.set()
         for i in range(1, 20):
-            behind.give(partial(work, i))
+            aside.give(partial(work, i))
             assert done[:i] == list(range(i))
     assert done == list(range(20))
 
 
-def test_errors_of_work_behind_arrive_and_the_rest_is_done_all_the_same() -> None:
+def test_errors_of_work_aside_arrive_and_the_rest_is_done_all_the_same() -> None:
     done: list[str] = []
     failing: Callable[[], object] = {}.popitem
-    with Behind() as behind:
-        behind.give(failing)
+    with Aside() as aside:
+        aside.give(failing)
         with pytest.raises(KeyError):
-            behind.give(partial(done.append, "clean up"))
+            aside.give(partial(done.append, "clean up"))
     assert done == ["clean up"]
-    with pytest.raises(KeyError), Behind() as behind:
-        behind.give(failing)
-    with pytest.raises(ZeroDivisionError), Behind() as behind:  # the caller's own error comes first
-        behind.give(failing)
-        raise ZeroDivisionError
+    with pytest.raises(KeyError), Aside() as aside:
+        aside.give(failing)

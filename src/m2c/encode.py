@@ -1,12 +1,12 @@
 """From a matrix, or the neurons of a layer, to the records of its three planes.
 
 Works through the rows in small pieces, so that memory stays bounded and pieces fit the processor's
-cache: each is read and encoded by one of the workers while another thread writes the pieces before.
+cache: each is read and encoded by one of the workers while another thread writes those before.
 Knows nothing about which matrices a model has.
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ class Matrix:
     """What becomes one section.
 
     open: makes ready to read, with the workers' help; returns what reads rows [start, stop) in
-    their stored type, [n, weights], and may be called from any thread. check: raises BadInput when
+    their stored type, [n, weights]. Both may be called in any thread. check: raises BadInput when
     such rows hold what is no number.
     """
 
@@ -77,6 +77,9 @@ class Matrix:
         return np.ones(shape, np.float32) if found is None else found
 
 
+Opened = list[tuple[Matrix, Read]]
+
+
 @dataclass(frozen=True)
 class Encoded:
     int4: U8
@@ -93,8 +96,8 @@ class Spent:
     write: float = 0.0
 
 
-class Behind:
-    """A thread that works in the order of giving while the caller goes on, at most one behind."""
+class Aside:
+    """A thread that works while the caller goes on: one thing after another, as they were given."""
 
     def __init__(self) -> None:
         self.busy = 0.0  # seconds
@@ -115,7 +118,7 @@ class Behind:
         if self._given is not None:
             self._given.result()
 
-    def __enter__(self) -> "Behind":
+    def __enter__(self) -> "Aside":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -143,7 +146,7 @@ class Tools:
 
 
 def write_planes(
-    paths: dict[str, Path], recipe: str, matrices: Iterable[Matrix], tools: Tools
+    paths: dict[str, Path], recipe: str, opened: Opened, tools: Tools
 ) -> Callable[[], None]:
     """Write the three shards at `paths` (plane to file); they appear once the result is called.
 
@@ -154,10 +157,10 @@ def write_planes(
             plane: stack.enter_context(shard_writer(paths[plane], plane, recipe))
             for plane in PLANES
         }
-        with Behind() as behind:
-            for matrix in matrices:
-                _write_section(matrix, writers, tools, behind)
-        tools.spent.write += behind.busy
+        with Aside() as aside:
+            for matrix, read in opened:
+                _write_section(matrix, read, writers, tools, aside)
+        tools.spent.write += aside.busy
         return stack.pop_all().close
 
 
@@ -212,14 +215,11 @@ def _encode_natively(
 
 
 def _write_section(
-    matrix: Matrix, writers: dict[str, ShardWriter], tools: Tools, behind: Behind
+    matrix: Matrix, read: Read, writers: dict[str, ShardWriter], tools: Tools, aside: Aside
 ) -> None:
     per_frame, threads = matrix.frame_records, tools.workers.threads
     piece = max(1, PIECE_WEIGHTS // matrix.weights // per_frame) * per_frame
     pieces, window = -(-matrix.records // piece), _PIECES_AT_ONCE * threads
-    begin = time.perf_counter()
-    read = matrix.open(tools.workers)
-    tools.spent.read += (time.perf_counter() - begin) * threads
 
     def work(i: int) -> tuple[Encoded, float, float]:
         begin = time.perf_counter()
@@ -231,11 +231,11 @@ def _write_section(
     for first in range(0, pieces, window):
         last = min(first + window, pieces)
         done = tools.workers.map(lambda i, first=first: work(first + i), last - first)  # type: ignore[misc]
-        behind.give(partial(_write, writers, [encoded for encoded, _, _ in done]))
+        aside.give(partial(_write, writers, [encoded for encoded, _, _ in done]))
         tools.spent.read += sum(seconds for _, seconds, _ in done)
         tools.spent.encode += sum(seconds for _, _, seconds in done)
         tools.progress((min(last * piece, matrix.records) - first * piece) * matrix.weights)
-    behind.give(partial(_end_section, writers, matrix))
+    aside.give(partial(_end_section, writers, matrix))
 
 
 def _write(writers: dict[str, ShardWriter], pieces: list[Encoded]) -> None:

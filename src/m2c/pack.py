@@ -1,17 +1,15 @@
 """`m2c pack`: write a checkpoint as a bundle of nested planes, safely.
 
 Every file appears complete or not at all, the manifest last. A pack that was stopped at any moment
-is finished by running it again, and the result is the same bytes. Peak memory is one layer's FFN or
-one slice of a matrix, plus a constant. Knows nothing about printing.
+is finished by running it again, and the result is the same bytes. Peak memory is one layer, plus a
+constant. Knows nothing about printing.
 """
 
 import hashlib
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Final
@@ -20,7 +18,7 @@ import torch
 from safetensors.numpy import save
 
 from m2c import __version__
-from m2c.bundle.bundle import Bundle, open_shards, shard_name, verify_blocks
+from m2c.bundle.bundle import Bundle, open_shards
 from m2c.bundle.claim import claim_folder
 from m2c.bundle.files import disk_errors, write_atomic
 from m2c.bundle.importance import Importance, encode_importance
@@ -33,21 +31,23 @@ from m2c.bundle.manifest import (
     write_manifest,
 )  # fmt: skip
 from m2c.bundle.planes import GROUP
-from m2c.bundle.shard import PLANES, VERSION, read_index
+from m2c.bundle.shard import VERSION
 from m2c.bundle.strict import dump_json
 from m2c.contents import IMPORTANCE, VECTORS
-from m2c.encode import PIECE_WEIGHTS, Behind, Spent, Tools, encode_piece, write_planes
-from m2c.errors import BadInput, NoSpace, UsageError
+from m2c.encode import PIECE_WEIGHTS, Spent, Tools, encode_piece
+from m2c.errors import NoSpace, UsageError
 from m2c.kernels.encoder import load_encoder
 from m2c.kernels.workers import Workers
 from m2c.model.checkpoint import Checkpoint
 from m2c.model.config import dense_matrices
 from m2c.model.footprint import bundle_nbytes
 from m2c.model.weights import vector_tensors
+from m2c.pipeline import write_shards
 from m2c.sections import embedding, shard_groups
 from m2c.units import format_size
 
 _SAMPLE_ROWS: Final = 64
+_WHOLE: Final = 3  # times encoding: a pack with reading, hashing, writing and the search for a mix
 _STORED_NBYTES: Final = {"f32": 4, "f16": 2, "bf16": 2}
 
 
@@ -132,7 +132,8 @@ def pack(
         if complete:
             return False
         tools = Tools(job.exact_type, workers, load_encoder(), progress, Spent())
-        shards, weights = _write_shards(job, path, shard_recipe, tools)
+        groups = shard_groups(job.checkpoint, job.importance)
+        shards, weights = write_shards(groups, path, shard_recipe, tools)
         files = _write_files(job, path)
         manifest = _manifest(job, recipe, shards, files)
         packed = time.perf_counter()
@@ -186,65 +187,13 @@ def require_space(job: PackJob, path: Path) -> tuple[int, int]:
 
 
 def estimate_seconds(job: PackJob, workers: Workers) -> float:
-    """How long packing will take, from encoding a few rows of the checkpoint now."""
+    """How long packing will take, roughly, from encoding a few rows of the checkpoint now."""
     matrix, encoder = embedding(job.checkpoint), load_encoder()
-    rows = matrix.open(workers)(0, min(matrix.records, 4 * PIECE_WEIGHTS // matrix.weights + 1))
+    rows = matrix.open(workers)(0, min(matrix.records, 16 * PIECE_WEIGHTS // matrix.weights + 1))
     begin = time.perf_counter()
     encode_piece(rows, matrix, job.exact_type, encoder=encoder)
-    return (time.perf_counter() - begin) / rows.numel() * job.weights / workers.threads
-
-
-def _write_shards(
-    job: PackJob, path: Path, recipe: str, tools: Tools
-) -> tuple[dict[str, ShardFact], int]:
-    """All shards, and how many weights were not packed yet.
-
-    A group is made durable while the next one is encoded.
-    """
-    facts: list[Future[dict[str, ShardFact]]] = []
-    weights = 0
-    with Behind() as behind:
-        for kind, name, matrices in shard_groups(job.checkpoint, job.importance):
-            names = {plane: shard_name(kind, name, plane) for plane in PLANES}
-            paths = {plane: path / file for plane, file in names.items()}
-            group = sum(m.records * m.weights for m in matrices)
-            if all(_is_finished(p, recipe) for p in paths.values()):
-                finish = None
-                tools.progress(group)
-            else:
-                finish = write_planes(paths, recipe, matrices, tools)
-                weights += group
-            facts.append(behind.give(partial(_finish, finish, path, list(names.values()))))
-    tools.spent.write += behind.busy
-    return {name: fact for group in facts for name, fact in group.result().items()}, weights
-
-
-def _finish(
-    finish: Callable[[], None] | None, path: Path, names: list[str]
-) -> dict[str, ShardFact]:
-    """Make shards durable that were just written (finish: how), and read them for the manifest."""
-    if finish is not None:
-        finish()
-    return {name: _shard_fact(path / name) for name in names}
-
-
-def _is_finished(path: Path, recipe: str) -> bool:
-    """A shard of an earlier attempt counts only if it is ours and every block is intact."""
-    try:
-        index = read_index(path)
-        if index.header.recipe != recipe:
-            return False
-        for _ in verify_blocks(index):
-            pass
-    except BadInput:
-        return False
-    return True
-
-
-def _shard_fact(path: Path) -> ShardFact:
-    with disk_errors(path), open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return ShardFact(path.stat().st_size, digest, read_index(path).digest)
+    seconds = (time.perf_counter() - begin) / rows.numel() * job.weights / workers.threads
+    return seconds * _WHOLE
 
 
 def _write_files(job: PackJob, path: Path) -> dict[str, FileFact]:

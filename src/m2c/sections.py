@@ -4,13 +4,17 @@ Knows nothing about planes or files.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from m2c.bundle.bundle import shard_name
 from m2c.bundle.importance import Importance
 from m2c.bundle.planes import RecordLayout
+from m2c.bundle.shard import PLANES
 from m2c.encode import F32, Matrix, Read
 from m2c.kernels.workers import Workers
 from m2c.model.attention import MATRICES
@@ -22,42 +26,60 @@ from m2c.tiers.store import EMBED, FFN
 _TILE = 256  # rows and columns that a transposition moves at a time: they stay in the cache
 
 
-def shard_groups(
-    checkpoint: Checkpoint, importance: Importance
-) -> Iterator[tuple[str, int | str, list[Matrix]]]:
-    """(kind, name, its matrices) of every group of shards, in the order they are written."""
+@dataclass(frozen=True)
+class Group:
+    """Matrices that share three shards: `files`, plane to name."""
+
+    files: dict[str, str]
+    matrices: list[Matrix]
+
+    @property
+    def weights(self) -> int:
+        return sum(matrix.records * matrix.weights for matrix in self.matrices)
+
+
+def shard_groups(checkpoint: Checkpoint, importance: Importance) -> Iterator[Group]:
+    """All groups, in the order they are written."""
     config = checkpoint.config
-    yield "dense", "embed", [embedding(checkpoint)]
+    yield _group("dense", "embed", [embedding(checkpoint)])
     for layer in range(config.num_hidden_layers):
-        yield "dense", layer, _attention_matrices(checkpoint, importance, layer)
-        yield "neurons", layer, [_neurons(checkpoint, importance, layer)]
+        yield _group("dense", layer, _attention_matrices(checkpoint, importance, layer))
+        yield _group("neurons", layer, [_neurons(checkpoint, importance, layer)])
     if not config.tie_word_embeddings:
-        head = importance.head_input
-        yield "dense", "head", [_whole_matrix(checkpoint, "lm_head.weight", "lm_head", head)]
+        head = _matrix(checkpoint, "lm_head.weight", "lm_head", importance.head_input)
+        yield _group("dense", "head", [head])
+
+
+def _group(kind: str, name: str | int, matrices: list[Matrix]) -> Group:
+    return Group({plane: shard_name(kind, name, plane) for plane in PLANES}, matrices)
 
 
 def embedding(checkpoint: Checkpoint) -> Matrix:
-    return _whole_matrix(checkpoint, "model.embed_tokens.weight", EMBED, None)
+    return _matrix(checkpoint, "model.embed_tokens.weight", EMBED, None)
 
 
 def _attention_matrices(checkpoint: Checkpoint, importance: Importance, layer: int) -> list[Matrix]:
     known = importance.layers[layer]
     return [
-        _whole_matrix(
+        _matrix(
             checkpoint, matrix_name(layer, short), short,
-            known.o_input if short == "o_proj" else known.attn_input,
+            known.o_input if short == "o_proj" else known.attn_input, held=True,
         )
         for short in MATRICES
     ]  # fmt: skip
 
 
-def _whole_matrix(
-    checkpoint: Checkpoint, name: str, section: str, importance: F32 | None
+def _matrix(
+    checkpoint: Checkpoint, name: str, section: str, importance: F32 | None, *, held: bool = False
 ) -> Matrix:
+    """held: all of it is read when it is opened; otherwise piece by piece, as it may be large."""
     rows, columns = checkpoint.shape(name)
 
     def opened(workers: Workers) -> Read:
-        return lambda start, stop: checkpoint.read(name, start, stop)
+        if not held:
+            return partial(checkpoint.read, name)
+        matrix = checkpoint.read(name)
+        return lambda start, stop: matrix[start:stop]
 
     weight = None if importance is None else importance[None, :]
     layout = RecordLayout(1, columns)
@@ -65,14 +87,14 @@ def _whole_matrix(
 
 
 def _neurons(checkpoint: Checkpoint, importance: Importance, layer: int) -> Matrix:
-    """A layer's neurons in importance order. Opened, it holds the matrices of the layer's FFN."""
+    """A layer's neurons in importance order. All matrices of the FFN are read when it is opened."""
     known = importance.layers[layer]
     order = known.order.astype(np.int64)
     names = ffn_names(layer)
 
     def opened(workers: Workers) -> Read:
-        gate, up, down = workers.map(lambda i: checkpoint.read(names[i]), len(names))
-        matrices = gate, up, _transposed(down, workers)
+        gate, up = workers.map(lambda i: checkpoint.read(names[i]), 2)
+        matrices = gate, up, _columns(checkpoint, names[2], workers)
         return lambda start, stop: _gathered(matrices, torch.from_numpy(order[start:stop]))
 
     # the down column meets the neuron's own activation: one number for the whole vector
@@ -88,17 +110,19 @@ def _gathered(matrices: tuple[Tensor, ...], ids: Tensor) -> Tensor:
     return torch.cat([matrix.index_select(0, ids) for matrix in matrices], dim=1)
 
 
-def _transposed(matrix: Tensor, workers: Workers) -> Tensor:
-    """[columns, rows], contiguous, tile by tile: torch would walk it against the grain."""
-    rows, columns = matrix.shape
-    out = torch.empty((columns, rows), dtype=matrix.dtype)
+def _columns(checkpoint: Checkpoint, name: str, workers: Workers) -> Tensor:
+    """A matrix transposed, [columns, rows], contiguous; read strip by strip, turned by tiles."""
+    rows, columns = checkpoint.shape(name)
+    strips = [(start, min(start + _TILE, rows)) for start in range(0, rows, _TILE)]
+    first = checkpoint.read(name, *strips[0])
+    out = torch.empty((columns, rows), dtype=first.dtype)
 
-    def strip(i: int) -> None:
-        to = slice(i * _TILE, (i + 1) * _TILE)
-        for start in range(0, rows, _TILE):
-            out[to, start : start + _TILE] = matrix[start : start + _TILE, to].T
+    def turn(i: int) -> None:
+        strip = checkpoint.read(name, *strips[i]) if i else first
+        for start in range(0, columns, _TILE):
+            out[start : start + _TILE, slice(*strips[i])] = strip[:, start : start + _TILE].T
 
-    workers.map(strip, -(-columns // _TILE))
+    workers.map(turn, len(strips))
     return out
 
 

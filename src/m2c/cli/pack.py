@@ -143,12 +143,14 @@ def _say_figures(figures: "Figures", threads: int) -> None:
     if not figures.weights:
         return
     spent, seconds = figures.spent, figures.seconds
+    read, written, weights = (
+        n / seconds / 1e6 for n in (figures.source_nbytes, figures.written_nbytes, figures.weights)
+    )
     say(
-        f"m2c: packed in {seconds:.1f} s: {figures.source_nbytes / seconds / 1e6:.0f} MB/s in, "
-        f"{figures.written_nbytes / seconds / 1e6:.0f} MB/s out, "
-        f"{figures.weights / seconds / 1e6:.1f} M weights/s; {threads} threads, each read "
-        f"{spent.read / threads:.1f} s, encode {spent.encode / threads:.1f} s; write "
-        f"{spent.write:.1f} s beside them; mix {figures.mix_seconds:.1f} s"
+        f"m2c: packed in {seconds:.1f} s: {read:.0f} MB/s in, {written:.0f} MB/s out, "
+        f"{weights:.1f} M weights/s; side by side: read {spent.read:.1f} s, "
+        f"encode {spent.encode / threads:.1f} s on {threads} threads, write {spent.write:.1f} s; "
+        f"then mix {figures.mix_seconds:.1f} s"
     )
 
 
