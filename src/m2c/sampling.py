@@ -1,8 +1,12 @@
 """From logits to the next token id.
 
 Filters in llama.cpp's order: repetition penalty, top-k, top-p, min-p, and temperature last.
-Knows nothing about models or text; randomness comes from its own generator, so the same seed,
-logits and history give the same ids.
+What is left is drawn by an exponential race: id i arrives after e_i / p_i, the first one wins,
+and wins with probability p_i. The noise e_i is a hash of seed, position and id, not the next
+number of a generator. Two models that are asked about the same position therefore share it and
+mostly agree, which is what a draft needs; and a token does not depend on how often anybody asked.
+
+Knows nothing about models, drafts or text.
 """
 
 import math
@@ -10,9 +14,18 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from m2c.errors import BadInput, UsageError
+
+F64 = NDArray[np.float64]
+
+# SplitMix64 (Steele, Lea, Flood, 2014): the step between states, and what scrambles a state
+_STEP = 0x9E3779B97F4A7C15
+_ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
+_MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
@@ -48,50 +61,68 @@ def _require(fine: bool, name: str, range_: str, value: object) -> None:
 
 
 class Sampler:
-    """Draws token ids. `seed` is the seed in use, to be reported with the result."""
+    """Chooses token ids: a pure function of logits, history and seed.
+
+    The position that the noise belongs to is the length of the history. `seed` is the seed in use,
+    to be reported with the result.
+    """
 
     def __init__(self, params: SamplingParams) -> None:
         self.params = params
-        # 63 bits: torch takes no more
         drawn = int.from_bytes(os.urandom(8), "little") >> 1
         self.seed = drawn if params.seed is None else params.seed
-        self._generator = torch.Generator().manual_seed(self.seed)
 
     def __call__(self, logits: torch.Tensor, history: Sequence[int]) -> int:
-        """The next id after `history`. logits: [vocab], any float dtype and device."""
+        """The next id after `history`. logits: [vocab], any float dtype and device.
+
+        BadInput when a logit is not finite.
+        """
         scores = self._penalised(logits, history)
         if self.params.temperature == 0:
             return int(scores.argmax())  # the lowest id among equals
-        return self.draw(self._distribution(scores))
+        ids, chances = self._candidates(scores)
+        return int(ids[self._winner(ids, chances, len(history))])
+
+    def with_probability(self, logits: torch.Tensor, history: Sequence[int]) -> tuple[int, float]:
+        """The id that a call gives, and the probability it had: how sure the model is of it.
+
+        At temperature 0, where every choice is certain, the probability is that at temperature 1
+        without filters.
+        """
+        scores = self._penalised(logits, history)
+        if self.params.temperature == 0:
+            best = int(scores.argmax())
+            return best, 1 / float((scores - scores[best]).exp_().sum())
+        ids, chances = self._candidates(scores)
+        winner = self._winner(ids, chances, len(history))
+        return int(ids[winner]), float(chances[winner])
 
     def probabilities(self, logits: torch.Tensor, history: Sequence[int]) -> torch.Tensor:
-        """The distribution that a call would draw from: [vocab] f64 on the CPU, sums to 1.
+        """The distribution that a call draws from: [vocab] f64 on the CPU, sums to 1.
 
         At temperature 0 all of it lies on one id. BadInput when a logit is not finite.
         """
         scores = self._penalised(logits, history)
+        all_ids = torch.zeros_like(scores)
         if self.params.temperature == 0:
-            certain = torch.zeros_like(scores)
-            certain[scores.argmax()] = 1.0
-            return certain
-        return self._distribution(scores)
+            all_ids[scores.argmax()] = 1.0
+        else:
+            ids, chances = self._candidates(scores)
+            all_ids[ids] = chances
+        return all_ids
 
-    def draw(self, weights: torch.Tensor) -> int:
-        """An id with probability proportional to `weights`: [vocab], none negative, sum > 0."""
-        cumulative = weights.double().cumsum(0)
-        point = self.uniform() * cumulative[-1]
-        drawn = int(torch.searchsorted(cumulative, point, right=True))
-        # The product may round up to the sum itself, which no id lies beyond.
-        return min(drawn, int(weights.nonzero()[-1]))
-
-    def uniform(self) -> float:
-        """The generator's next number in [0, 1)."""
-        return float(torch.rand((), generator=self._generator, dtype=torch.float64))
+    def _winner(self, ids: torch.Tensor, chances: torch.Tensor, position: int) -> int:
+        """Index of the first to arrive. ids: [n] i64, chances: [n] f64, one of them > 0."""
+        arrivals = exponentials(self.seed, position, ids.numpy())
+        with np.errstate(divide="ignore", over="ignore"):  # a chance of 0 never arrives
+            np.divide(arrivals, chances.numpy(), out=arrivals)
+        return int(arrivals.argmin())
 
     def _penalised(self, logits: torch.Tensor, history: Sequence[int]) -> torch.Tensor:
         """A copy of the logits as f64 on the CPU: [vocab], repetition penalty applied."""
         scores = logits.detach().to("cpu", torch.float64, copy=True)
-        if not scores.isfinite().all():
+        low, high = scores.aminmax()  # both NaN if any is
+        if not math.isfinite(low) or not math.isfinite(high):
             raise BadInput(
                 "the model's logits are not finite", "check the bundle for damage with m2c check"
             )
@@ -105,25 +136,69 @@ class Sampler:
         )
         return scores
 
-    def _distribution(self, scores: torch.Tensor) -> torch.Tensor:
-        """Filters, temperature, softmax. scores: [vocab] f64, also the result's shape."""
+    def _candidates(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Filters, temperature, softmax: ids that are left [n] i64, their probabilities [n] f64.
+
+        scores: [vocab] f64.
+        """
         params = self.params
-        scores = scores - scores.max()
-        if 0 < params.top_k < len(scores) or params.top_p < 1:
-            scores = self._first_few(scores)
+        ids = self._first_few(scores)
+        left = scores if len(ids) == len(scores) else scores[ids]
+        left = left - left.max()
         # relative to the first token, whose score is 0
         if params.min_p > 0:
-            scores = scores.masked_fill(scores < math.log(params.min_p), -math.inf)
-        return torch.softmax(scores / params.temperature, dim=0)
+            likely = left >= math.log(params.min_p)
+            ids, left = ids[likely], left[likely]
+        return ids, torch.softmax(left / params.temperature, dim=0)
 
     def _first_few(self, scores: torch.Tensor) -> torch.Tensor:
-        """Scores with all but the top-k, then all but the top-p of those, at -inf."""
-        # stable: among equals the lower id stays
-        ordered, ids = scores.sort(descending=True, stable=True)
-        kept = self.params.top_k or len(ids)
-        if self.params.top_p < 1:
-            cumulative = torch.softmax(ordered[:kept], dim=0).cumsum(0)
-            kept = min(kept, int((cumulative < self.params.top_p).sum()) + 1)
-        few = torch.full_like(scores, -math.inf)
-        few[ids[:kept]] = ordered[:kept]
-        return few
+        """Ids of the top-k, then of the top-p of those: [n] i64, ascending."""
+        top_k, top_p = self.params.top_k, self.params.top_p
+        kept = min(top_k, len(scores)) or len(scores)
+        if kept == len(scores) and top_p == 1:
+            return torch.arange(kept)
+        if kept < len(scores):
+            best = scores.topk(kept).values
+        else:
+            best = torch.from_numpy(np.sort(scores.numpy())).flip(0)  # far faster than torch's
+        if top_p < 1:
+            cumulative = torch.softmax(best, dim=0).cumsum(0)
+            kept = min(kept, int((cumulative < top_p).sum()) + 1)
+        last = best[kept - 1]
+        ids = torch.from_numpy(np.flatnonzero(scores.numpy() >= last.item()))
+        # among equals of the last one the lower ids stay
+        equals = (scores[ids] == last).nonzero().flatten()
+        stays = torch.ones(len(ids), dtype=torch.bool)
+        stays[equals[len(equals) - (len(ids) - kept) :]] = False
+        return ids[stays]
+
+
+def exponentials(seed: int, position: int, ids: NDArray[np.int64]) -> F64:
+    """Noise of mean 1 with density exp(-x), one number per id, always the same: [n] f64, > 0.
+
+    Numbers of different seeds, positions and ids are independent for all we can tell.
+    """
+    key = _scrambled((_scrambled(seed) + (position + 1) * _STEP) & _MASK)
+    state = ids.astype(np.uint64)
+    state *= np.uint64(_STEP)
+    state += np.uint64(key)
+    spare = np.empty_like(state)
+    for shift, factor in _ROUNDS:
+        np.right_shift(state, np.uint64(shift), out=spare)
+        state ^= spare
+        if factor != 1:
+            state *= np.uint64(factor)
+    # 52 bits and a half: never 0 or 1, and exact in f64
+    state >>= np.uint64(12)
+    noise = state.astype(np.float64)
+    noise += 0.5
+    noise *= 2.0**-52
+    np.log(noise, out=noise)
+    return np.negative(noise, out=noise)
+
+
+def _scrambled(state: int) -> int:
+    """The scrambling of `exponentials` for one number, 64 bits."""
+    for shift, factor in _ROUNDS:
+        state = (state ^ state >> shift) * factor & _MASK
+    return state
