@@ -2,7 +2,7 @@
 
     python scripts/make_checkpoint.py OUT --shape llama2-7b
     python scripts/make_checkpoint.py OUT --layers 2 --hidden 64 --intermediate 160 --heads 4
-    python scripts/make_checkpoint.py OUT --from-gguf model.gguf
+    python scripts/make_checkpoint.py OUT --from-gguf model.gguf [--dither]
 
 A synthetic model has the shape, the bytes and the speed of a real one and says nothing sensible.
 The result is a folder as Hugging Face lays it out: config.json, tokenizer.json, one safetensors
@@ -38,6 +38,8 @@ MAX_TOKENS = 2048  # of the tokenizer; the model's vocabulary may be larger
 MIN_TOKENS = 258  # all bytes, BOS and EOS
 
 _DEGREES_OF_FREEDOM = 5.0  # of the heavy-tailed weights: a kurtosis of 9 where Gaussians have 3
+GGUF_BLOCK = 32  # weights that share a step in every type of GGUF; some have smaller blocks
+_ROWS = 1 << 12  # dithered at once
 _CHUNK = 1 << 24  # weights drawn at once: 64 MiB of float32
 
 
@@ -168,9 +170,12 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def export_gguf(directory: Path, source: Path, *, dtype: str) -> None:
+def export_gguf(
+    directory: Path, source: Path, *, dtype: str, dither: bool = False, seed: int = 0
+) -> None:
     """The model in a GGUF file, dequantised and rounded to `dtype`, with a tokenizer.json.
 
+    dither: take the weights off the file's grid, see `dithered`.
     Raises BadInput or UnsupportedModel as `open_checkpoint` and `build_from_gguf` do.
     """
     checkpoint = open_checkpoint(source)
@@ -187,11 +192,35 @@ def export_gguf(directory: Path, source: Path, *, dtype: str) -> None:
     (directory / "tokenizer_config.json").write_bytes(build_tokenizer_config(metadata))
 
     def tensor(name: str) -> torch.Tensor:
-        return checkpoint.read(name).to(DTYPES[dtype]).contiguous()
+        tensor = checkpoint.read(name)
+        if dither and tensor.ndim > 1:
+            tensor = dithered(tensor.float(), generator)
+        return tensor.to(DTYPES[dtype]).contiguous()
 
+    generator = torch.Generator().manual_seed(seed)
     groups = by_layer(checkpoint.names())
     shards = ({name: tensor(name) for name in names} for names in groups)
     write_shards(directory, shards, len(groups))
+
+
+def dithered(weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Quantised weights [rows, n] f32 plus noise as large as the rounding that they went through.
+
+    Each group of GGUF_BLOCK gets uniform noise of one step of its grid, found as the least distance
+    between two of its values. Afterwards no quantiser finds the levels of an earlier one, so that
+    quantisers can be compared; the model is as good as one that was rounded twice.
+    """
+    noisy = torch.empty_like(weights)
+    for part, out in zip(weights.split(_ROWS), noisy.split(_ROWS), strict=True):
+        groups = part.reshape(-1, GGUF_BLOCK)
+        gaps = groups.sort(dim=1).values.diff(dim=1)
+        # values on one level differ by rounding when they were dequantised
+        apart = gaps > 1e-4 * groups.abs().amax(dim=1, keepdim=True)
+        step = gaps.where(apart, math.inf).amin(dim=1, keepdim=True)
+        step = step.where(step.isfinite(), 0)
+        noise = torch.rand(groups.shape, generator=generator) - 0.5
+        out.copy_((groups + noise * step).view_as(part))
+    return noisy
 
 
 def dtype_name(dtype: str) -> str:
@@ -227,6 +256,7 @@ def parse_arguments() -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--shape", help="shape of a published model, such as llama2-7b")
     source.add_argument("--from-gguf", type=Path, metavar="FILE", help="export this model instead")
+    parser.add_argument("--dither", action="store_true", help="take exported weights off the grid")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--intermediate", type=int, default=688)
@@ -244,7 +274,10 @@ def main() -> None:
     options = parse_arguments()
     try:
         if options.from_gguf:
-            export_gguf(options.directory, options.from_gguf, dtype=options.dtype)
+            export_gguf(
+                options.directory, options.from_gguf, dtype=options.dtype,
+                dither=options.dither, seed=options.seed,
+            )  # fmt: skip
             return
         write_checkpoint(
             options.directory,

@@ -1,10 +1,11 @@
 """Writes the weights of a checkpoint as a GGUF file that llama.cpp loads.
 
-    python scripts/make_gguf.py CHECKPOINT OUT.gguf [--type f16|bf16]
+    python scripts/make_gguf.py CHECKPOINT OUT.gguf [--type f16|bf16] [--tokenizer FILE.gguf]
 
-For comparisons of speed on the same weights: matrices in 16 bits, vectors in F32, q and k of a
-llama in the row order that llama.cpp expects. Peak memory: one tensor, as stored and as written.
-Knows nothing about tokenizers: the file has none, so it can be timed but not talked to.
+For comparisons on the same weights: matrices in 16 bits, vectors in F32, q and k of a llama in the
+row order that llama.cpp expects. Peak memory: one tensor, as stored and as written.
+Knows nothing about tokenizers: it copies that of another GGUF file, or the file has none and can be
+timed but not talked to.
 """
 
 import argparse
@@ -42,8 +43,12 @@ TYPES: Final = {
 _ARCHITECTURES: Final = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}
 
 
-def write_gguf(checkpoint: Checkpoint, out: Path, *, kind: str = "f16") -> None:
+def write_gguf(
+    checkpoint: Checkpoint, out: Path, *, kind: str = "f16", tokenizer: Path | None = None
+) -> None:
     """The whole model as the file `out`, which is complete or not there. kind: a key of `TYPES`.
+
+    tokenizer: a GGUF file of the same vocabulary, whose tokenizer and chat template are copied.
 
     Raises BadInput for a matrix with numbers that `kind` cannot hold, UnsupportedModel for an
     activation that GGUF cannot name, NoSpace or StorageError when the disk refuses.
@@ -60,6 +65,10 @@ def write_gguf(checkpoint: Checkpoint, out: Path, *, kind: str = "f16") -> None:
         writer = gguf.GGUFWriter(file.name, config.model_type)
         try:
             add_metadata(writer, config, checkpoint.name, TYPES[kind])
+            if tokenizer is None:
+                writer.add_tokenizer_model("no_vocab")
+            else:
+                copy_tokenizer(writer, tokenizer)
             add_tensor_infos(writer, checkpoint, names, TYPES[kind])
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
@@ -96,13 +105,22 @@ def add_metadata(writer: gguf.GGUFWriter, config: ModelConfig, name: str, kind: 
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
     scaling = config.rope_scaling
     if scaling and scaling.rope_type == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(scaling.factor)
     elif scaling:
         writer.add_rope_scaling_orig_ctx_len(scaling.original_max_position_embeddings)
+
+
+def copy_tokenizer(writer: gguf.GGUFWriter, source: Path) -> None:
+    """All keys of `source` that begin with "tokenizer."."""
+    for field in gguf.GGUFReader(source).fields.values():
+        if field.name.startswith("tokenizer."):
+            kind, *item = field.types
+            writer.add_key_value(
+                field.name, field.contents(), kind, sub_type=item[-1] if item else None
+            )
 
 
 def add_tensor_infos(
@@ -169,9 +187,12 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, help="a Hugging Face folder or a GGUF file")
     parser.add_argument("out", type=Path, help="the .gguf file to write")
     parser.add_argument("--type", choices=tuple(TYPES), default="f16", help="of the matrices")
+    parser.add_argument("--tokenizer", type=Path, help="a GGUF file to copy the tokenizer of")
     given = parser.parse_args()
     try:
-        write_gguf(open_checkpoint(given.checkpoint), given.out, kind=given.type)
+        write_gguf(
+            open_checkpoint(given.checkpoint), given.out, kind=given.type, tokenizer=given.tokenizer
+        )
     except M2CError as error:
         raise SystemExit(str(error)) from None
 

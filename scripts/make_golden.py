@@ -1,6 +1,6 @@
-"""Writes the golden files: a tiny bundle of format version 1, and what it must decode to.
+"""Writes the golden files: a tiny bundle of format version 2, and what it must decode to.
 
-    python scripts/make_golden.py tests/golden/v1
+    python scripts/make_golden.py tests/golden/v2
 
 Run once for each version of the format and never again: the golden files say what bundles written
 in the past look like, so they are evidence only as long as nobody writes them anew. An existing

@@ -14,7 +14,7 @@ from unittest.mock import patch
 from m2c.cli.app import call
 
 COMMAND = (sys.executable, "-m", "m2c.cli.app")
-_NOTES = ("m2c: using ", "m2c: expecting ")
+_NOTES = ("m2c: using ", "m2c: exact mode, expecting ", "m2c: mixed mode, expecting ")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import xxhash
-import zstandard
 
 MAGIC = bytes([0x93]) + b"m2c" + bytes([0x0D, 0x0A, 0x1A, 0x0A])
 PAGE, BLOCK, GROUP = 4096, 65536, 32
@@ -23,11 +22,13 @@ PAGE, BLOCK, GROUP = 4096, 65536, 32
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
 U16 = npt.NDArray[np.uint16]
+F64 = npt.NDArray[np.float64]
+I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 
 
 class FormatError(Exception):
-    """The bytes are not those of a sound bundle of version 1."""
+    """The bytes are not those of a sound bundle of version 2."""
 
 
 def require(condition: bool, reason: str) -> None:
@@ -51,7 +52,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest; its checksum is computed on the file's bytes, its other files are hashed."""
     text = (folder / "manifest.json").read_bytes()
     manifest: dict[str, Any] = json.loads(text)
-    require(manifest["format"] == "m2c-bundle" and manifest["version"] == 1, "not a version 1")
+    require(manifest["format"] == "m2c-bundle" and manifest["version"] == 2, "not a version 2")
     member = b'"checksum":"%s",' % manifest["checksum"].encode()
     require(text.endswith(b"}\n") and text.count(member) == 1, "not a canonical manifest")
     rest = text[:-1].replace(member, b"")
@@ -67,7 +68,7 @@ def read_shard(path: Path) -> Shard:
     data = path.read_bytes()
     page = data[:PAGE]
     magic, version, length = struct.unpack_from("<8sII", page)
-    require(magic == MAGIC and version == 1, "not a shard of version 1")
+    require(magic == MAGIC and version == 2, "not a shard of version 2")
     require(page[-8:] == xxhash.xxh3_64(page[:-8]).intdigest().to_bytes(8, "little"), "header")
     header = json.loads(page[16 : 16 + length])
     require(not any(page[16 + length : -8]), "reserved bytes of the header are not zero")
@@ -95,7 +96,7 @@ def read_shard(path: Path) -> Shard:
 def _tables(
     sections: dict[str, dict[str, Any]], index: bytes, position: int
 ) -> tuple[dict[str, tuple[I64, I64]], int]:
-    """(compressed sizes, escapes) of the frames of each exact section, and where they end."""
+    """(sizes, escapes) of the frames of each exact section, and where they end."""
     tables = {}
     for name, section in sections.items():
         per_frame = section.get("frame_records", 0)
@@ -122,12 +123,12 @@ def read_section(folder: Path, shard: str, section: str, exact_type: str) -> tup
     int4 = _trim(q.astype(np.float32) * scales, shape)
     # 16 q + r is an integer, its 16th part exact: zero is +0 before the scale's sign is applied
     int8 = _trim((16 * q + r).astype(np.float32) / np.float32(16) * scales, shape)
-    bits = _ordered(_round(int8, exact_type)).reshape(-1)
-    steps = _distances(exact, section)
-    return int4, int8, _unordered((bits + steps) % 65536).reshape(shape)
+    codes = (16 * q + r).reshape(shape[0], -1)
+    weights = _weights(exact, section, codes, scales.reshape(shape[0], -1), exact_type)
+    return int4, int8, weights.reshape(shape)
 
 
-def _codes(packed: U8) -> npt.NDArray[np.int32]:
+def _codes(packed: U8) -> I32:
     """Bytes [groups, 16] to codes [groups, 32]: all low nibbles, then all high ones."""
     return np.hstack((packed & 15, packed >> 4)).astype(np.int32) - 8
 
@@ -136,45 +137,77 @@ def _trim(values: F32, shape: tuple[int, int, int]) -> F32:
     return np.ascontiguousarray(values.reshape(*shape[:2], -1)[..., : shape[2]])
 
 
-def _round(values: F32, exact_type: str) -> U16:
-    if exact_type == "f16":
-        with np.errstate(over="ignore"):
-            return values.astype("<f2").view(np.uint16)
-    bits = values.view(np.uint32).astype(np.uint64)
-    half, odd = np.uint64(0x7FFF), (bits >> np.uint64(16)) & np.uint64(1)
-    return ((bits + half + odd) >> np.uint64(16)).astype(np.uint16)
-
-
-def _ordered(bits: U16) -> I64:
-    wide = bits.astype(np.int64)
-    return np.where(wide >= 0x8000, 0xFFFF - wide, wide + 0x8000)
-
-
-def _unordered(keys: I64) -> U16:
-    return np.where(keys >= 0x8000, keys - 0x8000, 0xFFFF - keys).astype(np.uint16)
-
-
-def _distances(shard: Shard, section: str) -> I64:
-    """All frames, each decompressed on its own."""
+def _weights(shard: Shard, section: str, codes: I32, scales: F32, exact_type: str) -> U16:
+    """All frames, each read on its own: u16 [weights of the section]."""
     facts = shard.sections[section]
     sizes, escapes = shard.frame_nbytes[section], shard.escapes[section]
     require(int(sizes.sum()) == facts["nbytes"], "frames do not add up")
-    data, parts, position = shard.data[section], [], 0
+    magnitudes = np.arange(0x7F80 if exact_type == "bf16" else 0x7C00)
+    if exact_type == "bf16":
+        table = (magnitudes.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    else:
+        table = magnitudes.astype(np.uint16).view(np.float16).astype(np.float64)
+    parts, position = [], 0
     for frame, (nbytes, escaped) in enumerate(zip(sizes.tolist(), escapes.tolist(), strict=True)):
-        first = frame * facts["frame_records"]
-        records = min(facts["frame_records"], facts["records"] - first)
-        weights = records * facts["vectors"] * facts["length"]
-        content_nbytes = weights + 2 * escaped
-        packed = data[position : position + nbytes]
-        require(zstandard.frame_content_size(packed) == content_nbytes, "content size")
-        content = zstandard.ZstdDecompressor().decompress(packed)
-        steps = np.frombuffer(content, "<i1", weights).astype(np.int64)
-        wide = np.frombuffer(content, "<i2", offset=weights)
-        require(np.count_nonzero(steps == -128) == len(wide), "escapes")
-        steps[steps == -128] = wide
-        parts.append(steps)
+        rows = slice(frame * facts["frame_records"], (frame + 1) * facts["frame_records"])
+        data = shard.data[section][position : position + nbytes]
+        parts.append(_frame(data, escaped, codes[rows], scales[rows], facts, table))
         position += nbytes
     return np.concatenate(parts)
+
+
+def _frame(
+    data: bytes, escaped: int, codes: I32, scales: F32, facts: dict[str, Any], table: F64
+) -> U16:
+    """The weights of one frame; table: every magnitude there is, by its bits."""
+    bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
+    length = facts["length"]
+    groups = -(-length // GROUP)
+    out, used = [], 0
+    for record, record_scales in zip(codes, scales, strict=True):
+        found = np.empty(len(record), np.int64)
+        for start in range(0, len(record), 2 * GROUP):
+            pair = slice(start, min(start + 2 * GROUP, len(record)))
+            where = np.arange(pair.start, pair.stop)
+            padding = where % (GROUP * groups) >= length
+            found[pair], used = _pair(
+                record[pair], record_scales[where // GROUP], padding, table, bits, used
+            )
+        out.append(found.reshape(facts["vectors"], -1)[:, :length].reshape(-1))
+    weights = np.concatenate(out).astype(np.uint16)
+    plane_nbytes = -(-used // 8)
+    require(len(data) == plane_nbytes + 6 * escaped, "a frame has another size")
+    before = -1
+    for at in range(plane_nbytes, len(data), 6):
+        place, weight = struct.unpack_from("<IH", data, at)
+        require(before < place < len(weights), "escapes are out of order")
+        weights[place] = weight
+        before = place
+    return weights
+
+
+def _pair(
+    n: I32, scales: F32, padding: npt.NDArray[np.bool_], table: F64, bits: U8, used: int
+) -> tuple[I64, int]:
+    """Weights of two groups (or one), with those of padding, and how many bits are used now."""
+    m, unit = np.abs(n), np.abs(scales).astype(np.float64) / 32
+    is_top = n % 16 == 7
+    from_ = np.where(n == 0, 0, 2 * m - 1 - (is_top & (n < 0)))
+    to = 2 * m + 1 + (is_top & (n > 0))
+    first = np.searchsorted(table, unit * from_, side="left")  # beyond the largest: infinity
+    final = np.searchsorted(table, unit * to, side="right") - 1
+    last = np.where(n == 0, 2 * final + 1, np.maximum(final, first) - first)
+    sizes = np.array([int(number).bit_length() for number in last])
+    width = np.where(padding, 0, sizes)
+    u = np.zeros(len(n), np.int64)
+    for k in range(int(width.max(initial=0))):
+        holders = np.flatnonzero(width > k)
+        require(used + len(holders) <= len(bits), "a frame is too short")
+        u[holders] += bits[used : used + len(holders)].astype(np.int64) << k
+        used += len(holders)
+    negative = (n < 0) != np.signbit(scales)
+    weights = np.where(n == 0, u // 2 + 0x8000 * (u % 2), first + u + 0x8000 * negative)
+    return weights, used
 
 
 def shard_groups(manifest: dict[str, Any]) -> list[str]:

@@ -41,7 +41,7 @@ def options_for(mix: Mix, **changes: Any) -> RunOptions:
 def plan_of(bundle: Bundle, options: RunOptions) -> Plan:
     config = config_of(bundle)
     shape = run_shape(bundle, config, options)
-    return plan_for(bundle, config, shape, importance_of(bundle), options)
+    return plan_for(bundle, config, shape, importance_of(bundle), options)[1]
 
 
 def decode(engine: Engine) -> Run:

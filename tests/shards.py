@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from m2c.bundle.exact import encode_frames
-from m2c.bundle.planes import GROUP, RecordLayout
+from m2c.bundle.exact import encode_frames, round_to
+from m2c.bundle.planes import GROUP, RecordLayout, quantize
 from m2c.bundle.shard import BLOCK, MAGIC, PAGE, VERSION, read_index, shard_writer
 from m2c.bundle.strict import dump_json
 
@@ -33,14 +33,16 @@ def write_int4(path: Path, records: int = 300) -> list[np.ndarray]:
 
 
 def write_exact(path: Path) -> tuple[bytes, np.ndarray, np.ndarray]:
-    """One section of 7 records in frames of 2; returns its bytes and tables."""
+    """One section of 7 records in frames of 2, some weights escaped; returns bytes and tables."""
     rng = np.random.default_rng(1)
-    true = rng.integers(0, 1 << 16, (7, 60)).astype(np.uint16)
-    base = np.where(rng.random(true.shape) < 0.9, true, 0).astype(np.uint16)
-    frames = encode_frames(true, base, 2)
+    values, layout = rng.standard_normal((7, 3, 20)).astype(np.float32), RecordLayout(3, 20)
+    int4, int8, _ = quantize(values)
+    values[rng.random(values.shape) < 0.1] = 0
+    true = round_to(values, "bf16").reshape(7, -1)
+    frames = encode_frames(true, int4, int8, layout, exact_type="bf16", frame_records=2)
     with shard_writer(path, "fp16", RECIPE) as writer:
         writer.write_frames(frames)
-        writer.end_section("ffn", RecordLayout(3, 20), 7, 2)
+        writer.end_section("ffn", layout, 7, 2)
     return frames.data, frames.nbytes, frames.escapes
 
 

@@ -69,9 +69,11 @@ def test_profile_pack_run_without_repeating_a_name(tiny_checkpoint: Path, tmp_pa
     said = m2c("run", "--prompt", "hello", "--max-tokens", 4)
     assert said.code == 0
     first, expected, last = said.err.splitlines()
-    assert re.fullmatch(r"m2c: expecting \d.* tok/s: all weights in memory", expected)
+    assert re.fullmatch(
+        r"m2c: exact mode, expecting \d.* tok/s \(mixed \d.*\): all weights in memory", expected
+    )
     assert first == f"m2c: using {tmp_path / 'checkpoint.m2c'} (the bundle packed last)"
-    assert re.match(r"m2c: TTFT .* decode .* tok/s.*stopped at --max-tokens", last)
+    assert re.match(r"m2c: TTFT .* decode .* tok/s.* tokens per pass", last)
     assert m2c_ok("check", "--source", tiny_checkpoint).endswith(
         f"ok (every byte, bit-exact copy of {tiny_checkpoint})\n"
     )
@@ -217,7 +219,8 @@ def test_every_alias_has_a_plan(alias: str) -> None:
 
 
 def test_plan_options_only_say(bundle: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    assert m2c_ok("run", bundle, "--plan").startswith("mix 0/25/75")
+    assert m2c_ok("run", bundle, "--plan", "--mode", "mixed").startswith("mix 0/25/75")
+    assert m2c_ok("run", bundle, "--plan").startswith("exact mode at fp16, drafts from INT4")
     m2c_ok("profile", tiny_checkpoint, "--tokens", 32)
     said = m2c("pack", "--ssd", tmp_path, "--dry-run")
     assert (said.code, said.out) == (0, "")

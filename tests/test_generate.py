@@ -56,7 +56,7 @@ def engine_for(
     stats = StoreStats(LinkStats(), LinkStats())
     return SimpleNamespace(
         model=model, tokenizer=tokenizer or small_tokenizer(), config=model.config,
-        shape=SimpleNamespace(ctx_size=ctx_size),
+        shape=SimpleNamespace(ctx_size=ctx_size), speculates=False,
         store=SimpleNamespace(stats=stats, reset_stats=lambda: None),
     )  # fmt: skip
 

@@ -36,8 +36,7 @@ def make_rows(
     values = widen(true, exact_type).reshape(drawn.shape).astype(np.float64)
     if precision == "exact":
         return ExactRows(layout, as_exact_tensor(true, exact_type)), values
-    base = round_to(approximate, exact_type).reshape(count, -1)
-    encoded = encode_frames(true, base, 4)
+    encoded = encode_frames(true, int4, int8, layout, exact_type=exact_type, frame_records=4)
     frames = ExactFrames(
         np.frombuffer(encoded.data, np.uint8), encoded.nbytes, encoded.escapes, 4, exact_type
     )

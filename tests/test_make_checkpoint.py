@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import math
 from pathlib import Path
 from types import ModuleType
 
@@ -114,3 +115,15 @@ def test_a_tensor_does_not_depend_on_how_it_is_drawn_in_parts(
     )  # fmt: skip
     assert drawn.unique().numel() > 10_000  # no part repeats another
     assert drawn.std().item() == pytest.approx(1 / (160 * 16) ** 0.5, rel=0.05)
+
+
+def test_dithering_is_one_step_of_each_groups_own_grid(script: ModuleType) -> None:
+    generator = torch.Generator().manual_seed(2)
+    steps = torch.tensor([[0.01], [3.0], [0.0], [1e-5]])
+    levels = torch.arange(32).roll(5).remainder(16).float().sub(8)
+    grid = (steps * levels).view(2, 64)
+    moved = (script.dithered(grid, generator) - grid).view(4, 32)
+    shares = (moved / steps)[[0, 1, 3]]
+    assert shares.abs().max() <= 0.501
+    assert shares.std() == pytest.approx(1 / math.sqrt(12), rel=0.1)
+    assert not moved[2].any()  # one level only: its step is not known

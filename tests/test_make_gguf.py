@@ -63,6 +63,27 @@ def test_every_weight_comes_back(
         assert torch.equal(written.read(name), expected), name
 
 
+def test_the_tokenizer_of_another_file_is_copied(script: ModuleType, tmp_path: Path) -> None:
+    known = {
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a", "b", "<end>"],
+        "tokenizer.ggml.token_type": [1, 1, 3], "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.add_bos_token": False, "tokenizer.chat_template": "{{ messages }}",
+    }  # fmt: skip
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "llama")
+    for name, value in {**known, "llama.block_count": 99}.items():
+        writer.add_key_value(name, value, gguf.GGUFValueType.get_type(value))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    source = open_checkpoint(write_checkpoint(tmp_path / "source", dtype="f16"))
+    script.write_gguf(source, tmp_path / "a.gguf", tokenizer=tmp_path / "other.gguf")
+    fields = gguf.GGUFReader(tmp_path / "a.gguf").fields
+    copied = {name: f.contents() for name, f in fields.items() if name.startswith("tokenizer.")}
+    assert copied == known
+    assert fields["llama.block_count"].contents() == 2
+
+
 def test_rows_and_layers_are_in_the_order_of_llama_cpp(script: ModuleType, tmp_path: Path) -> None:
     """Read by the gguf package: our own reader would forgive what our own writer does."""
     source = open_checkpoint(write_checkpoint(tmp_path / "source", dtype="f16"))

@@ -4,11 +4,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import xxhash
-from shards import lie, page_of, write_exact, write_int4
+from shards import RECIPE, lie, page_of, write_exact, write_int4
 
-from m2c.bundle.shard import PAGE, read_index
+from m2c.bundle.exact import encode_frames, round_to
+from m2c.bundle.planes import RecordLayout, quantize
+from m2c.bundle.shard import PAGE, read_index, shard_writer
 from m2c.errors import BadInput
 
 HUGE = (1 << 62) - 1
@@ -98,8 +101,8 @@ def test_sections_in_another_order(tmp_path: Path) -> None:
 def test_another_version_says_which(shard: Path, tmp_path: Path) -> None:
     facts = asdict(read_index(shard).header)
     copy = tmp_path / "copy"
-    copy.write_bytes(page_of(facts, version=2) + shard.read_bytes()[PAGE:])
-    with pytest.raises(BadInput, match="shard format 2, this m2c reads 1"):
+    copy.write_bytes(page_of(facts, version=1) + shard.read_bytes()[PAGE:])
+    with pytest.raises(BadInput, match="shard format 1, this m2c reads 2"):
         read_index(copy)
 
 
@@ -111,17 +114,57 @@ def test_bytes_hidden_in_the_header_page(shard: Path, tmp_path: Path) -> None:
         read_index(copy)
 
 
-@pytest.mark.parametrize("table", [0, 1])
-def test_frame_tables_that_lie(tmp_path: Path, table: int) -> None:
-    """Sizes that do not add up, and more escapes than a frame has weights."""
-    path = tmp_path / "a"
-    write_exact(path)
+def set_tables(path: Path, nbytes: list[int], escapes: list[int]) -> None:
+    """Other frame tables in the shard of `write_exact`, with a checksum that is right."""
     index = read_index(path)
     data = bytearray(path.read_bytes())
     end = PAGE + index.header.payload_nbytes
-    at = end + 8 * len(index.block_hashes) + table * 4 * 4
-    data[at : at + 4] = (1 << 31).to_bytes(4, "little")
+    at = end + 8 * len(index.block_hashes)
+    data[at:-8] = np.array(nbytes + escapes, "<u4").tobytes()
     data[-8:] = xxhash.xxh3_64_intdigest(bytes(data[end:-8])).to_bytes(8, "little")
     path.write_bytes(data)
-    with pytest.raises(BadInput, match=("add up", "impossible frame")[table]):
+
+
+@pytest.mark.parametrize("change", [(0, 1), (3, -1), (2, 1 << 31)])
+def test_frame_sizes_that_do_not_add_up(tmp_path: Path, change: tuple[int, int]) -> None:
+    _, nbytes, escapes = write_exact(tmp_path / "a")
+    sizes = nbytes.tolist()
+    sizes[change[0]] += change[1]
+    set_tables(tmp_path / "a", sizes, escapes.tolist())
+    with pytest.raises(BadInput, match="add up"):
+        read_index(tmp_path / "a")
+
+
+@pytest.mark.parametrize("kind", ["more than weights", "more than bytes", "bytes for none"])
+def test_frames_that_cannot_be(tmp_path: Path, kind: str) -> None:
+    """Each frame has 2 records of 60 weights, so at most 240 bytes beside its escapes."""
+    _, sizes, listed = write_exact(tmp_path / "a")
+    nbytes, escapes = sizes.tolist(), listed.tolist()
+    if kind == "more than weights":
+        escapes[1] = 1 << 31
+    elif kind == "more than bytes":
+        escapes[2] = nbytes[2] // 6 + 1
+    else:
+        nbytes, escapes = [sum(nbytes), 0, 0, 0], [0, 0, 0, 0]
+        assert nbytes[0] > 240
+    set_tables(tmp_path / "a", nbytes, escapes)
+    with pytest.raises(BadInput, match="impossible frame"):
+        read_index(tmp_path / "a")
+
+
+def test_frames_that_are_too_large(tmp_path: Path) -> None:
+    """Readers set memory aside for a frame; one record may be of any size."""
+    layout, records = RecordLayout(1, 1 << 15), 3
+    path, rng = tmp_path / "a", np.random.default_rng(0)
+    values = rng.standard_normal((records, 1, layout.length)).astype(np.float32)
+    int4, int8, _ = quantize(values)
+    true = round_to(values, "bf16").reshape(records, -1)
+    for per_frame in (1, 2, 3):
+        frames = encode_frames(true, int4, int8, layout, exact_type="bf16", frame_records=per_frame)
+        with shard_writer(path, "fp16", RECIPE) as writer:
+            writer.write_frames(frames)
+            writer.end_section("m", layout, records, per_frame)
+        if per_frame < 3:
+            assert read_index(path).header.sections[0].frame_records == per_frame
+    with pytest.raises(BadInput, match="'m' has frames that are too large"):
         read_index(path)

@@ -17,10 +17,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import torch
-import zstandard
 from torch import Tensor
 
-from m2c.bundle.exact import ZSTD_LEVEL, Frames, encode_frames, round_to, widen
+from m2c.bundle.exact import Frames, encode_frames, round_to, widen
 from m2c.bundle.planes import GROUP, RecordLayout, group_weights, quantize
 from m2c.bundle.shard import PLANES, ShardWriter, shard_writer
 from m2c.errors import BadInput
@@ -29,7 +28,7 @@ from m2c.kernels.workers import Workers
 
 PIECE_WEIGHTS: Final = 1 << 17
 _PIECES_AT_ONCE: Final = 8  # per thread
-_FRAME_WEIGHTS: Final = 1 << 14  # smaller frames pay for their own entropy table
+_FRAME_WEIGHTS: Final = 1 << 14  # smaller frames pay for their entries in the index
 _TORCH_TYPES: Final = {"bf16": torch.bfloat16, "f16": torch.float16}
 
 F32 = npt.NDArray[np.float32]
@@ -194,24 +193,21 @@ def _encode_slowly(bits: U16, matrix: Matrix, exact_type: str) -> Encoded | None
     if not np.isfinite(values).all():
         return None
     shape = (len(bits), matrix.layout.vectors, matrix.layout.length)
-    int4, int8, approximate = quantize(values.reshape(shape), matrix.importance)
-    base = round_to(approximate, exact_type).reshape(bits.shape)
-    return Encoded(int4, int8, encode_frames(bits, base, matrix.frame_records))
+    int4, int8, _ = quantize(values.reshape(shape), matrix.importance)
+    frames = encode_frames(
+        bits, int4, int8, matrix.layout, exact_type=exact_type, frame_records=matrix.frame_records
+    )
+    return Encoded(int4, int8, frames)
 
 
 def _encode_natively(
     bits: U16, matrix: Matrix, exact_type: str, encoder: Encoder
 ) -> Encoded | None:
-    codes = encoder.encode(
+    planes = encoder.encode(
         bits, matrix.group_weights, matrix.layout, exact_type=exact_type,
         frame_records=matrix.frame_records,
     )  # fmt: skip
-    if codes is None:
-        return None
-    compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_content_size=True)
-    parts = [compressor.compress(frame.data) for frame in codes.frames]
-    sizes = np.array([len(part) for part in parts], np.uint32)
-    return Encoded(codes.int4, codes.int8, Frames(b"".join(parts), sizes, codes.escapes))
+    return None if planes is None else Encoded(*planes)
 
 
 def _write_section(

@@ -5,7 +5,8 @@ Knows nothing about sampling, text streams or printing.
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -17,6 +18,7 @@ from m2c.contents import config_of, importance_of, tokenizer_of, vectors_of
 from m2c.disk import DEFAULT, disk_profile
 from m2c.errors import DoesNotFit, UsageError
 from m2c.hardware import auto_dram, auto_threads
+from m2c.kernels.dispatch import exact_weights
 from m2c.kernels.native import computes_natively
 from m2c.kernels.workers import Workers
 from m2c.model.config import ModelConfig
@@ -29,6 +31,7 @@ from m2c.model.footprint import (
 from m2c.model.kv import KvCache
 from m2c.model.mix import Mix
 from m2c.model.transformer import Transformer
+from m2c.speculate import MOST_AT_ONCE
 from m2c.tiers.plan import DEPTH, Budget, Plan, make_plan
 from m2c.tiers.policies import POLICY_NAMES
 from m2c.tiers.store import NeuronStore
@@ -55,6 +58,7 @@ class RunOptions:
     policy: str | None = None
     depth: int = DEPTH
     kernel: str = "auto"  # native.CHOICES
+    speculate: bool = False  # draft tokens, verify several in a pass
 
 
 class Engine:
@@ -69,9 +73,10 @@ class Engine:
         self.bundle = bundle
         self.closing = ExitStack()  # what else ends with this engine
         self.config = config_of(bundle)
-        self.shape = run_shape(bundle, self.config, options)
         importance = importance_of(bundle)
-        self.plan = plan_for(bundle, self.config, self.shape, importance, options)
+        shape = run_shape(bundle, self.config, options)
+        self.shape, self.plan = plan_for(bundle, self.config, shape, importance, options)
+        self.speculates = options.speculate
         self.tokenizer = tokenizer or tokenizer_of(bundle)
         device = torch.device(options.device)
         threads = self.shape.threads if device.type == "cpu" else 1
@@ -81,6 +86,7 @@ class Engine:
         self.store = NeuronStore(
             bundle, self.plan, self.shape.precisions, device=device, progress=progress,
             io_threads=self.disk.depth, request_blocks=self.disk.request_nbytes // BLOCK,
+            decode=partial(exact_weights, workers=self.workers),
         )  # fmt: skip
         vectors = {k: v.to(device) for k, v in vectors_of(bundle, self.config).items()}
         norms = [
@@ -89,8 +95,14 @@ class Engine:
         kv = KvCache(self.config, self.shape.ctx_size, kv_type=self.shape.kv_type, device=device)
         self.model = Transformer(
             self.config, self.store, vectors=vectors, down_norms=norms, mix=self.shape.mix, kv=kv,
-            workers=self.workers, record=record,
+            workers=self.workers, upgrade=self.store.upgrade, record=record,
         )  # fmt: skip
+        self.draft: Transformer | None = None
+        if self.store.draft is not None:
+            self.draft = Transformer(
+                self.config, self.store.draft, vectors=vectors, down_norms=norms,
+                mix=Mix(0, 0, 100), kv=kv, workers=self.workers,
+            )  # fmt: skip
 
     def __enter__(self) -> "Engine":
         return self
@@ -153,16 +165,46 @@ def policy_for(options: RunOptions, budget: Budget) -> str:
 def plan_for(
     bundle: Bundle, config: ModelConfig, shape: RunShape, importance: Importance,
     options: RunOptions,
-) -> Plan:  # fmt: skip
-    """Raises DoesNotFit naming the smallest budget that works."""
-    footprint = footprint_of_bundle(bundle, config, shape, importance.hit_share)
+) -> tuple[RunShape, Plan]:  # fmt: skip
+    """The plan, and the shape it is for. Raises DoesNotFit naming a budget that works."""
     budget = budget_for(options)
-    try:
-        return make_plan(footprint, budget, policy=policy_for(options, budget), depth=options.depth)
-    except DoesNotFit as error:
-        if options.dram is None:
-            raise DoesNotFit(f"not enough free memory: {error.message}", error.hint) from None
-        raise
+    policy = policy_for(options, budget)
+    shapes = speculative_shapes(shape, budget) if options.speculate else [shape]
+    for at, candidate in enumerate(shapes):
+        footprint = footprint_of_bundle(bundle, config, candidate, importance.hit_share)
+        try:
+            plan = make_plan(footprint, budget, policy=policy, depth=options.depth)
+        except DoesNotFit as error:
+            if at + 1 < len(shapes):
+                continue
+            if options.dram is None:
+                raise DoesNotFit(f"not enough free memory: {error.message}", error.hint) from None
+            raise
+        # 16-bit weights in memory save their decoding, but only all of them save the reading
+        if not (plan.streamed and at + 1 < len(shapes) and not candidate.stored):
+            return candidate, plan
+    raise AssertionError("the last shape is taken or refused")
+
+
+def speculative_shapes(shape: RunShape, budget: Budget) -> list[RunShape]:
+    """Ways to verify drafts, the fastest first.
+
+    With the INT4 planes in memory to draft with, or, where they do not fit, without. Exact weights
+    are kept decoded if all of them fit, else as stored.
+    """
+    if budget.hbm:
+        raise UsageError("exact mode computes in DRAM", "leave out --hbm and --device")
+    if not shape.mix.is_uniform or shape.dense != shape.mix.floor:
+        raise UsageError("exact mode verifies at one precision", "leave out --mix and --dense")
+    shape = replace(shape, at_once=MOST_AT_ONCE)
+    if shape.mix.floor == "int4":
+        return [shape]
+    if shape.mix.floor == "int8":
+        return [replace(shape, drafts=True, stored=True), shape]
+    return [
+        replace(shape, drafts=True), replace(shape, drafts=True, stored=True),
+        replace(shape, stored=True),
+    ]  # fmt: skip
 
 
 def plan_without_weights(config: ModelConfig, options: RunOptions) -> tuple[Plan, RunShape, int]:

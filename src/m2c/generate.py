@@ -17,8 +17,11 @@ from m2c.hardware import peak_memory
 from m2c.model.footprint import batch_tokens
 from m2c.model.transformer import Transformer
 from m2c.sampling import Sampler
+from m2c.speculate import Speculation, Speculator
 from m2c.tiers.store import StoreStats
 from m2c.tokenizer import StreamDecoder
+
+_Steps = tuple[Iterator[int], "Speculation | None"]
 
 
 @dataclass
@@ -33,11 +36,12 @@ class GenerationStats:
     finish_reason: str = ""  # "stop", "length" or "context"
     prefill_ssd_nbytes: int = 0
     decode: StoreStats | None = None
+    speculation: Speculation | None = None
     peak_memory_nbytes: int = 0
 
     @property
     def decode_steps(self) -> int:
-        """Forward passes of one token."""
+        """Tokens after the first one."""
         return max(0, self.generated_tokens - 1)
 
     @property
@@ -80,6 +84,18 @@ def generate_step(model: Transformer, ids: Sequence[int], sampler: Sampler) -> I
         logits = model.forward(np.asarray([token], np.int32))
 
 
+def _steps(engine: Engine, ids: Sequence[int], sampler: Sampler, limit: int) -> _Steps:
+    """How the engine's mode makes tokens, and the figures that this adds to."""
+    if not engine.speculates:
+        return generate_step(engine.model, ids, sampler), None
+    speculator = Speculator(engine.model, engine.draft, sampler)
+
+    def tokens() -> Iterator[int]:
+        yield from speculator.tokens(prefill(engine.model, ids), ids, limit)
+
+    return tokens(), speculator.figures
+
+
 def stream_generate(
     engine: Engine, ids: Sequence[int], sampler: Sampler, *, max_tokens: int,
     stop: Sequence[str] = (),
@@ -98,7 +114,8 @@ def stream_generate(
     begin = mark = time.perf_counter()
     engine.store.reset_stats()
     stats.finish_reason = "context"
-    for token in generate_step(engine.model, ids, sampler):
+    steps, stats.speculation = _steps(engine, ids, sampler, max_tokens)
+    for token in steps:
         now = time.perf_counter()
         if not stats.generated_tokens:
             stats.ttft_s = stats.prefill_s = now - begin

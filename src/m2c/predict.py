@@ -11,8 +11,11 @@ from typing import Final
 
 import torch
 
+from m2c.depth import MOST
 from m2c.engine import Engine
 from m2c.hardware import probe_dram
+from m2c.model.config import parameter_count
+from m2c.model.footprint import RunShape
 from m2c.tiers.plan import Plan
 from m2c.tiers.store import StoreStats
 from m2c.units import MiB
@@ -21,6 +24,12 @@ from m2c.units import MiB
 _EFFICIENCY: Final = 0.88
 _LAYER_S: Final = 0.0001  # Python between the kernels of a layer
 _MIXED_LAYER_S: Final = 0.0004  # ranking and gathering besides
+# of a thread with AVX-512: weights decoded a second, and products of weights and activations
+_DECODED: Final = 0.9e9
+_PRODUCTS: Final = {"fp16": 30e9, "int8": 50e9, "int4": 60e9}
+# share of drafted tokens that are right: by the INT4 planes, and by looking up the text so far
+_ACCEPTED: Final = 0.9
+_LOOKED_UP: Final = 0.3
 _ENOUGH_NBYTES: Final = 64 * MiB
 _READ_NBYTES: Final = 256 * MiB
 
@@ -62,6 +71,40 @@ def predicted_tps(plan: Plan, speeds: Speeds) -> float:
         compute_s = plan.compute_nbytes_per_token / (_EFFICIENCY * speeds.memory)
         seconds.append(compute_s + plan.footprint.layers * layer_s)
     return 1 / max(seconds) if max(seconds) else 0.0
+
+
+def predicted_exact_tps(plan: Plan, shape: RunShape, weights: int, speeds: Speeds) -> float:
+    """Tokens per second of drafting and verifying, at the depth that suits the costs.
+
+    weights: of the model. How often drafts are right is a guess until they are: it depends on the
+    text.
+    """
+    footprint, threads = plan.footprint, shape.threads
+    draft_s = 0.0
+    if shape.drafts:
+        draft_s = footprint.draft_nbytes / (_EFFICIENCY * speeds.memory)
+        draft_s += footprint.layers * _LAYER_S
+    read_s = plan.ssd_nbytes_per_token / speeds.ssd if speeds.ssd else 0.0
+    decode_s = weights / (_DECODED * threads) if shape.stored and shape.dense == "fp16" else 0.0
+    more_s = weights / (_PRODUCTS[shape.dense] * threads)
+    memory_s = plan.compute_nbytes_per_token / (_EFFICIENCY * speeds.memory)
+    chance = _ACCEPTED if shape.drafts else _LOOKED_UP
+    best, tokens = 0.0, 1.0
+    for depth in range(MOST + 1):
+        tokens += chance**depth if depth else 0.0
+        compute_s = max(memory_s, decode_s + (depth + 1) * more_s)
+        seconds = depth * draft_s + max(read_s, compute_s + footprint.layers * _LAYER_S)
+        best = max(best, tokens / seconds)
+    return best
+
+
+def expected_tps(engine: Engine, stats: StoreStats | None = None) -> float:
+    """Tokens per second of the engine's mode on this machine as it is now."""
+    speeds = measured_speeds(engine, stats)
+    if not engine.speculates:
+        return predicted_tps(engine.plan, speeds)
+    weights = parameter_count(engine.config)
+    return predicted_exact_tps(engine.plan, engine.shape, weights, speeds)
 
 
 def _memory_speed(engine: Engine) -> float:

@@ -1,1 +1,1 @@
-"""What the bytes of a bundle mean. numpy, zstandard, xxhash and the standard library; no torch."""
+"""What the bytes of a bundle mean. numpy, xxhash and the standard library; no torch."""

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from m2c.bundle.exact import Frames
+from m2c.bundle.exact import ESCAPE_NBYTES, Frames
 from m2c.bundle.files import atomic_file, disk_errors
 from m2c.bundle.planes import GROUP, RecordLayout
 from m2c.bundle.strict import decode, dump_json, load_json
@@ -28,13 +28,15 @@ from m2c.errors import BadInput
 
 PLANES: Final = ("int4", "int8", "fp16")
 MAGIC: Final = b"\x93m2c\r\n\x1a\n"
-VERSION: Final = 1
+VERSION: Final = 2
 PAGE: Final = 4096
 BLOCK: Final = 64 << 10
+FRAME_WEIGHTS: Final = 1 << 16  # most in a frame of several records: what readers set aside
 _PREFIX = struct.Struct("<8sII")  # magic, version, bytes of JSON
 _HASH = struct.Struct("<Q")
 
 U8 = npt.NDArray[np.uint8]
+U32 = npt.NDArray[np.uint32]
 
 
 @dataclass(frozen=True)
@@ -206,13 +208,19 @@ def _split_index(path: Path, header: ShardHeader, page: bytes, index: bytes) -> 
         for table in (nbytes, escapes):
             table[section.name] = np.frombuffer(index, "<u4", section.frames, position)
             position += section.frames * 4
-        weights = section.frame_records * section.vectors * section.length
-        if int(nbytes[section.name].sum(dtype=np.uint64)) != section.nbytes:
-            raise BadInput(f"{path}: frame sizes do not add up", "pack the model again")
-        if (escapes[section.name] > weights).any():
-            raise BadInput(f"{path}: impossible frame", "pack the model again")
+        _check_frames(section, nbytes[section.name], escapes[section.name], path)
     digest = xxhash.xxh3_128_hexdigest(page + index)
     return ShardIndex(path, header, hashes, nbytes, escapes, digest)
+
+
+def _check_frames(section: Section, nbytes: U32, escapes: U32, path: Path) -> None:
+    if int(nbytes.sum(dtype=np.uint64)) != section.nbytes:
+        raise BadInput(f"{path}: frame sizes do not add up", "pack the model again")
+    weights = section.frame_records * section.vectors * section.length
+    listed = escapes.astype(np.uint64) * np.uint64(ESCAPE_NBYTES)
+    # offsets take at most 16 bits a weight; what they take exactly, only their codes can tell
+    if ((escapes > weights) | (listed > nbytes) | (nbytes - listed > 2 * weights)).any():
+        raise BadInput(f"{path}: impossible frame", "pack the model again")
 
 
 def _index_nbytes(header: ShardHeader) -> int:
@@ -262,12 +270,14 @@ def _check_sections(header: ShardHeader, path: Path) -> None:
         small = 0 < s.vectors <= 8 and 0 < s.length < 1 << 24 and 0 < s.records < 1 << 28
         if not small or s.frame_records > s.records or s.offset != position:
             raise BadInput(f"{path}: malformed section {s.name!r}")
+        if s.frame_records > 1 and s.frame_records * s.vectors * s.length > FRAME_WEIGHTS:
+            raise BadInput(f"{path}: section {s.name!r} has frames that are too large")
         exact = header.plane == "fp16"
         if exact != bool(s.frame_records) or (
             not exact and s.nbytes != s.records * s.layout.nbytes(header.plane)
         ):
             raise BadInput(f"{path}: section {s.name!r} has a wrong size")
-        if exact and s.nbytes > s.frames * 64 + 4 * s.records * s.vectors * s.length:
+        if exact and s.nbytes > (2 + ESCAPE_NBYTES) * s.records * s.vectors * s.length:
             raise BadInput(f"{path}: section {s.name!r} has a wrong size")
         position = align(s.offset + s.nbytes)
     if position != header.payload_nbytes or position >= 1 << 48:

@@ -79,8 +79,9 @@ def _plan(model, chosen: "RunOptions", ssd) -> tuple["Plan", "RunShape", str]:  
     if model is None or find_bundle(model, ssd):
         bundle = open_bundle(bundle_path(model, ssd))
         config = config_of(bundle)
-        shape = run_shape(bundle, config, chosen)
-        plan = plan_for(bundle, config, shape, importance_of(bundle), chosen)
+        shape, plan = plan_for(
+            bundle, config, run_shape(bundle, config, chosen), importance_of(bundle), chosen
+        )
         return plan, shape, f"{bundle.path}"
     alias = alias_config(model)
     config = alias or open_checkpoint(resolve_model(model).path).config

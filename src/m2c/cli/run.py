@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from m2c.bundle.bundle import Bundle
     from m2c.engine import Engine, RunOptions
     from m2c.generate import GenerationStats
+    from m2c.modes import Choice
     from m2c.tokenizer import Tokenizer
 
 _GIVE_ONE = 'give one with --prompt "..." or on stdin'
@@ -43,6 +44,19 @@ def command(
     repeat_penalty: Annotated[float, typer.Option(help="1 is none.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text.")] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Same as --mode exact: the checkpoint's own output.")
+    ] = False,
+    mode: Annotated[
+        str | None,
+        typer.Option(
+            help="exact, mixed or auto [default: auto; mixed if a mix, a policy, a trace or a GPU "
+            "is asked for]."
+        ),
+    ] = None,
+    exact_precision: Annotated[
+        str, typer.Option(help="Precision that exact mode verifies at: fp16, int8 or int4.")
+    ] = "fp16",
     mix: options.Mix = None,
     drop: options.Drop = 0.0,
     dense: options.Dense = None,
@@ -68,8 +82,13 @@ def command(
 
     Only the text goes to stdout; the last line on stderr says what it took. Weights stay where
     the plan puts them: in the top tier, in DRAM, or on the SSD they are read from.
+
+    Mixed mode computes the best neurons of each token at higher precision. Exact mode drafts tokens
+    with the INT4 planes and verifies several in one pass with the checkpoint's own weights: the
+    text is theirs, token for token. Auto takes exact where it is predicted to reach half the speed.
     """
     from m2c.bundle.bundle import open_bundle
+    from m2c.cli.modes import asked_mode, with_mode
     from m2c.cli.names import bundle_path, require_writable
     from m2c.cli.runs import run_options
     from m2c.contents import tokenizer_of
@@ -79,6 +98,8 @@ def command(
         mix=mix, drop=drop, dense=dense, ctx_size=ctx_size, kv=kv, dram=dram, hbm=hbm,
         device=device, policy=policy, depth=depth, threads=threads, kernel=kernel,
     )  # fmt: skip
+    plain = mix is None and dense is None and policy is None and trace is None and not drop
+    mode = asked_mode(mode, exact, plain and device == "cpu" and hbm is None)
     sampler = Sampler(
         SamplingParams(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
@@ -92,13 +113,14 @@ def command(
     opened = open_bundle(bundle_path(bundle, ssd))
     chosen = _with_drop(opened, chosen, drop)
     if plan:
-        _print_plan(opened, chosen)
+        _print_plan(opened, with_mode(opened, chosen, mode, exact_precision).options)
         return
     tokenizer = tokenizer_of(opened)
     ids = _prompt_ids(opened, tokenizer, chosen, _read_prompt(prompt), system, raw)
+    choice = with_mode(opened, chosen, mode, exact_precision)
     _say_price(opened, drop, quiet)
-    with _open_engine(opened, tokenizer, chosen, trace, quiet) as engine:
-        expected = 0.0 if quiet and stats is None else _expected(engine, quiet)
+    with _open_engine(opened, tokenizer, choice.options, trace, quiet) as engine:
+        expected = 0.0 if quiet and stats is None else _expected(engine, choice, quiet)
         if temperature > 0 and seed is None and not quiet:
             say(f"m2c: seed {sampler.seed}")
         figures = _generate(engine, ids, sampler, max_tokens, stop or [], no_stream)
@@ -178,15 +200,16 @@ def _open_engine(
         return tracing_engine(bundle, chosen, trace, advance, tokenizer)
 
 
-def _expected(engine: "Engine", quiet: bool) -> float:
+def _expected(engine: "Engine", choice: "Choice", quiet: bool) -> float:
     """Tokens per second that the plan promises on this machine as it is now, said unless quiet."""
-    from m2c.cli.runs import where_weights_lie
-    from m2c.predict import measured_speeds, predicted_tps
+    from m2c.cli.modes import alternatives
+    from m2c.cli.runs import tps, where_weights_lie
+    from m2c.predict import expected_tps
 
-    expected = predicted_tps(engine.plan, measured_speeds(engine))
+    expected = expected_tps(engine)
     if not quiet:
-        speed = f"{expected:.2f}" if expected < 10 else f"{expected:.0f}"
-        say(f"m2c: expecting {speed} tok/s: {where_weights_lie(engine.plan)}")
+        words = f"{choice.mode} mode, expecting {tps(expected)} tok/s{alternatives(choice)}"
+        say(f"m2c: {words}: {where_weights_lie(engine.plan)}")
     return expected
 
 
@@ -243,7 +266,7 @@ def _print_plan(bundle: "Bundle", chosen: "RunOptions") -> None:
 
     config = config_of(bundle)
     shape = run_shape(bundle, config, chosen)
-    plan = plan_for(bundle, config, shape, importance_of(bundle), chosen)
+    shape, plan = plan_for(bundle, config, shape, importance_of(bundle), chosen)
     for line in describe_plan(plan, shape):
         result(line)
 

@@ -96,16 +96,22 @@ def describe_plan(plan: Plan, shape: RunShape, speeds: Speeds | None = None) -> 
         parts = [f"{names.count(k)} {kinds[k]}" for k in kinds if k in names]
         return ", ".join(parts) or "nothing"
 
-    lines = [
-        f"mix {shape.mix} (FP16/INT8/INT4), attention and head {shape.dense}, "
-        f"context {shape.ctx_size} ({format_size(f.kv_nbytes)} of KV cache)"
-    ]
+    use = "pass" if shape.speculates else "token"
+    context = f"context {shape.ctx_size} ({format_size(f.kv_nbytes)} of KV cache)"
+    if shape.speculates:
+        drafts = f"INT4 planes in memory ({format_size(f.draft_nbytes)})"
+        lines = [
+            f"exact mode at {shape.dense}, drafts from "
+            f"{drafts if shape.drafts else 'the text so far'}, {context}"
+        ]
+    else:
+        lines = [f"mix {shape.mix} (FP16/INT8/INT4), attention and head {shape.dense}, {context}"]
     if plan.budget.hbm:
         lines.append(_tier("HBM", plan.used_hbm, plan.budget.hbm, blocks(plan.in_hbm)))
     lines.append(_tier("DRAM", plan.used_dram, plan.budget.dram, blocks(plan.in_dram)))
     if plan.streamed:
         lines.append(
-            f"SSD   streams {blocks(plan.streamed)} for every token, through a ring of "
+            f"SSD   streams {blocks(plan.streamed)} for every {use}, through a ring of "
             f"{format_size(plan.ring_nbytes)}"
         )
     for u in f.upgrades:
@@ -115,11 +121,11 @@ def describe_plan(plan: Plan, shape: RunShape, speeds: Speeds | None = None) -> 
             f"{plan.prefix[u.plane]} hottest pinned in DRAM"
         )
     lines.append(
-        f"bytes per token: SSD {format_size(plan.ssd_nbytes_per_token)}, "
+        f"bytes per {use}: SSD {format_size(plan.ssd_nbytes_per_token)}, "
         + (f"DRAM to HBM {format_size(plan.link_nbytes_per_token)}, " if plan.budget.hbm else "")
         + f"weights computed {format_size(plan.compute_nbytes_per_token)}"
     )
-    if speeds is not None:
+    if speeds is not None and not shape.speculates:
         lines.append(_bound(plan, speeds))
     return lines
 
@@ -145,6 +151,8 @@ def where_weights_lie(plan: Plan) -> str:
     if not plan.ssd_nbytes_per_token:
         return "all weights in memory"
     read = format_size(plan.ssd_nbytes_per_token)
+    if plan.footprint.draft_nbytes:
+        return f"{read} a pass come from the SSD"
     return f"{read} of {format_size(plan.compute_nbytes_per_token)} a token come from the SSD"
 
 
@@ -185,6 +193,8 @@ def stats_facts(engine: Engine, figures: GenerationStats, predicted: float) -> d
         link_speed = decode.link.nbytes / decode.link.busy_s
         floor_s = max(floor_s, crossed / link_speed)
     return {
+        "mode": "exact" if engine.speculates else "mixed",
+        "speculation": _speculation_facts(engine, figures),
         "mix": str(engine.shape.mix),
         "dense": engine.shape.dense,
         "kernel": engine.workers.kernel,
@@ -212,6 +222,29 @@ def stats_facts(engine: Engine, figures: GenerationStats, predicted: float) -> d
         "peak_memory_nbytes": figures.peak_memory_nbytes,
         "plan": plan_facts(engine.plan),
     }
+
+
+def _speculation_facts(engine: Engine, figures: GenerationStats) -> dict[str, Any] | None:
+    """How drafting and verifying went; None when tokens were decoded one by one."""
+    found, decode = figures.speculation, figures.decode
+    if found is None or decode is None:
+        return None
+    return {
+        "precision": engine.shape.dense,
+        "drafts": "int4 planes" if engine.draft is not None else "text so far",
+        "passes": found.passes,
+        "drafted": found.drafted,
+        "accepted": found.accepted,
+        "acceptance": found.acceptance,
+        "tokens_per_pass": found.tokens_per_pass,
+        "seconds_per_draft_token": found.draft_s / max(1, found.drafted),
+        "seconds_per_pass": found.pass_s / max(1, found.passes),
+    }
+
+
+def tps(value: float) -> str:
+    """Tokens per second with the digits that mean something."""
+    return f"{value:.2f}" if value < 10 else f"{value:.0f}"
 
 
 def summary_line(facts: dict[str, Any]) -> str:
@@ -246,4 +279,15 @@ def _decode_words(facts: dict[str, Any]) -> list[str]:
         shares = [f"{hits[key] / total:.0%} {name}" for key, name in served if hits[key]]
         if shares:
             parts.append(f"{plane.upper()} from " + " + ".join(shares))
+    if speculation := facts["speculation"]:
+        return [*parts, *_speculation_words(speculation)]
     return [*parts, f"{facts['share_of_roof']:.0%} of the roof"]
+
+
+def _speculation_words(facts: dict[str, Any]) -> list[str]:
+    return [
+        f"{facts['acceptance']:.0%} of {facts['drafted']} drafts accepted ({facts['drafts']})",
+        f"{facts['tokens_per_pass']:.1f} tokens per pass",
+        f"{1e3 * facts['seconds_per_draft_token']:.1f} ms per draft token",
+        f"{facts['seconds_per_pass']:.2f} s per pass",
+    ]

@@ -1,11 +1,8 @@
 """The kernels that the model calls: native where it can, the torch reference elsewhere.
 
-Rows that carry their exact plane compressed are decoded piece by piece into 16-bit rows and take
-the same path as rows decoded before: where they lie must not change a bit of the result.
+Rows that carry their exact plane compressed are decoded where they are computed: where they lie
+must not change a bit of the result.
 """
-
-from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,8 +10,7 @@ from torch import Tensor
 from m2c.kernels import reference
 from m2c.kernels.native import NativeKernels
 from m2c.kernels.operands import AttentionCall, Norm
-from m2c.kernels.reference import CHUNK
-from m2c.kernels.rows import ExactRows, PackedRows, Rows, as_exact_tensor
+from m2c.kernels.rows import PackedRows, Rows, as_exact_tensor
 from m2c.kernels.workers import Workers
 
 
@@ -23,8 +19,7 @@ def matmul_rows(x: Tensor, rows: Rows, workers: Workers, *, norm: Norm | None = 
     native = _native(x, rows, workers)
     if native is None:
         return reference.matmul_rows(reference.apply_norm(x, norm), rows, workers)
-    parts = [native.matmul_rows(x, part, norm=norm) for part in _parts(rows, workers)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    return native.matmul_rows(x, rows, norm=norm)
 
 
 def gate_up(
@@ -34,8 +29,7 @@ def gate_up(
     native = _native(x, rows, workers)
     if native is None:
         return reference.gate_up(reference.apply_norm(x, norm), rows, act, workers)
-    parts = [native.gate_up(x, part, act, norm=norm) for part in _parts(rows, workers)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    return native.gate_up(x, rows, act, norm=norm)
 
 
 def down(activations: Tensor, rows: Rows, workers: Workers, *, into: Tensor) -> None:
@@ -43,11 +37,8 @@ def down(activations: Tensor, rows: Rows, workers: Workers, *, into: Tensor) -> 
     native = _native(activations, rows, workers)
     if native is None:
         reference.down(activations, rows, workers, into=into)
-        return
-    start = 0
-    for part in _parts(rows, workers):
-        native.down(activations[:, start : start + len(part)], part, into=into)
-        start += len(part)
+    else:
+        native.down(activations, rows, into=into)
 
 
 def gather_ffn(
@@ -59,12 +50,8 @@ def gather_ffn(
     if native is None:
         x = reference.apply_norm(x, norm)
         reference.gather_ffn(x, rows, act, workers, mask=mask, into=into)
-        return
-    start = 0
-    for part in _parts(rows, workers):
-        own = None if mask is None else mask[:, start : start + len(part)]
-        native.ffn(x, part, act, mask=own, norm=norm, into=into)
-        start += len(part)
+    else:
+        native.ffn(x, rows, act, mask=mask, norm=norm, into=into)
 
 
 def scored_ffn(
@@ -72,7 +59,7 @@ def scored_ffn(
 ) -> Tensor:
     """As `gather_ffn`; returns the activations [tokens, rows] f32, of which scores are made."""
     native = _native(x, rows, workers)
-    if native is None or _has_frames(rows):
+    if native is None:
         activations = gate_up(x, rows, act, workers, norm=norm)
         down(activations, rows, workers, into=into)
         return activations
@@ -97,9 +84,6 @@ def attention(
     native = workers.native
     if native is None or not all(native.takes(x, rows) for rows in call.projections):
         return reference.attention(x, call, start, workers, norm=norm, matmul=matmul_rows)
-    if _has_frames(call.projections[0]):
-        q, k, v, o = (_decoded(rows, workers) for rows in call.projections)
-        call = replace(call, projections=(q, k, v, o))
     out = x.clone()
     native.attention(out, call, start, norm=norm)
     return out
@@ -110,29 +94,10 @@ def _native(x: Tensor, rows: Rows, workers: Workers) -> NativeKernels | None:
     return native if native is not None and len(rows) and native.takes(x, rows) else None
 
 
-def _has_frames(rows: Rows) -> bool:
-    """Whether the exact plane of the rows is still compressed."""
-    return isinstance(rows, PackedRows) and rows.frames is not None
-
-
-def _decoded(rows: Rows, workers: Workers) -> Rows:
-    pieces = [part.weights for part in _parts(rows, workers) if isinstance(part, ExactRows)]
-    return ExactRows(rows.layout, torch.cat(pieces))
-
-
-def _parts(rows: Rows, workers: Workers) -> Iterator[Rows]:
-    """The rows themselves, or their decoded pieces in order, a few at a time."""
-    if not isinstance(rows, PackedRows) or rows.frames is None:
-        yield rows
-        return
-    frames = rows.frames
-
-    def piece(start: int) -> ExactRows:
-        bits = rows.exact_bits(start, min(start + CHUNK, len(rows)))
-        return ExactRows(rows.layout, as_exact_tensor(bits, frames.exact_type))
-
-    window = CHUNK * workers.threads
-    for begin in range(0, len(rows), window):
-        count = -(-min(window, len(rows) - begin) // CHUNK)
-        starts = range(begin, begin + count * CHUNK, CHUNK)
-        yield from workers.map(lambda i, starts=starts: piece(starts[i]), count)  # type: ignore[misc]
+def exact_weights(rows: PackedRows, workers: Workers | None = None) -> Tensor:
+    """The 16-bit weights [rows, vectors * length] of rows with frames."""
+    native = workers.native if workers is not None else None
+    if native is not None and native.takes(rows.int4, rows):
+        return native.decode(rows)
+    assert rows.frames is not None
+    return as_exact_tensor(rows.exact_bits(0, len(rows)), rows.frames.exact_type)

@@ -7,16 +7,18 @@ import ctypes
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from m2c.errors import UsageError
+from m2c.errors import BadInput, UsageError
 from m2c.kernels.operands import AttentionCall, Norm
-from m2c.kernels.rows import ExactRows, Rows
+from m2c.kernels.rows import EXACT_DTYPES, ExactFrames, ExactRows, PackedRows, Rows
 
 CHOICES: Final = ("auto", "torch", "scalar", "avx2", "avx512")
 LIBRARY: Final = Path(__file__).parent / "csrc" / "libm2c.so"
 _POINTER = ctypes.c_void_p
+_DAMAGED: Final = 2
 _WIDE: Final = (torch.bfloat16, torch.float16)
 
 
@@ -26,6 +28,8 @@ class _Rows(ctypes.Structure):
         ("index4", _POINTER), ("index8", _POINTER), ("count", ctypes.c_int64),
         ("vectors", ctypes.c_int32), ("length", ctypes.c_int32), ("groups", ctypes.c_int32),
         ("kind", ctypes.c_int32), ("is_bf16", ctypes.c_int32),
+        ("frames", _POINTER), ("frame_at", _POINTER), ("frame_escapes", _POINTER),
+        ("frame_records", ctypes.c_int64),
     )  # fmt: skip
 
 
@@ -72,7 +76,8 @@ class NativeKernels:
     """The kernels of `reference.py`, for rows and activations in host memory.
 
     Activations meet 4- and 8-bit codes as int8 with a scale per group of 32, as in llama.cpp;
-    16-bit weights meet f32. Results do not depend on threads nor on how many tokens share a call.
+    16-bit weights meet f32; rows with frames are decoded where they are computed, with the bits of
+    rows decoded before. Results do not depend on threads nor on how many tokens share a call.
     """
 
     def __init__(self, choice: str, threads: int) -> None:
@@ -148,6 +153,15 @@ class NativeKernels:
         facts.start = start
         self._run(self._library.m2c_attention, _given(x, norm), facts, _at(x))
 
+    def decode(self, rows: PackedRows) -> Tensor:
+        """The 16-bit weights [rows, vectors * length] of rows with frames."""
+        assert rows.frames is not None
+        layout = rows.layout
+        dtype = EXACT_DTYPES[rows.frames.exact_type]
+        out = torch.empty((len(rows), layout.vectors * layout.length), dtype=dtype)
+        self._run(self._library.m2c_decode, _rows(rows), _at(out))
+        return out
+
     def read(self, data: Tensor) -> None:
         """Read all bytes of contiguous `data` and do nothing with them: to time memory."""
         nbytes = ctypes.c_int64(data.numel() * data.element_size())
@@ -155,13 +169,21 @@ class NativeKernels:
 
     def _run(self, function: Any, *arguments: Any) -> None:
         passed = [ctypes.byref(a) if isinstance(a, ctypes.Structure) else a for a in arguments]
-        if function(self._handle, *passed):
+        failed = function(self._handle, *passed)
+        if failed == _DAMAGED:
+            raise BadInput(
+                "the exact plane holds a damaged frame", "check the bundle with m2c check"
+            )
+        if failed:
             raise MemoryError("no memory for the temporary values of a kernel")
 
 
 def _takes(rows: Rows) -> bool:
     if isinstance(rows, ExactRows):
         return rows.weights.device.type == "cpu" and rows.weights.dtype in _WIDE
+    framed = rows.frames is not None
+    if framed and (rows.index4 is not None or rows.index8 is not None):
+        return False
     return rows.int4.device.type == "cpu"
 
 
@@ -195,8 +217,21 @@ def _make_rows(rows: Rows) -> _Rows:
     if isinstance(rows, ExactRows):
         is_bf16 = rows.weights.dtype == torch.bfloat16
         return _Rows(None, None, _at(rows.weights), None, None, *shape, 16, is_bf16)
-    planes = [rows.int4, rows.int8, None, rows.index4, rows.index8]
-    return _Rows(*(_maybe(p) for p in planes), *shape, 4 if rows.int8 is None else 8, 0)
+    planes = [_maybe(p) for p in (rows.int4, rows.int8, None, rows.index4, rows.index8)]
+    if rows.frames is None:
+        return _Rows(*planes, *shape, 4 if rows.int8 is None else 8, 0)
+    return _Rows(*planes, *shape, 16, rows.frames.exact_type == "bf16", *_frames(rows.frames, rows))
+
+
+def _frames(frames: ExactFrames, rows: PackedRows) -> tuple[int, int, int, int]:
+    """Pointers; what they point to is kept with the rows."""
+    ends = np.concatenate((np.zeros(1, np.int64), np.cumsum(frames.nbytes, dtype=np.int64)))
+    escapes = np.ascontiguousarray(frames.escapes, np.uint32)
+    data = np.ascontiguousarray(frames.data)
+    if -(-len(rows) // frames.frame_records) != len(escapes) or ends[-1] != len(data):
+        raise ValueError("frames and rows do not belong together")
+    rows.__dict__["_c_frames"] = ends, escapes, data
+    return data.ctypes.data, ends.ctypes.data, escapes.ctypes.data, frames.frame_records
 
 
 def _maybe(tensor: Tensor | None) -> Any:

@@ -11,19 +11,22 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from m2c.bundle.exact import apply_distances, decode_frames, round_to
+from m2c.bundle.exact import decode_frames
 from m2c.bundle.planes import CODE_BIAS, GROUP, RecordLayout
+
+U8 = npt.NDArray[np.uint8]
+U32 = npt.NDArray[np.uint32]
 
 EXACT_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 
 
 @dataclass(frozen=True)
 class ExactFrames:
-    """Compressed frames of consecutive rows, on the host."""
+    """Frames of the exact plane of consecutive rows, on the host."""
 
-    data: npt.NDArray[np.uint8]  # [sum(nbytes)]
-    nbytes: npt.NDArray[np.uint32]  # [frames]
-    escapes: npt.NDArray[np.uint32]  # [frames]
+    data: U8  # [sum(nbytes)]
+    nbytes: U32  # [frames]
+    escapes: U32  # [frames]
     frame_records: int
     exact_type: str
 
@@ -82,12 +85,14 @@ class PackedRows:
 
     def exact_bits(self, start: int, stop: int) -> npt.NDArray[np.uint16]:
         """The checkpoint's bits of rows [start, stop): u16 [stop - start, vectors * length]."""
-        if self.frames is None:
+        if self.frames is None or self.int8 is None:
             raise ValueError("rows without their exact plane have no exact bits")
-        base = PackedRows(self.layout, self.int4, self.int8).values(start, stop).numpy()
-        bits = round_to(np.ascontiguousarray(base), self.frames.exact_type).reshape(-1)
-        steps = _decode(self.frames, start, stop, bits.size // max(1, stop - start))
-        return apply_distances(bits, steps).reshape(stop - start, -1)
+        data, nbytes, escapes = _frames_of(self.frames, start, stop)
+        return decode_frames(
+            data, nbytes, escapes, self.int4[start:stop].numpy(), self.int8[start:stop].numpy(),
+            self.layout, exact_type=self.frames.exact_type,
+            frame_records=self.frames.frame_records,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -119,15 +124,12 @@ def as_exact_tensor(bits: npt.NDArray[np.uint16], exact_type: str) -> Tensor:
     return torch.from_numpy(bits.view(np.int16)).view(EXACT_DTYPES[exact_type])
 
 
-def _decode(frames: ExactFrames, start: int, stop: int, weights: int) -> npt.NDArray[np.int16]:
-    per = frames.frame_records
-    first, last = start // per, -(-stop // per)
-    ends = np.cumsum(frames.nbytes, dtype=np.int64)
-    begin = int(ends[first - 1]) if first else 0
-    held = np.full(last - first, per * weights, np.int64)
-    held[-1] = (stop - start) * weights - held[:-1].sum()
-    data = frames.data[begin : int(ends[last - 1])] if last > first else frames.data[:0]
-    return decode_frames(data, held, frames.escapes[first:last])
+def _frames_of(frames: ExactFrames, start: int, stop: int) -> tuple[U8, U32, U32]:
+    """Bytes and tables of the frames of rows [start, stop)."""
+    own = slice(start // frames.frame_records, -(-stop // frames.frame_records))
+    begin = int(frames.nbytes[: own.start].sum(dtype=np.int64))
+    end = begin + int(frames.nbytes[own].sum(dtype=np.int64))
+    return frames.data[begin:end], frames.nbytes[own], frames.escapes[own]
 
 
 def _join(low: Tensor, high: Tensor) -> Tensor:

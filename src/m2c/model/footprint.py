@@ -18,14 +18,14 @@ from m2c.model.config import ModelConfig, dense_matrices
 from m2c.model.ffn import FETCH
 from m2c.model.kv import kv_nbytes
 from m2c.model.mix import Mix
-from m2c.tiers.blocks import block_of
+from m2c.tiers.blocks import Precisions, block_of
 from m2c.tiers.fetch import DECODE_WEIGHTS, staging_nbytes
 from m2c.tiers.plan import BlockFact, Footprint, UpgradeFact
-from m2c.tiers.store import Precisions, head_name
+from m2c.tiers.store import head_name
 from m2c.units import MiB
 
-# exact plane of Gaussian weights, group 32, zstd -1 (BENCHMARKS.md); only for models not packed yet
-ESTIMATED_EXACT_BITS: Final = {"bf16": 4.4, "f16": 7.2}
+# exact plane of Gaussian weights (BENCHMARKS.md); only for models not packed yet
+ESTIMATED_EXACT_BITS: Final = {"bf16": 3.1, "f16": 6.2}
 _ACTIVATIONS_NBYTES: Final = 64 * MiB  # of a prefill batch
 _STAGING_NBYTES: Final = 32 * MiB
 _DECODE_NBYTES: Final = 44  # temporary bytes per weight while the exact plane is decoded
@@ -44,10 +44,17 @@ class RunShape:
     kv_type: str
     threads: int
     native: bool = True  # the C kernels compute: they need less memory than torch
+    drafts: bool = False  # INT4 planes lie in memory to draft with; blocks are what is above them
+    stored: bool = False  # exact blocks in memory stay as stored, not decoded to 16 bits
+    at_once: int = 1  # tokens whose logits are wanted together: more where drafts are verified
+
+    @property
+    def speculates(self) -> bool:
+        return self.at_once > 1
 
     @property
     def precisions(self) -> Precisions:
-        return Precisions(self.dense, self.mix.floor)
+        return Precisions(self.dense, self.mix.floor, self.drafts, self.stored)
 
 
 @dataclass(frozen=True)
@@ -58,11 +65,14 @@ class _Sizes:
     weights: int
     records: int
 
-    def stored(self, precision: str) -> int:
-        return sum(self.planes[p] for p in PLANES[: PLANES.index(precision) + 1])
+    def read(self, precision: str, held: int = 0) -> int:
+        """Bytes on the SSD, the `held` lowest planes left out."""
+        return sum(self.planes[p] for p in PLANES[held : PLANES.index(precision) + 1])
 
-    def resident(self, precision: str) -> int:
-        return 2 * self.weights if precision == "fp16" else self.stored(precision)
+    def resident(self, precision: str, shape: "RunShape") -> int:
+        if precision == "fp16" and not shape.stored:
+            return 2 * self.weights
+        return self.read(precision, shape.drafts)
 
 
 def batch_tokens(config: ModelConfig) -> int:
@@ -126,9 +136,9 @@ def _footprint(
     # a mix needs all of a layer's scores before it can upgrade the best
     pieces = shape.mix.is_uniform
     for i, (attn, ffn) in enumerate(zip(dense, neurons, strict=True)):
-        blocks.append(_block("dense", i, attn, shape.dense))
-        blocks += _blocks("neurons", i, ffn, shape.mix.floor, pieces)
-    blocks += _blocks("head", len(dense), head, shape.dense, True)
+        blocks.append(_block("dense", i, attn, shape.dense, shape))
+        blocks += _blocks("neurons", i, ffn, shape.mix.floor, shape, pieces)
+    blocks += _blocks("head", len(dense), head, shape.dense, shape, True)
     layout = RecordLayout(3, config.hidden_size)
     counts = shape.mix.counts(config.intermediate_size)
     upgrades = []
@@ -147,28 +157,38 @@ def _footprint(
         upgrades=tuple(upgrades),
         kv_nbytes=kv_nbytes(config, shape.ctx_size, shape.kv_type),
         fixed_nbytes=_vectors_nbytes(config),
-        embed_nbytes=0 if config.tie_word_embeddings else head.resident(shape.dense),
+        embed_nbytes=0
+        if config.tie_word_embeddings
+        else head.read(shape.dense)
+        if shape.dense != "fp16"
+        else 2 * head.weights,
+        draft_nbytes=shape.drafts * sum(s.planes["int4"] for s in (*dense, *neurons, head)),
         workspace_nbytes=_workspace_nbytes(config, shape),
         staging_nbytes=max(min(plane_nbytes, _STAGING_NBYTES), 0) // BLOCK * BLOCK
         + staging_nbytes(max(largest_frame, layout.nbytes("int4"))),
     )
 
 
-def _block(kind: str, layer: int, sizes: _Sizes, precision: str) -> BlockFact:
-    return BlockFact(kind, layer, sizes.resident(precision), sizes.stored(precision))
+def _block(
+    kind: str, layer: int, sizes: _Sizes, precision: str, shape: RunShape
+) -> BlockFact:  # fmt: skip
+    resident, read = sizes.resident(precision, shape), sizes.read(precision, shape.drafts)
+    return BlockFact(kind, layer, resident, read)
 
 
-def _blocks(kind: str, layer: int, sizes: _Sizes, precision: str, pieces: bool) -> list[BlockFact]:
+def _blocks(
+    kind: str, layer: int, sizes: _Sizes, precision: str, shape: RunShape, pieces: bool
+) -> list[BlockFact]:
     """All records of one shard family, in pieces of whole chunks: how they are cut must not change
     a sum over neurons."""
-    per_record = sizes.stored(precision) / sizes.records
+    per_record = sizes.read(precision, shape.drafts) / sizes.records
     step = max(1, round(PIECE_NBYTES / per_record / CHUNK)) * CHUNK
     if not pieces or step >= sizes.records:
-        return [replace(_block(kind, layer, sizes, precision), end=sizes.records)]
+        return [replace(_block(kind, layer, sizes, precision, shape), end=sizes.records)]
     found = []
     for start in range(0, sizes.records, step):
         end = min(start + step, sizes.records)
-        resident = sizes.resident(precision) * (end - start) // sizes.records
+        resident = sizes.resident(precision, shape) * (end - start) // sizes.records
         # whole checksum blocks, one of them shared with a neighbour in every plane
         stored = align(int(per_record * (end - start)), BLOCK) + BLOCK
         found.append(BlockFact(kind, layer, resident, stored, start, end))
@@ -181,7 +201,10 @@ def _true_size(bundle: Bundle, fact: BlockFact, shape: RunShape) -> BlockFact:
         return fact
     kind, name = ("dense", head_name(bundle)) if fact.kind == "head" else ("neurons", fact.layer)
     precision = shape.dense if fact.kind == "head" else shape.mix.floor
-    block = replace(block_of(bundle, kind, name, precision), start=fact.start, end=fact.end)
+    block = block_of(bundle, kind, name, precision)
+    block = replace(
+        block, start=fact.start, end=fact.end, held=int(shape.drafts), stored=shape.stored
+    )
     return replace(
         fact, resident_nbytes=block.resident_nbytes, streamed_nbytes=block.streamed_nbytes
     )
@@ -206,7 +229,7 @@ def _workspace_nbytes(config: ModelConfig, shape: RunShape) -> int:
         kernels += shape.threads * CHUNK * width * _DECODE_NBYTES
         heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
         kernels += 4 * config.hidden_size * heads * config.head_dim
-    logits = 6 * 4 * config.vocab_size
+    logits = (4 + 2 * shape.at_once) * 4 * config.vocab_size
     gathered = 0
     for plane in shape.mix.upgrades:
         count = max(FETCH, shape.mix.counts(config.intermediate_size)[plane])

@@ -3,8 +3,9 @@
 Knows nothing about text, sampling or where the bytes lie.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,24 +22,37 @@ from m2c.model.config import ModelConfig
 from m2c.model.ffn import mixed_ffn, uniform_ffn
 from m2c.model.kv import KvCache
 from m2c.model.mix import Mix
-from m2c.tiers.store import FFN, NeuronStore
+from m2c.tiers.store import FFN
 
 Ids = npt.NDArray[np.int32]
+Upgrade = Callable[..., Rows]  # `NeuronStore.upgrade`
+
+
+class Weights(Protocol):
+    """What a forward pass asks of `tiers`: `NeuronStore` or `DraftPlanes`."""
+
+    device: torch.device
+
+    def uses(self, kind: str, layer: int) -> Iterator[Mapping[str, Rows]]: ...
+
+    def embed(self, ids: Ids) -> Tensor: ...
 
 
 class Transformer:
     """vectors: norms and biases, f32, by Hugging Face name. down_norms: [layers] of [neurons]."""
 
     def __init__(
-        self, config: ModelConfig, store: NeuronStore, *, vectors: dict[str, Tensor],
+        self, config: ModelConfig, store: Weights, *, vectors: dict[str, Tensor],
         down_norms: list[Tensor], mix: Mix, kv: KvCache, workers: Workers,
-        record: Callable[[int, str, Ids], None] | None = None,
+        upgrade: Upgrade | None = None, record: Callable[[int, str, Ids], None] | None = None,
     ) -> None:  # fmt: skip
+        """upgrade: where rows above the floor come from; not needed for a mix of one precision."""
         self.config = config
         self.kv = kv
         self.record = record
         self._store = store
         self._mix = mix
+        self._upgrade = upgrade
         self._workers = workers
         eps = config.rms_norm_eps
         self._layers = [layer_vectors(vectors, i, eps) for i in range(config.num_hidden_layers)]
@@ -90,9 +104,10 @@ class Transformer:
         return x
 
     def _fetch(self, layer: int, floor: Rows, single: bool, plane: str, ids: Ids) -> Rows:
-        return self._store.upgrade(layer, plane, ids, floor, step=single)
+        assert self._upgrade is not None
+        return self._upgrade(layer, plane, ids, floor, step=single)
 
-    def _attention_call(self, layer: int, rows: dict[str, Rows]) -> AttentionCall:
+    def _attention_call(self, layer: int, rows: Mapping[str, Rows]) -> AttentionCall:
         """Made once for rows that stay where they are: a model has few of them and many tokens."""
         call = self._calls.get(layer)
         if call is None or call.projections[0] is not rows[MATRICES[0]]:

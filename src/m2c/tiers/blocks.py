@@ -5,6 +5,7 @@ precision. It knows which bytes of which shards it needs and how they become row
 memory they lie.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -27,6 +28,16 @@ def planes_of(precision: str) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
+class Precisions:
+    """What the plan was made for: of the matrices outside the FFN, and of the FFN's floor."""
+
+    dense: str
+    floor: str
+    drafts: bool = False  # the INT4 planes lie in memory, to draft with
+    stored: bool = False  # exact blocks stay as stored
+
+
+@dataclass(frozen=True)
 class _Span:
     """What a block reads of one shard: whole checksum blocks [first, stop)."""
 
@@ -44,6 +55,8 @@ class Block:
     exact_type: str
     start: int = 0
     end: int | None = None
+    held: int = 0  # lowest planes that lie in memory anyway, for drafting: not read
+    stored: bool = False  # kept as stored even if exact: decoded where it is used
 
     @property
     def is_exact(self) -> bool:
@@ -55,8 +68,8 @@ class Block:
 
     @property
     def resident_nbytes(self) -> int:
-        """Exact blocks are kept decoded, at 16 bits; others as they are stored."""
-        if not self.is_exact:
+        """Exact blocks are kept decoded, at 16 bits, unless `stored`; others as they are stored."""
+        if not self.is_exact or self.stored:
             return self.streamed_nbytes
         sections = self.shards[0].header.sections
         return sum(2 * self.count(s) * s.vectors * s.length for s in sections)
@@ -67,7 +80,7 @@ class Block:
 
     @cached_property
     def _spans(self) -> tuple[_Span, ...]:
-        return tuple(self._span(index) for index in self.shards)
+        return tuple(self._span(index) for index in self.shards[self.held :])
 
     def _span(self, index: ShardIndex) -> _Span:
         whole = index.header.payload_nbytes
@@ -83,22 +96,30 @@ class Block:
         return tuple(section.name for section in self.shards[0].header.sections)
 
     def read(self, reader: SsdReader, into: U8) -> Pending:
-        """Start reading all planes, one after another, into page-aligned `into`."""
+        """Start reading all planes that are not held, one by one, into page-aligned `into`."""
         parts, position = [], 0
-        for index, span in zip(self.shards, self._spans, strict=True):
+        for index, span in zip(self.shards[self.held :], self._spans, strict=True):
             parts.append(reader.read(index, [(span.first, span.stop)], into[position:]))
             position += span.nbytes
         return Pending.all_of(parts)
 
-    def rows(self, payload: U8 | torch.Tensor) -> dict[str, PackedRows]:
-        """Section name to operand, viewing `payload`: u8 [streamed_nbytes], no copy."""
-        flat = torch.from_numpy(payload) if isinstance(payload, np.ndarray) else payload
-        return {name: self._section_rows(name, flat) for name in self.sections}
+    def rows(
+        self, payload: U8 | torch.Tensor, below: Mapping[str, PackedRows] | None = None
+    ) -> dict[str, PackedRows]:
+        """Section name to operand, viewing `payload`: u8 [streamed_nbytes], no copy.
 
-    def _section_rows(self, name: str, flat: torch.Tensor) -> PackedRows:
-        views: list[torch.Tensor] = []
+        below: all records of each section in the planes that are held.
+        """
+        flat = torch.from_numpy(payload) if isinstance(payload, np.ndarray) else payload
+        return {
+            name: self._section_rows(name, flat, below[name] if below else None)
+            for name in self.sections
+        }
+
+    def _section_rows(self, name: str, flat: torch.Tensor, below: PackedRows | None) -> PackedRows:
+        views = [] if below is None else [below.int4[self.start : self.end]]
         position = 0
-        for index, span in zip(self.shards, self._spans, strict=True):
+        for index, span in zip(self.shards[self.held :], self._spans, strict=True):
             section = index.header.section(name)
             begin, end = (record_offset(index, section, i) for i in self._range(section))
             start = position + span.shift + (0 if self.end is not None else section.offset)

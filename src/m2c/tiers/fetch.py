@@ -5,7 +5,7 @@ them is one sequential read. Others are read on demand: whole checksum blocks, n
 Knows nothing about which neurons a token wants, nor what the records mean.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import numpy as np
@@ -14,7 +14,8 @@ import torch
 
 from m2c.bundle.planes import RecordLayout
 from m2c.bundle.shard import BLOCK, PLANES, Section, ShardIndex, align
-from m2c.kernels.rows import ExactFrames, ExactRows, PackedRows, Rows, as_exact_tensor
+from m2c.kernels.dispatch import exact_weights
+from m2c.kernels.rows import EXACT_DTYPES, ExactFrames, ExactRows, PackedRows, Rows
 from m2c.tiers.memory import aligned_buffer
 from m2c.tiers.ssd import SsdReader
 
@@ -22,6 +23,8 @@ GAP_BLOCKS: Final = 1  # reading over a gap this small costs less than a second 
 
 DECODE_WEIGHTS: Final = 1 << 19
 
+# from rows with frames to their 16-bit weights [rows, vectors * length]
+Decode = Callable[[PackedRows], torch.Tensor]
 U8 = npt.NDArray[np.uint8]
 I64 = npt.NDArray[np.int64]
 
@@ -39,6 +42,10 @@ class PlaneSource:
         self._staging = staging
         self._prefix: U8 = np.empty(0, np.uint8)
         self._offsets = _range_offsets(index, section)
+
+    @property
+    def frame_records(self) -> int:
+        return self._section.frame_records
 
     @property
     def prefix_records(self) -> int:
@@ -168,10 +175,14 @@ def _gather(source: U8, positions: I64, sizes: I64) -> U8:
 class RowSource:
     """Rows of one section at any precision, fetched on demand: one PlaneSource per plane."""
 
-    def __init__(self, planes: list[PlaneSource], section: Section, exact_type: str) -> None:
+    def __init__(
+        self, planes: list[PlaneSource], section: Section, exact_type: str,
+        decode: Decode = exact_weights,
+    ) -> None:  # fmt: skip
         self._planes = planes
         self._section = section
         self._exact_type = exact_type
+        self._decode = decode
 
     def rows(self, ids: npt.NDArray[np.int32]) -> Rows:
         """Rows `ids` (ascending), on the host; 16-bit rows when the exact plane is among them."""
@@ -180,12 +191,28 @@ class RowSource:
         int4, *int8 = [torch.from_numpy(plane.records(ids)[0]) for plane in self._planes]
         return PackedRows(self._section.layout, int4, int8[0] if int8 else None)
 
+    def load(self, start: int, stop: int, device: torch.device) -> ExactRows:
+        """16-bit rows [start, stop), start at the beginning of a frame, a piece at a time."""
+        section = self._section
+        width = section.vectors * section.length
+        arena = torch.from_numpy(aligned_buffer(2 * (stop - start) * width))
+        flat = arena[: 2 * (stop - start) * width].view(EXACT_DTYPES[self._exact_type])
+        out = flat.view(stop - start, width)
+        if device.type != "cpu":
+            out = torch.empty_like(out, device=device)
+        step = rows_at_once(section.layout, self._planes[-1].frame_records)
+        for begin in range(start, stop, step):
+            end = min(begin + step, stop)
+            piece = self._exact(np.arange(begin, end, dtype=np.int32))
+            out[begin - start : end - start] = piece
+        return ExactRows(section.layout, out)
+
     def _exact(self, ids: npt.NDArray[np.int32]) -> torch.Tensor:
         int4, int8, exact = self._planes
         frames, members, wanted = exact.frames_of(ids)
         return decode_rows(
             self._section.layout, int4.records(members)[0], int8.records(members)[0],
-            exact.exact_frames(frames, self._exact_type)[0], wanted,
+            exact.exact_frames(frames, self._exact_type)[0], wanted, self._decode,
         )  # fmt: skip
 
 
@@ -196,8 +223,9 @@ def rows_at_once(layout: RecordLayout, frame_records: int = 1) -> int:
 
 
 def decode_rows(
-    layout: RecordLayout, int4: U8, int8: U8, frames: ExactFrames, wanted: I64
-) -> torch.Tensor:
+    layout: RecordLayout, int4: U8, int8: U8, frames: ExactFrames, wanted: I64,
+    decode: Decode = exact_weights,
+) -> torch.Tensor:  # fmt: skip
     """The rows at positions `wanted` of the frames' members: [wanted, vectors * length] 16-bit."""
     packed = PackedRows(layout, torch.from_numpy(int4), torch.from_numpy(int8), frames)
-    return as_exact_tensor(packed.exact_bits(0, len(packed))[wanted], frames.exact_type)
+    return decode(packed)[torch.from_numpy(wanted)]

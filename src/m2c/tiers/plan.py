@@ -61,6 +61,7 @@ class Footprint:
     workspace_nbytes: int  # activations and the temporary values of the kernels
     staging_nbytes: int  # buffer of on-demand reads
     embed_nbytes: int  # embeddings in memory; 0 when the head has them
+    draft_nbytes: int = 0  # the lowest plane of everything, in memory to draft with
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,8 @@ class Plan:
 
     @property
     def working_nbytes(self) -> int:
-        """KV cache, norms and temporary values: in the compute tier."""
-        f = self.footprint
-        return f.kv_nbytes + f.fixed_nbytes + f.workspace_nbytes
+        """KV cache, norms, temporary values, a draft's weights: in the compute tier."""
+        return _working(self.footprint)
 
     @property
     def used_dram(self) -> int:
@@ -307,7 +307,7 @@ def _per_layer(f: Footprint, neurons: dict[str, int], size: str) -> int:
 
 
 def _working(f: Footprint) -> int:
-    return f.kv_nbytes + f.fixed_nbytes + f.workspace_nbytes
+    return f.kv_nbytes + f.fixed_nbytes + f.workspace_nbytes + f.draft_nbytes
 
 
 def _too_small(flag: str, given: int, smallest: int) -> DoesNotFit:

@@ -5,7 +5,7 @@ upgrades on demand. It knows bytes and tiers; which neurons a token needs is dec
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -13,9 +13,11 @@ import numpy.typing as npt
 import torch
 
 from m2c.bundle.bundle import Bundle
+from m2c.kernels.dispatch import exact_weights
 from m2c.kernels.rows import EXACT_DTYPES, ExactRows, PackedRows, Rows
-from m2c.tiers.blocks import Block, block_of, planes_of
-from m2c.tiers.fetch import PlaneSource, RowSource, rows_at_once
+from m2c.tiers.blocks import Block, Precisions, block_of, planes_of
+from m2c.tiers.drafts import EMBED, DraftPlanes
+from m2c.tiers.fetch import Decode, PlaneSource, RowSource
 from m2c.tiers.memory import aligned_buffer
 from m2c.tiers.plan import BlockFact, Plan
 from m2c.tiers.ring import BlockRing
@@ -25,15 +27,6 @@ from m2c.tiers.upgrades import HitStats, UpgradePlane
 Ids = npt.NDArray[np.int32]
 U8 = npt.NDArray[np.uint8]
 FFN = "ffn"  # section of the neuron shards
-EMBED = "embed_tokens"
-
-
-@dataclass(frozen=True)
-class Precisions:
-    """What the plan was made for: of the matrices outside the FFN, and of the FFN's floor."""
-
-    dense: str
-    floor: str
 
 
 @dataclass
@@ -50,6 +43,7 @@ class _Use:
     """A block, and where it is when it is used: ready, in DRAM as stored, or in the ring."""
 
     block: Block
+    below: Mapping[str, PackedRows] | None = None  # planes that are held to draft with
     rows: dict[str, Rows] | None = None
     raw: U8 | None = None
     ring: int = 0
@@ -62,7 +56,9 @@ class NeuronStore:
         self, bundle: Bundle, plan: Plan, precisions: Precisions, *,
         device: torch.device, io_threads: int = THREADS, request_blocks: int = REQUEST_BLOCKS,
         progress: Callable[[int], None] = lambda nbytes: None,
+        decode: Decode = exact_weights,
     ) -> None:  # fmt: skip
+        """decode: from rows with frames to their 16-bit weights."""
         self.plan = plan
         self.device = device
         self.reader = SsdReader(io_threads, request_blocks)
@@ -76,6 +72,8 @@ class NeuronStore:
         self._ring: BlockRing | None = None
         self._uses: dict[tuple[str, int], list[_Use]] = {}
         self._pinned_embed: Rows | None = None
+        self.draft: DraftPlanes | None = None
+        self._decode = decode
         self._embed = self._row_source("embed", EMBED, precisions.dense)
         try:
             self._load()
@@ -106,10 +104,10 @@ class NeuronStore:
             if use.rows is not None:
                 yield use.rows
             elif use.raw is not None:
-                yield self._to_compute(use.block, use.raw)
+                yield self._to_compute(use, use.raw)
             else:
                 assert self._ring is not None
-                yield self._to_compute(use.block, self._ring.acquire(use.ring))
+                yield self._to_compute(use, self._ring.acquire(use.ring))
                 self._ring.release()
 
     def upgrade(self, layer: int, plane: str, ids: Ids, floor: Rows, *, step: bool) -> Rows:
@@ -172,6 +170,9 @@ class NeuronStore:
             self._hbm_slots = [
                 torch.empty(half, dtype=torch.uint8, device=self.device) for _ in range(2)
             ]
+        if self._precisions.drafts:
+            self.draft = DraftPlanes(self._bundle, self.reader, self._staging)
+            self._progress(self.draft.load(plan.footprint.layers, head_name(self._bundle)))
         streamed = [self._block(plan.footprint.blocks[i]) for i in plan.streamed]
         for layer in range(plan.footprint.layers):
             for fact in plan.footprint.upgrades:
@@ -193,11 +194,12 @@ class NeuronStore:
         started: list[tuple[_Use, U8, Pending]] = []
         for kind, layer, run in _runs(plan, ready):
             first, last = plan.footprint.blocks[run[0]], plan.footprint.blocks[run[-1]]
-            use = _Use(self._block(replace(first, end=last.end)))
+            below = None if self.draft is None else self.draft.operands(kind, layer)
+            use = _Use(self._block(replace(first, end=last.end)), below)
             if run[0] not in ready | waiting:
                 use.ring = ring
                 ring += 1
-            elif run[0] in ready and use.block.is_exact:
+            elif run[0] in ready and use.block.is_exact and not use.block.stored:
                 use.rows = {n: self._load_exact(use.block, n) for n in use.block.sections}
             else:
                 raw = aligned_buffer(use.block.streamed_nbytes)
@@ -209,7 +211,8 @@ class NeuronStore:
             pending.wait()
             self._progress(use.block.streamed_nbytes)
             if use.raw is None:
-                use.rows = dict(use.block.rows(torch.from_numpy(raw).to(self.device)))
+                flat = torch.from_numpy(raw).to(self.device)
+                use.rows = dict(use.block.rows(flat, use.below))
         return found
 
     def _load_embed(self) -> Rows:
@@ -224,26 +227,13 @@ class NeuronStore:
     def _load_exact(self, block: Block, name: str) -> Rows:
         """Piece by piece through the staging buffer, so that loading needs no extra memory."""
         section = block.shards[0].header.section(name)
-        source = RowSource(
-            [PlaneSource(self.reader, s, s.header.section(name), self._staging)
-             for s in block.shards],
-            section, block.exact_type,
-        )  # fmt: skip
-        count = block.count(section)
-        width = section.vectors * section.length
-        arena = torch.from_numpy(aligned_buffer(2 * count * width))[: 2 * count * width]
-        out = arena.view(EXACT_DTYPES[block.exact_type]).view(count, width)
-        if self.device.type != "cpu":
-            out = torch.empty_like(out, device=self.device)
-        frame_records = block.shards[-1].header.section(name).frame_records
-        step = rows_at_once(section.layout, frame_records)
-        for start in range(0, count, step):
-            stop = min(start + step, count)
-            piece = source.rows(np.arange(block.start + start, block.start + stop, dtype=np.int32))
-            assert isinstance(piece, ExactRows)
-            out[start:stop] = piece.weights
+        planes = [
+            PlaneSource(self.reader, s, s.header.section(name), self._staging) for s in block.shards
+        ]
+        source = RowSource(planes, section, block.exact_type, self._decode)
+        rows = source.load(block.start, block.start + block.count(section), self.device)
         self._progress(block.streamed_nbytes)
-        return ExactRows(section.layout, out)
+        return rows
 
     def _upgrade_plane(self, layer: int, plane: str) -> UpgradePlane:
         plan = self.plan
@@ -278,7 +268,8 @@ class NeuronStore:
         head = self._uses["head", self.plan.footprint.layers]
         if len(head) > 1 or head[0].rows is None:
             return None
-        return head[0].rows.get(EMBED)
+        rows = head[0].rows.get(EMBED)
+        return None if isinstance(rows, PackedRows) and rows.frames is not None else rows
 
     def _block(self, fact: BlockFact) -> Block:
         if fact.kind == "head":
@@ -287,7 +278,8 @@ class NeuronStore:
         else:
             precision = self._precisions.dense if fact.kind == "dense" else self._precisions.floor
             whole = block_of(self._bundle, fact.kind, fact.layer, precision)
-        return replace(whole, start=fact.start, end=fact.end)
+        held, stored = int(self._precisions.drafts), self._precisions.stored
+        return replace(whole, start=fact.start, end=fact.end, held=held, stored=stored)
 
     def _plane_source(self, layer: int, plane: str) -> PlaneSource:
         index = self._bundle.shard("neurons", layer, plane)
@@ -299,15 +291,16 @@ class NeuronStore:
             PlaneSource(self.reader, s, s.header.section(section), self._staging) for s in shards
         ]
         facts = shards[0].header.section(section)
-        return RowSource(sources, facts, self._bundle.manifest.exact_type)
+        return RowSource(sources, facts, self._bundle.manifest.exact_type, self._decode)
 
-    def _to_compute(self, block: Block, payload: U8) -> dict[str, Rows]:
+    def _to_compute(self, use: _Use, payload: U8) -> dict[str, Rows]:
         """Operands of a payload that lies in DRAM, copied to HBM if that is where we compute.
 
         Exact payloads stay: they are decoded on the host and cross the link as values.
         """
+        block = use.block
         if not self.plan.budget.hbm:
-            return dict(block.rows(payload))
+            return dict(block.rows(payload, use.below))
         if block.is_exact:
             self._copied(block.streamed_nbytes, 0.0)
             return dict(block.rows(payload))

@@ -22,6 +22,7 @@ struct attention {
 };
 
 struct attend_call {
+    struct kernels *k;
     const struct primitives *use;
     const struct attention *a;
     const struct inputs *in;
@@ -37,15 +38,15 @@ struct attend_call {
 static void project_part(void *context, int part, int parts)
 {
     struct attend_call *c = context;
-    (void)part, (void)parts;
+    (void)parts;
     for (int64_t i; next_piece(&c->pieces, &i);) {
         int64_t start = i * c->pieces.size, stop = start + c->pieces.size;
         for (int which = 0; which < 3; which++) {
             const struct rows *r = c->a->projections[which];
             int64_t last = stop < r->count ? stop : r->count;
             if (start < last)
-                product(c->use, r, c->in, start, last, c->a->biases[which], 0, c->made[which],
-                        r->count);
+                product(c->k, part, r, c->in, start, last, c->a->biases[which], 0,
+                        c->made[which], r->count);
             start = start > r->count ? start - r->count : 0;
             stop -= r->count;
         }
@@ -131,10 +132,10 @@ static void output_part(void *context, int part, int parts)
 {
     struct attend_call *c = context;
     const struct rows *r = c->a->projections[3];
-    (void)part, (void)parts;
+    (void)parts;
     for (int64_t i; next_piece(&c->pieces, &i);) {
         int64_t start = i * c->pieces.size, stop = start + c->pieces.size;
-        product(c->use, r, c->in, start, stop < r->count ? stop : r->count, c->a->biases[3], 1,
+        product(c->k, part, r, c->in, start, stop < r->count ? stop : r->count, c->a->biases[3], 1,
                 c->x, r->count);
     }
 }
@@ -155,13 +156,15 @@ int m2c_attention(struct kernels *k, const struct given *given, const struct att
     struct inputs in;
     int64_t made = 0;
     size_t tokens = (size_t)given->tokens, wide = (size_t)a->heads * a->dim;
-    struct attend_call c = { .use = k->use, .a = a, .in = &in, .x = x, .tokens = given->tokens };
+    struct attend_call c = { .k = k, .use = k->use, .a = a, .in = &in, .x = x, .tokens = given->tokens };
     int failed = prepare(k, given, a->projections[0]->kind, &in);
     for (int i = 0; i < 3 && !failed; i++) {
         made += a->projections[i]->count;
         c.made[i] = scratch_take(k, tokens * a->projections[i]->count * sizeof(float));
         failed = !c.made[i];
     }
+    for (int i = 0; i < 4 && !failed; i++)
+        failed = room_for(k, a->projections[i]);
     c.scores = scratch_take(k, pool_threads(k->pool) * a->positions * sizeof(float));
     c.mixed = scratch_take(k, tokens * wide * sizeof(float));
     failed = failed || !c.scores || !c.mixed;
@@ -174,6 +177,5 @@ int m2c_attention(struct kernels *k, const struct given *given, const struct att
     }
     if (!failed)
         run(k, &c, output_part, pieces_of(k, a->projections[3]->count));
-    scratch_reset(k);
-    return failed;
+    return finish(k, failed);
 }

@@ -291,6 +291,7 @@ TARGET static void to_half(uint16_t *to, const float *from, int count)
 
 const struct primitives primitives_avx512 = {
     dot_codes, dot_wide, add_codes, add_wide, scores, mixed, to_half,
+    exact_unpack_avx512,
 };
 
 #endif

@@ -1,19 +1,18 @@
-/* From 16-bit weights to the records of the three planes: codes, scales, and the distances that the
- * exact plane compresses. The same bits as bundle/planes.py and bundle/exact.py, which are the
- * reference: every float operation in their order.
+/* From 16-bit weights to the bytes of the three planes: codes, scales, and the frames of the exact
+ * plane. The same bits as bundle/planes.py and bundle/exact.py, which are the reference: every float
+ * operation in their order.
  *
  * Knows nothing of threads: calls share nothing. */
 
 #include <math.h>
 #include <string.h>
 
-#include "primitives.h"
+#include "encode_bits.h"
+#include "exact.h"
 
 #define LOT 16 /* groups whose scales are searched at a time, each in a lane of its own */
 #define CODES (GROUP / 2) /* bytes of the codes of a group in one plane */
 #define BIASES 136.0f /* two codes to a byte, both with 8 added: 8 + 16 * 8 */
-#define ESCAPE 128 /* distances from here on take two bytes more, at the end of their frame */
-#define MOST 3 /* bytes that a distance may take */
 
 struct encode_call {
     const uint16_t *weights; /* [records, vectors, length] */
@@ -21,8 +20,8 @@ struct encode_call {
     int64_t records, frame_records;
     int32_t vectors, length, is_bf16;
     uint8_t *int4, *int8; /* [records, bytes of a record] */
-    uint8_t *frames; /* room for MOST bytes a weight; a frame begins where its weights' room does */
-    uint32_t *escapes; /* [frames] */
+    uint8_t *frames; /* room for 2 + ESCAPE_NBYTES bytes a weight and two words; frames, joined */
+    uint32_t *nbytes, *escapes; /* [frames] */
 };
 
 /* Consecutive groups of a record; those past its end are zeros. */
@@ -32,11 +31,22 @@ struct lot {
     float across[GROUP][LOT]; /* the values, a group in each lane */
     float importance[GROUP][LOT];
     float scales[LOT];
+    uint16_t halves[LOT]; /* the scales again */
+    uint8_t q[LOT][CODES], r[LOT][CODES];
 };
 
-/* Where the next distances of a frame go. */
-struct frame {
-    uint8_t *near, *far;
+/* The intervals of a group's codes: candidates for its weights. */
+struct ends {
+    float low[GROUP], high[GROUP]; /* before they are BF16; F16 is made at once */
+    uint16_t first[GROUP], stop[GROUP]; /* the least and the largest magnitude, as bits */
+    uint8_t below[GROUP], zero[GROUP]; /* 1 where the code is negative, is 0 */
+};
+
+/* The offsets of two groups, each byte of the same significance together. */
+struct pair {
+    uint8_t offsets[2][PAIR];
+    uint8_t widths[PAIR]; /* in bits; 0 for padding */
+    uint8_t far[PAIR]; /* 1 for an escape */
 };
 
 /* the constants of planes.py, rounded from binary64 as there */
@@ -89,36 +99,11 @@ static int take(struct lot *lot, const struct encode_call *c, const uint16_t *re
     return !bad;
 }
 
-/* A number that rises with the float that the bits stand for */
-static inline uint16_t ordered(uint16_t bits)
+/* Padding has no offsets and is no escape. */
+static void clear_padding(struct pair *pair, int from, int to)
 {
-    return bits ^ (uint16_t)((int16_t)bits >> 15 | 0x8000);
-}
-
-/* The distances from `base` to `bits` of up to GROUP weights. */
-static inline __attribute__((always_inline)) void put_distances(
-    struct frame *frame, const uint16_t *bits, const uint16_t *base, int count)
-{
-    int8_t near[GROUP];
-    int16_t steps[GROUP];
-    uint16_t far = 0;
-    for (int i = 0; i < GROUP; i++) {
-        steps[i] = (int16_t)(ordered(bits[i]) - ordered(base[i]));
-        uint16_t is_far = (uint16_t)(steps[i] + ESCAPE - 1) > 2 * (ESCAPE - 1);
-        near[i] = (int8_t)(is_far ? -ESCAPE : steps[i]);
-        far |= is_far;
-    }
-    if (count == GROUP) /* nearly always: a size that the compiler knows */
-        memcpy(frame->near, near, GROUP);
-    else
-        memcpy(frame->near, near, (size_t)count);
-    frame->near += count;
-    for (int i = 0; far && i < count; i++) {
-        if (near[i] != -ESCAPE)
-            continue;
-        *frame->far++ = (uint8_t)steps[i];
-        *frame->far++ = (uint8_t)((uint16_t)steps[i] >> 8);
-    }
+    memset(pair->widths + from, 0, (size_t)(to - from));
+    memset(pair->far + from, 0, (size_t)(to - from));
 }
 
 #define JOIN(a, b) a##_##b
@@ -139,12 +124,15 @@ static inline __attribute__((always_inline)) void put_distances(
 #define LESS(a, b, yes, no) ((a) < (b) ? (yes) : (no))
 #define LOAD_HALF(from) value_of_half(*(from))
 #define STORE_HALF(to, x) (*(to) = half_of_value(x))
+#define STORE_HALF_ABOVE(to, x) (*(to) = (uint16_t)half_above(x))
+#define STORE_HALF_BELOW(to, x) (*(to) = (uint16_t)half_below(x))
 #define STORE_BYTES(to, x) (*(to) = (uint8_t)(x))
+#define GATHER(bits, mask) gather_bits(bits, mask)
+#define WIDER(bytes, k) wider_scalar(bytes, k)
+#define BIT(bytes, k) bit_scalar(bytes, k)
 #include "encode.inc.c"
 
 #if defined(__x86_64__)
-#include <immintrin.h>
-
 __attribute__((target("avx2"))) static inline void store_bytes_avx2(uint8_t *to, __m256 x)
 {
     __m256i wide = _mm256_cvtps_epi32(x);
@@ -154,7 +142,7 @@ __attribute__((target("avx2"))) static inline void store_bytes_avx2(uint8_t *to,
 }
 
 #define SET_NAME avx2
-#define TARGET __attribute__((target("avx2,fma,f16c")))
+#define TARGET __attribute__((target("avx2,fma,f16c,bmi,bmi2,popcnt")))
 #define LANES 8
 #define lanes __m256
 #define LOAD(from) _mm256_loadu_ps(from)
@@ -166,11 +154,18 @@ __attribute__((target("avx2"))) static inline void store_bytes_avx2(uint8_t *to,
 #define LESS(a, b, yes, no) _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ))
 #define LOAD_HALF(from) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from)))
 #define STORE_HALF(to, x) _mm_storeu_si128((__m128i *)(to), _mm256_cvtps_ph(x, 0))
+#define STORE_HALF_ABOVE(to, x) \
+    _mm_storeu_si128((__m128i *)(to), _mm256_cvtps_ph(x, _MM_FROUND_TO_POS_INF))
+#define STORE_HALF_BELOW(to, x) \
+    _mm_storeu_si128((__m128i *)(to), _mm256_cvtps_ph(x, _MM_FROUND_TO_ZERO))
 #define STORE_BYTES(to, x) store_bytes_avx2(to, x)
+#define GATHER(bits, mask) _pext_u64(bits, mask)
+#define WIDER(bytes, k) wider_avx2(bytes, k)
+#define BIT(bytes, k) bit_avx2(bytes, k)
 #include "encode.inc.c"
 
 #define SET_NAME avx512
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx2,fma,f16c")))
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx2,fma,f16c,bmi,bmi2,popcnt")))
 #define LANES 16
 #define lanes __m512
 #define LOAD(from) _mm512_loadu_ps(from)
@@ -182,8 +177,17 @@ __attribute__((target("avx2"))) static inline void store_bytes_avx2(uint8_t *to,
 #define LESS(a, b, yes, no) _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes)
 #define LOAD_HALF(from) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(from)))
 #define STORE_HALF(to, x) _mm256_storeu_si256((__m256i *)(to), _mm512_cvtps_ph(x, 0))
+#define STORE_HALF_ABOVE(to, x) \
+    _mm256_storeu_si256((__m256i *)(to), _mm512_cvtps_ph(x, _MM_FROUND_TO_POS_INF))
+#define STORE_HALF_BELOW(to, x) \
+    _mm256_storeu_si256((__m256i *)(to), _mm512_cvtps_ph(x, _MM_FROUND_TO_ZERO))
 #define STORE_BYTES(to, x) \
     _mm_storeu_si128((__m128i *)(to), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)))
+#define GATHER(bits, mask) _pext_u64(bits, mask)
+#define WIDER(bytes, k) \
+    _mm512_cmpgt_epu8_mask(_mm512_loadu_si512(bytes), _mm512_set1_epi8((char)(k)))
+#define BIT(bytes, k) \
+    _mm512_test_epi8_mask(_mm512_loadu_si512(bytes), _mm512_set1_epi8((char)(1 << (k))))
 #include "encode.inc.c"
 #endif
 
@@ -202,22 +206,37 @@ static record_function *function_for(const char *want)
     return taken ? record_scalar : NULL;
 }
 
+/* One frame of records first to first + count, at `to`; its end, or NULL if a weight is no number. */
+static uint8_t *write_frame(const struct encode_call *c, record_function *record, int64_t first,
+                            int64_t count, uint8_t *to)
+{
+    size_t weights = (size_t)(count * c->vectors * c->length);
+    uint8_t *listed = to + 2 * weights + WORD; /* beyond what offsets may take */
+    struct frame frame = { to, listed, 0, 0, 0 };
+    for (int64_t i = 0; i < count; i++)
+        if (!record(c, first + i, &frame))
+            return NULL;
+    memcpy(frame.to, &frame.word, WORD);
+    size_t nbytes = (size_t)(frame.to - to) + (size_t)(frame.filled + 7) / 8;
+    size_t listed_nbytes = (size_t)(frame.escape - listed);
+    memmove(to + nbytes, listed, listed_nbytes);
+    c->nbytes[first / c->frame_records] = (uint32_t)(nbytes + listed_nbytes);
+    c->escapes[first / c->frame_records] = (uint32_t)(listed_nbytes / ESCAPE_NBYTES);
+    return to + nbytes + listed_nbytes;
+}
+
 /* want: as for primitives_for. Returns 0, 1 if a weight is no number, -1 if this machine cannot. */
 int m2c_encode(const char *want, const struct encode_call *c)
 {
     record_function *record = function_for(want);
-    size_t weights = (size_t)c->vectors * c->length;
+    uint8_t *to = c->frames;
     if (!record)
         return -1;
     for (int64_t first = 0; first < c->records; first += c->frame_records) {
         int64_t left = c->records - first;
-        int64_t count = left < c->frame_records ? left : c->frame_records;
-        uint8_t *start = c->frames + MOST * (size_t)first * weights;
-        struct frame frame = { start, start + (size_t)count * weights };
-        for (int64_t i = 0; i < count; i++)
-            if (!record(c, first + i, &frame))
-                return 1;
-        c->escapes[first / c->frame_records] = (uint32_t)((frame.far - frame.near) / 2);
+        to = write_frame(c, record, first, left < c->frame_records ? left : c->frame_records, to);
+        if (!to)
+            return 1;
     }
     return 0;
 }

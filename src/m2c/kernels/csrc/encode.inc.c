@@ -1,5 +1,5 @@
-/* The scales and codes of a lot, once for every instruction set: part of encode.c, which says what
- * `lanes` of LANES floats are. Operators work on them. */
+/* The scales, codes and offsets of a lot, once for every instruction set: part of encode.c, which says
+ * what `lanes` of LANES floats are. Operators work on them. */
 
 INLINE lanes NAME(magnitude)(lanes x)
 {
@@ -100,15 +100,36 @@ TARGET static void NAME(search)(struct lot *lot, int at)
         best = LESS(errors[s], least, scales[s], best);
         least = MIN(errors[s], least);
     }
-    STORE(lot->scales + at, LESS(NAME(magnitude)(extreme), SET(SMALLEST), zero, best));
+    best = LESS(NAME(magnitude)(extreme), SET(SMALLEST), zero, best);
+    STORE(lot->scales + at, best);
+    STORE_HALF(lot->halves + at, best);
 }
 
-/* The codes of group i, and the bits of its values after the INT8 plane. */
-INLINE void NAME(codes)(const struct lot *lot, int i, int is_bf16, uint8_t *int4, uint8_t *int8,
-                        uint16_t *base)
+/* The ends of the intervals that codes q, r stand for, with a scale of 32 `unit`: see exact.h. */
+INLINE void NAME(interval)(lanes q, lanes r, lanes unit, int is_bf16, struct ends *ends, int at)
 {
-    float values[GROUP];
+    const lanes zero = SET(0.0f), one = SET(1.0f);
+    lanes n = q * SET(16.0f) + r, twice = NAME(magnitude)(n) * SET(2.0f);
+    lanes top = LESS(SET(6.5f), r, one, zero);
+    lanes low = unit * MAX(twice - one - LESS(n, zero, top, zero), zero);
+    lanes high = unit * (twice + one + LESS(zero, n, top, zero));
+    STORE_BYTES(ends->below + at, LESS(n, zero, one, zero));
+    STORE_BYTES(ends->zero + at, LESS(twice, one, one, zero));
+    if (is_bf16) {
+        STORE(ends->low + at, low);
+        STORE(ends->high + at, high);
+    } else {
+        STORE_HALF_ABOVE(ends->first + at, low);
+        STORE_HALF_BELOW(ends->stop + at, high);
+    }
+}
+
+/* The codes of group i, and what they leave open. */
+INLINE void NAME(codes)(struct lot *lot, int i, int is_bf16, struct ends *ends)
+{
     const lanes scale = SET(lot->scales[i]), inverse = NAME(inverse)(scale);
+    /* the zero that comes second is the one that MAX takes: the sign of -0 would be a bit too many */
+    const lanes unit = MAX(NAME(magnitude)(scale), SET(0.0f)) * SET(1.0f / 32);
     for (int j = 0; j < GROUP / 2; j += LANES) {
         lanes q[2], r[2];
         for (int half = 0; half < 2; half++) {
@@ -117,18 +138,82 @@ INLINE void NAME(codes)(const struct lot *lot, int i, int is_bf16, uint8_t *int4
             ratio = MIN(MAX(ratio, SET(-9.0f)), SET(9.0f));
             q[half] = NAME(code)(ratio);
             r[half] = NAME(code)((ratio - q[half]) * SET(16.0f));
-            lanes value = scale * (q[half] + r[half] * SET(1.0f / 16) + SET(0.0f));
-            STORE(values + at, value);
-            if (!is_bf16)
-                STORE_HALF(base + at, value);
+            NAME(interval)(q[half], r[half], unit, is_bf16, ends, at);
         }
-        STORE_BYTES(int4 + j, q[0] + q[1] * SET(16.0f) + SET(BIASES));
-        STORE_BYTES(int8 + j, r[0] + r[1] * SET(16.0f) + SET(BIASES));
+        STORE_BYTES(lot->q[i] + j, q[0] + q[1] * SET(16.0f) + SET(BIASES));
+        STORE_BYTES(lot->r[i] + j, r[0] + r[1] * SET(16.0f) + SET(BIASES));
     }
-    uint32_t wide[GROUP];
-    memcpy(wide, values, sizeof wide);
-    for (int j = 0; is_bf16 && j < GROUP; j++)
-        base[j] = (uint16_t)((wide[j] + 0x7fff + (wide[j] >> 16 & 1)) >> 16);
+    uint32_t low[GROUP], high[GROUP];
+    memcpy(low, ends->low, sizeof low);
+    memcpy(high, ends->high, sizeof high);
+    for (int j = 0; is_bf16 && j < GROUP; j++) {
+        ends->first[j] = (uint16_t)((low[j] + 0xffff) >> 16);
+        ends->stop[j] = (uint16_t)(high[j] >> 16);
+    }
+}
+
+/* The offsets of a group's weights, into the pair from `at` on. negative: 1 if the scale is. */
+INLINE void NAME(offsets)(const uint16_t *bits, const struct ends *ends, uint16_t negative,
+                          struct pair *pair, int at)
+{
+    uint16_t last[GROUP];
+    for (int j = 0; j < GROUP; j++) {
+        uint16_t magnitude = bits[j] & 0x7fff, sign = bits[j] >> 15;
+        uint16_t first = ends->first[j], stop = ends->stop[j], below = ends->below[j] ^ negative;
+        uint16_t span = stop > first ? stop - first : 0, offset = magnitude - first;
+        span = ends->zero[j] ? 2 * stop + 1 : span;
+        offset = ends->zero[j] ? (uint16_t)(magnitude << 1 | sign) : offset;
+        uint16_t far = (offset > span) | ((sign ^ below) & (ends->zero[j] ^ 1));
+        offset = far ? 0 : offset;
+        pair->far[at + j] = (uint8_t)far;
+        pair->offsets[0][at + j] = (uint8_t)offset;
+        pair->offsets[1][at + j] = (uint8_t)(offset >> 8);
+        last[j] = span;
+    }
+    float wide[GROUP];
+    int32_t exponents[GROUP];
+    for (int j = 0; j < GROUP; j++)
+        wide[j] = (float)(int32_t)last[j];
+    memcpy(exponents, wide, sizeof wide);
+    for (int j = 0; j < GROUP; j++) {
+        int32_t width = (exponents[j] >> 23) - 126; /* bits of a number, as its exponent says */
+        pair->widths[at + j] = (uint8_t)(width > 0 ? width : 0);
+    }
+}
+
+INLINE void NAME(put_pair)(struct frame *frame, const struct pair *pair)
+{
+    struct frame to = *frame;
+    uint64_t mask = WIDER(pair->widths, 0);
+    for (int k = 0; mask; mask = WIDER(pair->widths, ++k)) {
+        uint64_t plane = BIT(pair->offsets[k >> 3], k & 7);
+        put_bits(&to, GATHER(plane, mask), __builtin_popcountll(mask));
+    }
+    *frame = to;
+}
+
+/* The offsets of the `count` groups of a lot, the first of which is number `first` of its record. */
+INLINE void NAME(put_offsets)(struct lot *lot, const struct encode_call *c, int first, int count,
+                              struct frame *frame)
+{
+    int groups = (c->length + GROUP - 1) / GROUP;
+    for (int i = 0; i < count; i += 2) {
+        int values[2] = { 0, 0 };
+        struct pair pair;
+        for (int half = 0; half < 2 && i + half < count; half++) {
+            struct ends ends;
+            int at = GROUP * half, left = c->length - (first + i + half) % groups * GROUP;
+            values[half] = left < GROUP ? left : GROUP;
+            NAME(codes)(lot, i + half, c->is_bf16, &ends);
+            NAME(offsets)(lot->bits[i + half], &ends, lot->halves[i + half] >> 15, &pair, at);
+        }
+        for (int half = 0; half < 2; half++)
+            if (values[half] < GROUP)
+                clear_padding(&pair, GROUP * half + values[half], GROUP * (half + 1));
+        NAME(put_pair)(frame, &pair);
+        put_escapes(frame, WIDER(pair.far, 0), lot->bits[i], values[0]);
+        frame->weights += (uint32_t)(values[0] + values[1]);
+    }
 }
 
 /* One record; returns 0 if one of its weights is no number. */
@@ -147,16 +232,10 @@ TARGET static int NAME(record)(const struct encode_call *c, int64_t number, stru
         NAME(widen)(&lot, c->is_bf16);
         for (int at = 0; at < LOT; at += LANES)
             NAME(search)(&lot, at);
-        for (int i = 0; i < count; i++) {
-            uint16_t base[GROUP];
-            int g = first + i, left = c->length - g % groups * GROUP;
-            NAME(codes)(&lot, i, c->is_bf16, int4 + CODES * g, int8 + CODES * g, base);
-            put_distances(frame, lot.bits[i], base, left < GROUP ? left : GROUP);
-        }
-        uint16_t halves[LOT];
-        for (int at = 0; at < LOT; at += LANES)
-            STORE_HALF(halves + at, LOAD(lot.scales + at));
-        memcpy(scales + 2 * first, halves, 2 * (size_t)count);
+        NAME(put_offsets)(&lot, c, first, count, frame);
+        memcpy(int4 + CODES * first, lot.q, CODES * (size_t)count);
+        memcpy(int8 + CODES * first, lot.r, CODES * (size_t)count);
+        memcpy(scales + 2 * first, lot.halves, 2 * (size_t)count);
     }
     return 1;
 }
@@ -174,4 +253,9 @@ TARGET static int NAME(record)(const struct encode_call *c, int64_t number, stru
 #undef LESS
 #undef LOAD_HALF
 #undef STORE_HALF
+#undef STORE_HALF_ABOVE
+#undef STORE_HALF_BELOW
 #undef STORE_BYTES
+#undef GATHER
+#undef WIDER
+#undef BIT

@@ -67,7 +67,7 @@ static void add_columns(const struct primitives *use, const struct rows *r, int6
 }
 
 struct ffn_call {
-    const struct primitives *use;
+    struct kernels *k;
     const struct rows *rows;
     const struct inputs *in; /* NULL: activations are given */
     const float *given; /* [tokens, rows]: activations, or factors of them, or NULL */
@@ -86,7 +86,7 @@ static void chunk_part(void *context, int part, int parts)
     int tokens = c->tokens;
     size_t padded = padded_length(r->length);
     float h[TILE * TOKENS_AT_ONCE];
-    (void)part, (void)parts;
+    (void)parts;
     for (int64_t k; next_piece(&c->pieces, &k);) {
         float *y = c->partial + (size_t)k * tokens * padded;
         int64_t start = (c->first + k) * CHUNK;
@@ -94,8 +94,14 @@ static void chunk_part(void *context, int part, int parts)
         memset(y, 0, tokens * padded * sizeof(float));
         for (int64_t row = start; row < stop; row += TILE) {
             int count = (int)(stop - row < TILE ? stop - row : TILE);
+            struct rows decoded = *r;
+            int64_t at = row;
+            if (r->frames) {
+                decoded = rows_from(c->k, part, r, row, row + count);
+                at = 0;
+            }
             if (c->in)
-                activations(c->use, r, row, count, c->in, c->relu, h, tokens);
+                activations(c->k->use, &decoded, at, count, c->in, c->relu, h, tokens);
             for (int i = 0; i < count; i++)
                 for (int t = 0; c->given && t < tokens; t++) {
                     float factor = c->given[(size_t)t * r->count + row + i];
@@ -105,7 +111,7 @@ static void chunk_part(void *context, int part, int parts)
                 for (int t = 0; c->kept && t < tokens; t++)
                     c->kept[(size_t)t * r->count + row + i] = h[i * tokens + t];
             for (int t = 0; t < tokens; t++)
-                add_columns(c->use, r, row, count, h + t, tokens, y + t * padded);
+                add_columns(c->k->use, &decoded, at, count, h + t, tokens, y + t * padded);
         }
     }
 }
@@ -156,14 +162,14 @@ static int all_tokens(struct kernels *k, const struct rows *rows, const struct i
     wave = wave < least ? least : wave;
     wave = wave < chunks ? wave : chunks;
     float *partial = scratch_take(k, wave * one);
-    if (!partial)
+    if (!partial || room_for(k, rows))
         return 1;
     for (int t = 0; t < tokens; t += most) {
         int some = tokens - t < most ? tokens - t : most;
         struct inputs part;
         if (in)
             part = tokens_from(in, t, some, rows->length);
-        struct ffn_call c = { k->use, rows, in ? &part : NULL,
+        struct ffn_call c = { k, rows, in ? &part : NULL,
                               given ? given + (size_t)t * rows->count : NULL,
                               kept ? kept + (size_t)t * rows->count : NULL, relu, some, 0, partial,
                               out + (size_t)t * rows->length, { 0, 0, 0 } };
@@ -177,8 +183,7 @@ int m2c_down(struct kernels *k, const struct rows *rows, const float *given, int
              float *out)
 {
     int failed = all_tokens(k, rows, NULL, tokens, given, 0, NULL, out);
-    scratch_reset(k);
-    return failed;
+    return finish(k, failed);
 }
 
 /* out [tokens, length] += the FFN of some neurons; mask [tokens, rows] multiplies activations, kept
@@ -190,12 +195,11 @@ int m2c_ffn(struct kernels *k, const struct given *given, const struct rows *row
     int failed = prepare(k, given, rows->kind, &in);
     if (!failed)
         failed = all_tokens(k, rows, &in, given->tokens, mask, relu, kept, out);
-    scratch_reset(k);
-    return failed;
+    return finish(k, failed);
 }
 
 struct gate_up_call {
-    const struct primitives *use;
+    struct kernels *k;
     const struct rows *rows;
     const struct inputs *in;
     int relu;
@@ -208,13 +212,19 @@ static void gate_up_part(void *context, int part, int parts)
     struct gate_up_call *c = context;
     const struct rows *r = c->rows;
     float h[TILE * TOKENS_AT_ONCE];
-    (void)part, (void)parts;
+    (void)parts;
     for (int64_t k; next_piece(&c->pieces, &k);) {
         int count = (int)(r->count - k * TILE < TILE ? r->count - k * TILE : TILE);
+        struct rows decoded = *r;
+        int64_t at = k * TILE;
+        if (r->frames) {
+            decoded = rows_from(c->k, part, r, at, at + count);
+            at = 0;
+        }
         for (int t = 0; t < c->in->tokens; t += TOKENS_AT_ONCE) {
             int tokens = c->in->tokens - t < TOKENS_AT_ONCE ? c->in->tokens - t : TOKENS_AT_ONCE;
             struct inputs in = tokens_from(c->in, t, tokens, r->length);
-            activations(c->use, r, k * TILE, count, &in, c->relu, h, tokens);
+            activations(c->k->use, &decoded, at, count, &in, c->relu, h, tokens);
             for (int i = 0; i < count; i++)
                 for (int s = 0; s < tokens; s++)
                     c->out[(size_t)(t + s) * r->count + k * TILE + i] = h[i * tokens + s];
@@ -227,12 +237,11 @@ int m2c_gate_up(struct kernels *k, const struct given *given, const struct rows 
                 float *out)
 {
     struct inputs in;
-    int failed = prepare(k, given, rows->kind, &in);
+    int failed = prepare(k, given, rows->kind, &in) || room_for(k, rows);
     if (!failed) {
-        struct gate_up_call c = { k->use, rows, &in, relu, out,
+        struct gate_up_call c = { k, rows, &in, relu, out,
                                   { 0, (rows->count + TILE - 1) / TILE, TILE } };
         pool_run(k->pool, gate_up_part, &c);
     }
-    scratch_reset(k);
-    return failed;
+    return finish(k, failed);
 }

@@ -38,6 +38,14 @@ void scratch_reset(struct kernels *k)
     k->scratch.used = 0;
 }
 
+int finish(struct kernels *k, int failed)
+{
+    int damaged = atomic_exchange(&k->damaged, 0);
+    scratch_reset(k);
+    k->room = NULL;
+    return failed ? failed : 2 * damaged;
+}
+
 static void norm_token(const float *x, const float *weights, float eps, int length, float *to)
 {
     float sums[16] = { 0 };

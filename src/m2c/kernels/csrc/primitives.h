@@ -31,6 +31,14 @@ struct inputs {
     int32_t tokens;
 };
 
+struct exact_record;
+struct bits;
+/* The weights of a record, [vectors * length] 16-bit patterns, escapes not yet put right. */
+typedef void (*exact_unpack)(const struct exact_record *record, struct bits *bits, uint16_t *to);
+void exact_unpack_scalar(const struct exact_record *record, struct bits *bits, uint16_t *to);
+void exact_unpack_avx2(const struct exact_record *record, struct bits *bits, uint16_t *to);
+void exact_unpack_avx512(const struct exact_record *record, struct bits *bits, uint16_t *to);
+
 /* Keys or values of one head: [positions, dim] f16 or f32. */
 struct cached {
     const void *at;
@@ -52,6 +60,7 @@ struct primitives {
     void (*scores)(float *scores, const float *q, struct cached keys, int positions, int dim);
     void (*mixed)(float *out, const float *weights, struct cached values, int positions, int dim);
     void (*to_half)(uint16_t *to, const float *from, int count);
+    exact_unpack unpack;
 };
 
 extern const struct primitives primitives_scalar;

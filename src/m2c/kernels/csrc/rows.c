@@ -62,9 +62,9 @@ void dot_vectors(const struct primitives *use, const struct rows *r, int64_t row
     use->dot_codes(codes, count, in, r->groups, out, stride);
 }
 
-void product(const struct primitives *use, const struct rows *r, const struct inputs *in,
-             int64_t start, int64_t stop, const float *bias, int add, float *out,
-             int64_t out_stride)
+static void product_of(const struct primitives *use, const struct rows *r, const struct inputs *in,
+                       int64_t start, int64_t stop, const float *bias, int add, float *out,
+                       int64_t out_stride)
 {
     float sums[ROWS_AT_ONCE * TOKENS_AT_ONCE];
     for (int t = 0; t < in->tokens; t += TOKENS_AT_ONCE) {
@@ -84,8 +84,25 @@ void product(const struct primitives *use, const struct rows *r, const struct in
     }
 }
 
+void product(struct kernels *k, int part, const struct rows *r, const struct inputs *in,
+             int64_t start, int64_t stop, const float *bias, int add, float *out,
+             int64_t out_stride)
+{
+    if (!r->frames) {
+        product_of(k->use, r, in, start, stop, bias, add, out, out_stride);
+        return;
+    }
+    for (int64_t row = start, next; row < stop; row = next) {
+        next = (row / r->frame_records + 1) * r->frame_records;
+        next = next < stop ? next : stop;
+        struct rows some = rows_from(k, part, r, row, next);
+        product_of(k->use, &some, in, 0, next - row, bias ? bias + row : NULL, add, out + row,
+                   out_stride);
+    }
+}
+
 struct matmul_call {
-    const struct primitives *use;
+    struct kernels *k;
     const struct rows *rows;
     const struct inputs *in;
     float *out; /* [tokens, rows] */
@@ -95,11 +112,11 @@ struct matmul_call {
 static void matmul_part(void *context, int part, int parts)
 {
     struct matmul_call *c = context;
-    (void)part, (void)parts;
+    (void)parts;
     for (int64_t i; next_piece(&c->pieces, &i);) {
         int64_t start = i * c->pieces.size, stop = start + c->pieces.size;
         stop = stop < c->rows->count ? stop : c->rows->count;
-        product(c->use, c->rows, c->in, start, stop, NULL, 0, c->out, c->rows->count);
+        product(c->k, part, c->rows, c->in, start, stop, NULL, 0, c->out, c->rows->count);
     }
 }
 
@@ -107,13 +124,12 @@ static void matmul_part(void *context, int part, int parts)
 int m2c_matmul(struct kernels *k, const struct given *given, const struct rows *rows, float *out)
 {
     struct inputs in;
-    int failed = prepare(k, given, rows->kind, &in);
+    int failed = prepare(k, given, rows->kind, &in) || room_for(k, rows);
     if (!failed) {
-        struct matmul_call c = { k->use, rows, &in, out, pieces_of(k, rows->count) };
+        struct matmul_call c = { k, rows, &in, out, pieces_of(k, rows->count) };
         pool_run(k->pool, matmul_part, &c);
     }
-    scratch_reset(k);
-    return failed;
+    return finish(k, failed);
 }
 
 struct read_call {

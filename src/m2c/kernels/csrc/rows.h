@@ -20,9 +20,13 @@ struct kernels {
     const char *name;
     struct pool *pool;
     struct scratch scratch;
+    uint16_t *room; /* [threads, room_values]: rows with frames, decoded where they are used */
+    size_t room_values;
+    atomic_int damaged; /* a frame of this call does not hold what it should */
 };
 
-/* Rows in memory. kind: 4 or 8 (codes), or 16. Mirrored by kernels/native.py. */
+/* Rows in memory. kind: 4 or 8 (codes), or 16: `wide`, or codes and frames. Mirrored by
+ * kernels/native.py. */
 struct rows {
     const uint8_t *int4; /* records: codes of all vectors, then their FP16 scales */
     const uint8_t *int8; /* records: second codes; NULL unless kind is 8 */
@@ -31,6 +35,10 @@ struct rows {
     int64_t count;
     int32_t vectors, length, groups;
     int32_t kind, is_bf16;
+    const uint8_t *frames; /* exact plane, one frame after another, or NULL */
+    const int64_t *frame_at; /* [frames + 1]: where each begins */
+    const uint32_t *frame_escapes; /* [frames] */
+    int64_t frame_records;
 };
 
 /* What rows are to meet. Mirrored by kernels/native.py. */
@@ -103,6 +111,14 @@ static inline size_t padded_groups(int length)
 void *scratch_take(struct kernels *k, size_t nbytes);
 /* The call is over. */
 void scratch_reset(struct kernels *k);
+/* The same; what the entry point returns: `failed`, or 2 if a frame was damaged. */
+int finish(struct kernels *k, int failed);
+
+/* Memory to decode rows into, if they have frames. 0, or 1 without memory. */
+int room_for(struct kernels *k, const struct rows *rows);
+/* Rows [start, stop), at most TILE of them or a frame's, decoded into the room of a thread. */
+struct rows rows_from(struct kernels *k, int part, const struct rows *rows, int64_t start,
+                      int64_t stop);
 
 /* The activations normed, and rounded to int8 when rows have codes. 0, or 1 without memory. */
 int prepare(struct kernels *k, const struct given *given, int kind, struct inputs *in);
@@ -113,7 +129,7 @@ struct inputs tokens_from(const struct inputs *in, int t, int tokens, int length
 void dot_vectors(const struct primitives *use, const struct rows *r, int64_t row, int count,
                  int vector, const struct inputs *in, float *out, int64_t stride);
 /* out[t * out_stride + row] = x[t] . row + bias (+ what is there), rows [start, stop) */
-void product(const struct primitives *use, const struct rows *r, const struct inputs *in,
+void product(struct kernels *k, int part, const struct rows *r, const struct inputs *in,
              int64_t start, int64_t stop, const float *bias, int add, float *out,
              int64_t out_stride);
 

@@ -148,4 +148,5 @@ static void to_half(uint16_t *to, const float *from, int count)
 
 const struct primitives primitives_scalar = {
     dot_codes, dot_wide, add_codes, add_wide, scores, mixed, to_half,
+    exact_unpack_scalar,
 };

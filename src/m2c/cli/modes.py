@@ -1,0 +1,46 @@
+"""Which way of decoding a person asked for, or is given.
+
+Knows nothing about how a mode decodes.
+"""
+
+from m2c.bundle.bundle import Bundle
+from m2c.cli.runs import tps
+from m2c.engine import RunOptions
+from m2c.errors import UsageError
+from m2c.model.mix import PRECISIONS
+from m2c.modes import MODES, Choice, choose_mode, exact_options
+
+
+def asked_mode(mode: str | None, exact: bool, plain: bool) -> str:
+    """One of MODES. plain: nothing was asked for that only mixed mode has."""
+    if mode not in (None, *MODES):
+        raise UsageError(f"--mode {mode}: choose one of {', '.join(MODES)}")
+    if exact:
+        if mode not in (None, "exact"):
+            raise UsageError(f"--exact and --mode {mode} do not go together", "leave one out")
+        mode = "exact"
+    if mode == "exact" and not plain:
+        raise UsageError(
+            "exact mode computes the checkpoint's own weights in DRAM",
+            "leave out --mix, --drop, --dense, --policy, --trace, --hbm and --device",
+        )
+    return mode or ("auto" if plain else "mixed")
+
+
+def with_mode(bundle: Bundle, options: RunOptions, mode: str, precision: str) -> Choice:
+    """The options for the mode; auto is decided by the plan. Reads no weights."""
+    if precision not in PRECISIONS:
+        raise UsageError(f"--exact-precision {precision}: choose one of {', '.join(PRECISIONS)}")
+    if mode == "exact":
+        return Choice(exact_options(options, precision), {})
+    if precision != "fp16":
+        raise UsageError(f"--exact-precision {precision} is for exact mode", "add --exact")
+    if mode == "mixed":
+        return Choice(options, {})
+    return choose_mode(bundle, options)
+
+
+def alternatives(choice: Choice) -> str:
+    """What the modes that were not taken would give; empty if there was no choice."""
+    others = [f"{name} {tps(v)}" for name, v in choice.predicted.items() if name != choice.mode]
+    return f" ({', '.join(others)}; --mode overrides)" if others else ""

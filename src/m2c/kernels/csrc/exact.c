@@ -1,0 +1,286 @@
+/* Weights from their codes and the bit-planes of their offsets: for every instruction set, the inverse
+ * of what encode.c writes. */
+
+#include "exact.h"
+
+/* The next `count` <= PAIR bits, from bit 0 of the result on. */
+static inline __attribute__((always_inline)) uint64_t take_bits(struct bits *b, int count)
+{
+    int64_t left = b->end - b->next, byte = b->next >> 3;
+    int shift = (int)(b->next & 7);
+    uint64_t low = 0, high = 0;
+    if (left >= 80) {
+        memcpy(&low, b->at + byte, 8);
+        high = b->at[byte + 8];
+    } else if (left > 0) {
+        uint8_t last[16] = { 0 };
+        memcpy(last, b->at + byte, (size_t)((left + shift + 7) >> 3));
+        memcpy(&low, last, 8);
+        high = last[8];
+    }
+    b->next += count;
+    return low >> shift | high << 1 << (63 - shift);
+}
+
+#define SURE (PAIR * 16 + 80) /* bits left that make a look at the end needless for a pair */
+
+/* The same, where SURE bits are left. */
+static inline __attribute__((always_inline)) uint64_t take_surely(struct bits *b, int count)
+{
+    const uint8_t *at = b->at + (b->next >> 3);
+    int shift = (int)(b->next & 7);
+    uint64_t low, high = at[8];
+    memcpy(&low, at, 8);
+    b->next += count;
+    return low >> shift | high << 1 << (63 - shift);
+}
+
+typedef uint64_t (*take_function)(struct bits *b, int count);
+
+/* Bits 0, 1, ... of `packed` to the places where `mask` has ones. */
+static inline uint64_t spread_bits(uint64_t packed, uint64_t mask)
+{
+    uint64_t to = 0;
+    for (; mask; mask &= mask - 1, packed >>= 1)
+        to |= packed & 1 ? mask & -mask : 0;
+    return to;
+}
+
+static inline float half_value(const uint8_t *at)
+{
+    uint16_t h;
+    memcpy(&h, at, 2);
+    uint32_t exponent = (h >> 10) & 31, mantissa = h & 1023;
+    uint32_t bits = (exponent + 112) << 23 | mantissa << 13;
+    float value;
+    if (!exponent)
+        return (float)mantissa * 5.9604644775390625e-08f; /* 2^-24 */
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+/* Where group g of a record goes, and how many of its values are no padding. */
+static inline uint16_t *place_of(const struct exact_record *r, int g, uint16_t *to, int *count)
+{
+    int vector = g / r->groups, first = (g - vector * r->groups) * GROUP;
+    *count = r->length - first < GROUP ? r->length - first : GROUP;
+    return to + (size_t)vector * r->length + first;
+}
+
+/* Codes, candidates and widths of one group; padding has no candidates. */
+static inline __attribute__((always_inline)) void group_intervals(
+    const struct exact_record *r, int g, int count, int16_t *codes, uint16_t *low, uint8_t *widths)
+{
+    const uint8_t *q = r->q + 16 * g, *second = r->r + 16 * g;
+    float unit = half_value(r->scales + 2 * g) * 0.03125f;
+    for (int i = 0; i < GROUP; i++) {
+        int shift = i < 16 ? 0 : 4, fine = (second[i & 15] >> shift) & 15;
+        int code = 16 * ((q[i & 15] >> shift) & 15) + fine - 136;
+        struct interval in = interval_of(code, fine == 15, unit, r->is_bf16);
+        codes[i] = (int16_t)code;
+        low[i] = (uint16_t)in.low;
+        widths[i] = i < count ? (uint8_t)width_of(in.last) : 0;
+    }
+}
+
+typedef uint64_t (*spread_function)(uint64_t packed, uint64_t mask);
+
+static inline __attribute__((always_inline)) void unpack_plainly(
+    const struct exact_record *r, struct bits *bits, uint16_t *to, spread_function spread)
+{
+    int groups = r->vectors * r->groups;
+    for (int g = 0; g < groups; g += 2) {
+        int16_t codes[PAIR];
+        uint16_t low[PAIR], offsets[PAIR] = { 0 };
+        uint8_t widths[PAIR] = { 0 };
+        int both = g + 1 < groups ? 2 : 1, counts[2];
+        uint16_t *places[2];
+        for (int half = 0; half < both; half++) {
+            places[half] = place_of(r, g + half, to, counts + half);
+            group_intervals(r, g + half, counts[half], codes + half * GROUP, low + half * GROUP,
+                            widths + half * GROUP);
+        }
+        for (int k = 0;; k++) {
+            uint64_t mask = 0;
+            for (int i = 0; i < PAIR; i++)
+                mask |= (uint64_t)(widths[i] > k) << i;
+            if (!mask)
+                break;
+            uint64_t plane = spread(take_bits(bits, __builtin_popcountll(mask)), mask);
+            for (int i = 0; i < PAIR; i++)
+                offsets[i] |= (uint16_t)((plane >> i & 1) << k);
+        }
+        for (int i = 0; i < both * GROUP; i++) {
+            int half = i / GROUP, below = (codes[i] < 0) ^ (r->scales[2 * (g + half) + 1] >> 7);
+            uint16_t weight = codes[i] ? (uint16_t)(low[i] + offsets[i]) | (uint16_t)(below << 15)
+                                       : (uint16_t)(offsets[i] >> 1 | offsets[i] << 15);
+            if (i % GROUP < counts[half])
+                places[half][i % GROUP] = weight;
+        }
+    }
+}
+
+void exact_unpack_scalar(const struct exact_record *r, struct bits *bits, uint16_t *to)
+{
+    unpack_plainly(r, bits, to, spread_bits);
+}
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#define TARGET2 __attribute__((target("avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt")))
+#define TARGET __attribute__((target( \
+    "avx512f,avx512bw,avx512vl,avx512cd,avx512dq,avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt")))
+#define INLINE TARGET static inline __attribute__((always_inline))
+
+TARGET2 static uint64_t spread_bmi2(uint64_t packed, uint64_t mask)
+{
+    return _pdep_u64(packed, mask);
+}
+
+TARGET2 void exact_unpack_avx2(const struct exact_record *r, struct bits *bits, uint16_t *to)
+{
+    unpack_plainly(r, bits, to, spread_bmi2);
+}
+
+/* What `group_intervals` gives, of 32 weights; `last` instead of widths. */
+struct lane_intervals {
+    __m512i low, last; /* 32 x u16 */
+    __mmask32 below, zero; /* codes that are negative, that are 0 */
+};
+
+/* unit times 32 factors (16-bit integers >= 0): the 16-bit numbers at or above (up), or below. */
+INLINE __m512i bounds_of(__m512i factors, __m512 unit, const int up, const int is_bf16)
+{
+    __m256i raw[2] = { _mm512_castsi512_si256(factors), _mm512_extracti64x4_epi64(factors, 1) };
+    __m512 v[2];
+    for (int half = 0; half < 2; half++)
+        v[half] = _mm512_mul_ps(unit, _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(raw[half])));
+    if (is_bf16) {
+        const __m512i upper = _mm512_set_epi16(
+            63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23, 21,
+            19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+        __m512i bits[2] = { _mm512_castps_si512(v[0]), _mm512_castps_si512(v[1]) };
+        for (int half = 0; up && half < 2; half++)
+            bits[half] = _mm512_add_epi32(bits[half], _mm512_set1_epi32(0xffff));
+        return _mm512_permutex2var_epi16(bits[0], upper, bits[1]);
+    }
+    for (int half = 0; half < 2; half++)
+        raw[half] = up ? _mm512_cvtps_ph(v[half], _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC)
+                       : _mm512_cvtps_ph(v[half], _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(raw[0]), raw[1], 1);
+}
+
+INLINE struct lane_intervals lane_intervals(const struct exact_record *r, int g, int count,
+                                            const int is_bf16)
+{
+    const __m128i nibble = _mm_set1_epi8(15);
+    const __m512i one = _mm512_set1_epi16(1);
+    __m128i q = _mm_loadu_si128((const __m128i *)(r->q + 16 * g));
+    __m128i s = _mm_loadu_si128((const __m128i *)(r->r + 16 * g));
+    __m256i coarse = _mm256_set_m128i(_mm_and_si128(_mm_srli_epi16(q, 4), nibble),
+                                      _mm_and_si128(q, nibble));
+    __m256i fine = _mm256_set_m128i(_mm_and_si128(_mm_srli_epi16(s, 4), nibble),
+                                    _mm_and_si128(s, nibble));
+    __m512i code = _mm512_sub_epi16(_mm512_or_si512(_mm512_slli_epi16(_mm512_cvtepu8_epi16(coarse), 4),
+                                                    _mm512_cvtepu8_epi16(fine)),
+                                    _mm512_set1_epi16(136));
+    __mmask32 top = _mm256_cmpeq_epi8_mask(fine, _mm256_set1_epi8(15));
+    __mmask32 below = _mm512_movepi16_mask(code), zero = _mm512_testn_epi16_mask(code, code);
+    __m512i twice = _mm512_slli_epi16(_mm512_abs_epi16(code), 1);
+    __m512i from = _mm512_maskz_sub_epi16(~zero, twice, one);
+    from = _mm512_mask_sub_epi16(from, top & below, from, one);
+    __m512i to = _mm512_add_epi16(twice, one);
+    to = _mm512_mask_add_epi16(to, top & ~below & ~zero, to, one);
+    __m512 unit = _mm512_set1_ps(half_value(r->scales + 2 * g) * 0.03125f);
+    __m512i low = bounds_of(from, unit, 1, is_bf16), high = bounds_of(to, unit, 0, is_bf16);
+    __m512i last = _mm512_subs_epu16(high, low);
+    last = _mm512_mask_add_epi16(last, zero, _mm512_add_epi16(high, high), one);
+    return (struct lane_intervals){
+        _mm512_maskz_mov_epi16(~zero, low),
+        _mm512_maskz_mov_epi16(count < GROUP ? (1u << count) - 1 : ~0u, last), below, zero,
+    };
+}
+
+INLINE void lane_store(const struct lane_intervals *in, const struct exact_record *r, int g,
+                       __m256i first, __m256i second, int count, uint16_t *to)
+{
+    __m512i offsets = _mm512_or_si512(_mm512_cvtepu8_epi16(first),
+                                      _mm512_slli_epi16(_mm512_cvtepu8_epi16(second), 8));
+    __mmask32 negative = in->below ^ (r->scales[2 * g + 1] >> 7 ? ~0u : 0u);
+    __m512i weights = _mm512_add_epi16(in->low, offsets);
+    weights = _mm512_or_si512(weights,
+                                   _mm512_maskz_set1_epi16(negative, (short)0x8000));
+    __m512i zeros = _mm512_or_si512(_mm512_srli_epi16(offsets, 1), _mm512_slli_epi16(offsets, 15));
+    weights = _mm512_mask_mov_epi16(weights, in->zero, zeros);
+    _mm512_mask_storeu_epi16(to, count < GROUP ? (1u << count) - 1 : ~0u, weights);
+}
+
+/* The weights of a pair whose offsets have more than k bits. */
+INLINE uint64_t wider_than(int k, const struct lane_intervals *in)
+{
+    const __m512i least = _mm512_set1_epi16((short)(1 << k));
+    return (uint64_t)_mm512_cmpge_epu16_mask(in[1].last, least) << 32
+           | _mm512_cmpge_epu16_mask(in[0].last, least);
+}
+
+/* The offsets of a pair: their lower and their upper bytes. */
+INLINE void offsets_of(struct bits *bits, const struct lane_intervals *in, take_function take,
+                       __m512i *first, __m512i *second)
+{
+    struct bits b = *bits;
+    /* eight planes whether there or not: where they end is hard to predict */
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; k++) {
+        uint64_t mask = wider_than(k, in);
+        uint64_t plane = _pdep_u64(take(&b, (int)_mm_popcnt_u64(mask)), mask);
+        *first = _mm512_mask_add_epi8(*first, plane, *first, _mm512_set1_epi8((char)(1 << k)));
+    }
+    for (int k = 8; k < 16; k++) {
+        uint64_t mask = wider_than(k, in);
+        if (!mask)
+            break;
+        uint64_t plane = _pdep_u64(take(&b, (int)_mm_popcnt_u64(mask)), mask);
+        __m512i bit = _mm512_set1_epi8((char)(1 << (k - 8)));
+        *second = _mm512_mask_add_epi8(*second, plane, *second, bit);
+    }
+    *bits = b;
+}
+
+INLINE void unpack_lanes(const struct exact_record *r, struct bits *bits, uint16_t *to,
+                         const int is_bf16)
+{
+    int groups = r->vectors * r->groups;
+    for (int g = 0; g < groups; g += 2) {
+        int counts[2] = { 0, 0 }, both = g + 1 < groups;
+        uint16_t *places[2] = { place_of(r, g, to, counts), NULL };
+        struct lane_intervals in[2] = { lane_intervals(r, g, counts[0], is_bf16) };
+        in[1] = in[0];
+        in[1].last = _mm512_setzero_si512();
+        if (both) {
+            places[1] = place_of(r, g + 1, to, counts + 1);
+            in[1] = lane_intervals(r, g + 1, counts[1], is_bf16);
+        }
+        __m512i first = _mm512_setzero_si512(), second = first;
+        if (bits->end - bits->next >= SURE)
+            offsets_of(bits, in, take_surely, &first, &second);
+        else
+            offsets_of(bits, in, take_bits, &first, &second);
+        lane_store(in, r, g, _mm512_castsi512_si256(first), _mm512_castsi512_si256(second), counts[0],
+                   places[0]);
+        if (both)
+            lane_store(in + 1, r, g + 1, _mm512_extracti64x4_epi64(first, 1),
+                       _mm512_extracti64x4_epi64(second, 1), counts[1], places[1]);
+    }
+}
+
+TARGET void exact_unpack_avx512(const struct exact_record *r, struct bits *bits, uint16_t *to)
+{
+    if (r->is_bf16)
+        unpack_lanes(r, bits, to, 1);
+    else
+        unpack_lanes(r, bits, to, 0);
+}
+
+#endif

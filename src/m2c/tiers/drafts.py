@@ -1,0 +1,71 @@
+"""The INT4 planes of a whole model in memory: what drafts are made with while exact weights stream.
+
+They are planes of the exact weights too, so a pass that verifies drafts reads only what is above
+them. Knows nothing about drafts being right or wrong.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from m2c.bundle.bundle import Bundle
+from m2c.kernels.rows import PackedRows, Rows
+from m2c.tiers.blocks import Block, block_of
+from m2c.tiers.fetch import PlaneSource, RowSource
+from m2c.tiers.memory import aligned_buffer
+from m2c.tiers.ssd import Pending, SsdReader
+
+EMBED = "embed_tokens"
+_PLANE = "int4"
+
+Ids = npt.NDArray[np.int32]
+U8 = npt.NDArray[np.uint8]
+
+
+class DraftPlanes:
+    """What `Transformer` asks of a store, at INT4. staging: shared with the store's own sources."""
+
+    def __init__(self, bundle: Bundle, reader: SsdReader, staging: U8) -> None:
+        self.device = torch.device("cpu")
+        self._bundle = bundle
+        self._reader = reader
+        self._operands: dict[tuple[str, int], dict[str, PackedRows]] = {}
+        index = bundle.shard("dense", "embed", _PLANE)
+        section = index.header.section(EMBED)
+        source = PlaneSource(reader, index, section, staging)
+        self._embed = RowSource([source], section, bundle.manifest.exact_type)
+
+    def load(self, layers: int, head: str) -> int:
+        """Read everything, many reads in flight; the bytes read."""
+        wanted: list[tuple[str, int, int | str, str]] = [("head", layers, head, "dense")]
+        for layer in range(layers):
+            wanted += [("dense", layer, layer, "dense"), ("neurons", layer, layer, "neurons")]
+        started: list[tuple[tuple[str, int], Block, U8, Pending]] = []
+        for kind, layer, name, shards in wanted:
+            block = block_of(self._bundle, shards, name, _PLANE)
+            raw = aligned_buffer(block.streamed_nbytes)
+            started.append(((kind, layer), block, raw, block.read(self._reader, raw)))
+        for key, block, raw, pending in started:
+            pending.wait()
+            self._operands[key] = block.rows(raw)
+        return sum(block.streamed_nbytes for _, block, _, _ in started)
+
+    def operands(self, kind: str, layer: int) -> Mapping[str, PackedRows]:
+        """All rows of a layer's `kind` by section name."""
+        return self._operands[kind, layer]
+
+    def uses(self, kind: str, layer: int) -> Iterator[Mapping[str, Rows]]:
+        """As `NeuronStore.uses`: one block."""
+        yield self._operands[kind, layer]
+
+    def embed(self, ids: Ids) -> torch.Tensor:
+        """As `NeuronStore.embed`."""
+        wanted, back = np.unique(ids, return_inverse=True)
+        tied = self._operands["head", max(layer for _, layer in self._operands)].get(EMBED)
+        if tied is None:
+            rows = self._embed.rows(wanted.astype(np.int32))
+        else:
+            rows = tied.take(torch.from_numpy(wanted.astype(np.int64)))
+        return rows.values(0, len(rows))[:, 0][torch.from_numpy(back.astype(np.int64))]
