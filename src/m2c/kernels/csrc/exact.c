@@ -59,12 +59,15 @@ static inline float half_value(const uint8_t *at)
     return value;
 }
 
-/* Where group g of a record goes, and how many of its values are no padding. */
-static inline uint16_t *place_of(const struct exact_record *r, int g, uint16_t *to, int *count)
+/* Where the next group of a record goes, and how many of its values are no padding. at: the first of
+ * them in its vector. */
+static inline uint16_t *next_place(const struct exact_record *r, int *at, uint16_t **to, int *count)
 {
-    int vector = g / r->groups, first = (g - vector * r->groups) * GROUP;
-    *count = r->length - first < GROUP ? r->length - first : GROUP;
-    return to + (size_t)vector * r->length + first;
+    uint16_t *place = *to;
+    *count = r->length - *at < GROUP ? r->length - *at : GROUP;
+    *to += *count;
+    *at = *at + *count == r->length ? 0 : *at + GROUP;
+    return place;
 }
 
 /* Codes, candidates and widths of one group; padding has no candidates. */
@@ -88,7 +91,7 @@ typedef uint64_t (*spread_function)(uint64_t packed, uint64_t mask);
 static inline __attribute__((always_inline)) void unpack_plainly(
     const struct exact_record *r, struct bits *bits, uint16_t *to, spread_function spread)
 {
-    int groups = r->vectors * r->groups;
+    int groups = r->vectors * r->groups, at = 0;
     for (int g = 0; g < groups; g += 2) {
         int16_t codes[PAIR];
         uint16_t low[PAIR], offsets[PAIR] = { 0 };
@@ -96,7 +99,7 @@ static inline __attribute__((always_inline)) void unpack_plainly(
         int both = g + 1 < groups ? 2 : 1, counts[2];
         uint16_t *places[2];
         for (int half = 0; half < both; half++) {
-            places[half] = place_of(r, g + half, to, counts + half);
+            places[half] = next_place(r, &at, &to, counts + half);
             group_intervals(r, g + half, counts[half], codes + half * GROUP, low + half * GROUP,
                             widths + half * GROUP);
         }
@@ -150,53 +153,68 @@ struct lane_intervals {
     __mmask32 below, zero; /* codes that are negative, that are 0 */
 };
 
-/* unit times 32 factors (16-bit integers >= 0): the 16-bit numbers at or above (up), or below. */
-INLINE __m512i bounds_of(__m512i factors, __m512 unit, const int up, const int is_bf16)
+/* The upper halves of 32 f32, in order. */
+INLINE __m512i upper_halves(__m512i low, __m512i high)
 {
-    __m256i raw[2] = { _mm512_castsi512_si256(factors), _mm512_extracti64x4_epi64(factors, 1) };
-    __m512 v[2];
-    for (int half = 0; half < 2; half++)
-        v[half] = _mm512_mul_ps(unit, _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(raw[half])));
+    const __m512i odd = _mm512_set_epi16(
+        63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23, 21,
+        19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    return _mm512_permutex2var_epi16(low, odd, high);
+}
+
+/* The 16-bit numbers at or above (up), or below, each of 32 values >= 0. */
+INLINE __m512i bounds_of(const __m512 *v, const int up, const int is_bf16)
+{
     if (is_bf16) {
-        const __m512i upper = _mm512_set_epi16(
-            63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23, 21,
-            19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
-        __m512i bits[2] = { _mm512_castps_si512(v[0]), _mm512_castps_si512(v[1]) };
-        for (int half = 0; up && half < 2; half++)
-            bits[half] = _mm512_add_epi32(bits[half], _mm512_set1_epi32(0xffff));
-        return _mm512_permutex2var_epi16(bits[0], upper, bits[1]);
+        const __m512i most = _mm512_set1_epi32(up ? 0xffff : 0);
+        return upper_halves(_mm512_add_epi32(_mm512_castps_si512(v[0]), most),
+                            _mm512_add_epi32(_mm512_castps_si512(v[1]), most));
     }
-    for (int half = 0; half < 2; half++)
-        raw[half] = up ? _mm512_cvtps_ph(v[half], _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC)
-                       : _mm512_cvtps_ph(v[half], _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
-    return _mm512_inserti64x4(_mm512_castsi256_si512(raw[0]), raw[1], 1);
+    __m256i half[2];
+    for (int i = 0; i < 2; i++)
+        half[i] = up ? _mm512_cvtps_ph(v[i], _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC)
+                     : _mm512_cvtps_ph(v[i], _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(half[0]), half[1], 1);
+}
+
+INLINE __m512 unit_of(const uint8_t *scale)
+{
+    uint16_t raw;
+    memcpy(&raw, scale, 2);
+    __m128 value = _mm_cvtph_ps(_mm_cvtsi32_si128(raw & 0x7fff));
+    return _mm512_broadcastss_ps(_mm_mul_ss(value, _mm_set_ss(0.03125f)));
 }
 
 INLINE struct lane_intervals lane_intervals(const struct exact_record *r, int g, int count,
                                             const int is_bf16)
 {
     const __m128i nibble = _mm_set1_epi8(15);
-    const __m512i one = _mm512_set1_epi16(1);
     __m128i q = _mm_loadu_si128((const __m128i *)(r->q + 16 * g));
     __m128i s = _mm_loadu_si128((const __m128i *)(r->r + 16 * g));
-    __m256i coarse = _mm256_set_m128i(_mm_and_si128(_mm_srli_epi16(q, 4), nibble),
-                                      _mm_and_si128(q, nibble));
-    __m256i fine = _mm256_set_m128i(_mm_and_si128(_mm_srli_epi16(s, 4), nibble),
-                                    _mm_and_si128(s, nibble));
-    __m512i code = _mm512_sub_epi16(_mm512_or_si512(_mm512_slli_epi16(_mm512_cvtepu8_epi16(coarse), 4),
-                                                    _mm512_cvtepu8_epi16(fine)),
-                                    _mm512_set1_epi16(136));
-    __mmask32 top = _mm256_cmpeq_epi8_mask(fine, _mm256_set1_epi8(15));
-    __mmask32 below = _mm512_movepi16_mask(code), zero = _mm512_testn_epi16_mask(code, code);
-    __m512i twice = _mm512_slli_epi16(_mm512_abs_epi16(code), 1);
-    __m512i from = _mm512_maskz_sub_epi16(~zero, twice, one);
-    from = _mm512_mask_sub_epi16(from, top & below, from, one);
-    __m512i to = _mm512_add_epi16(twice, one);
-    to = _mm512_mask_add_epi16(to, top & ~below & ~zero, to, one);
-    __m512 unit = _mm512_set1_ps(half_value(r->scales + 2 * g) * 0.03125f);
-    __m512i low = bounds_of(from, unit, 1, is_bf16), high = bounds_of(to, unit, 0, is_bf16);
+    /* 16 q + r of the first and of the second 16 weights, 136 too large */
+    __m256i raw = _mm256_set_m128i(
+        _mm_or_si128(_mm_andnot_si128(nibble, q), _mm_and_si128(_mm_srli_epi16(s, 4), nibble)),
+        _mm_or_si128(_mm_andnot_si128(nibble, _mm_slli_epi16(q, 4)), _mm_and_si128(s, nibble)));
+    const __m256i fifteen = _mm256_set1_epi8(15);
+    __mmask32 top = _mm256_cmpeq_epi8_mask(_mm256_and_si256(raw, fifteen), fifteen);
+    __mmask32 below = ~_mm256_cmpge_epu8_mask(raw, _mm256_set1_epi8((char)136));
+    __mmask32 zero = _mm256_cmpeq_epi8_mask(raw, _mm256_set1_epi8((char)136));
+    __m512 unit = unit_of(r->scales + 2 * g), from[2], to[2];
+    for (int half = 0; half < 2; half++) {
+        __m128i part = half ? _mm256_extracti128_si256(raw, 1) : _mm256_castsi256_si128(raw);
+        __m512i code = _mm512_sub_epi32(_mm512_cvtepu8_epi32(part), _mm512_set1_epi32(136));
+        __m512 size = _mm512_cvtepi32_ps(_mm512_slli_epi32(_mm512_abs_epi32(code), 1));
+        /* exact, for their results are: half a step to each side, and the rest of a step at the top */
+        from[half] = _mm512_fmsub_ps(size, unit, unit);
+        to[half] = _mm512_fmadd_ps(size, unit, unit);
+        __mmask16 more = (__mmask16)((top & ~below) >> 16 * half);
+        __mmask16 less = (__mmask16)((top & below) >> 16 * half);
+        to[half] = _mm512_mask_add_ps(to[half], more, to[half], unit);
+        from[half] = _mm512_mask_sub_ps(from[half], less, from[half], unit);
+    }
+    __m512i low = bounds_of(from, 1, is_bf16), high = bounds_of(to, 0, is_bf16);
     __m512i last = _mm512_subs_epu16(high, low);
-    last = _mm512_mask_add_epi16(last, zero, _mm512_add_epi16(high, high), one);
+    last = _mm512_mask_add_epi16(last, zero, _mm512_add_epi16(high, high), _mm512_set1_epi16(1));
     return (struct lane_intervals){
         _mm512_maskz_mov_epi16(~zero, low),
         _mm512_maskz_mov_epi16(count < GROUP ? (1u << count) - 1 : ~0u, last), below, zero,
@@ -248,30 +266,47 @@ INLINE void offsets_of(struct bits *bits, const struct lane_intervals *in, take_
     *bits = b;
 }
 
+/* Two groups and where they go; without a second one its place is NULL. */
+struct lane_pair {
+    struct lane_intervals in[2];
+    uint16_t *places[2];
+    int counts[2];
+};
+
+INLINE void next_pair(const struct exact_record *r, int g, int *at, uint16_t **to,
+                      struct lane_pair *pair, const int is_bf16)
+{
+    pair->places[0] = next_place(r, at, to, pair->counts);
+    pair->in[0] = lane_intervals(r, g, pair->counts[0], is_bf16);
+    pair->places[1] = NULL;
+    pair->in[1].last = _mm512_setzero_si512();
+    if (g + 1 < r->vectors * r->groups) {
+        pair->places[1] = next_place(r, at, to, pair->counts + 1);
+        pair->in[1] = lane_intervals(r, g + 1, pair->counts[1], is_bf16);
+    }
+}
+
 INLINE void unpack_lanes(const struct exact_record *r, struct bits *bits, uint16_t *to,
                          const int is_bf16)
 {
-    int groups = r->vectors * r->groups;
+    int groups = r->vectors * r->groups, at = 0;
+    struct lane_pair pair, next;
+    next_pair(r, 0, &at, &to, &next, is_bf16);
     for (int g = 0; g < groups; g += 2) {
-        int counts[2] = { 0, 0 }, both = g + 1 < groups;
-        uint16_t *places[2] = { place_of(r, g, to, counts), NULL };
-        struct lane_intervals in[2] = { lane_intervals(r, g, counts[0], is_bf16) };
-        in[1] = in[0];
-        in[1].last = _mm512_setzero_si512();
-        if (both) {
-            places[1] = place_of(r, g + 1, to, counts + 1);
-            in[1] = lane_intervals(r, g + 1, counts[1], is_bf16);
-        }
+        /* a pair ahead: both halves of the work are long chains, and run side by side */
+        pair = next;
+        if (g + 2 < groups)
+            next_pair(r, g + 2, &at, &to, &next, is_bf16);
         __m512i first = _mm512_setzero_si512(), second = first;
         if (bits->end - bits->next >= SURE)
-            offsets_of(bits, in, take_surely, &first, &second);
+            offsets_of(bits, pair.in, take_surely, &first, &second);
         else
-            offsets_of(bits, in, take_bits, &first, &second);
-        lane_store(in, r, g, _mm512_castsi512_si256(first), _mm512_castsi512_si256(second), counts[0],
-                   places[0]);
-        if (both)
-            lane_store(in + 1, r, g + 1, _mm512_extracti64x4_epi64(first, 1),
-                       _mm512_extracti64x4_epi64(second, 1), counts[1], places[1]);
+            offsets_of(bits, pair.in, take_bits, &first, &second);
+        lane_store(pair.in, r, g, _mm512_castsi512_si256(first), _mm512_castsi512_si256(second),
+                   pair.counts[0], pair.places[0]);
+        if (pair.places[1])
+            lane_store(pair.in + 1, r, g + 1, _mm512_extracti64x4_epi64(first, 1),
+                       _mm512_extracti64x4_epi64(second, 1), pair.counts[1], pair.places[1]);
     }
 }
 
