@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from m2c.cli import options
-from m2c.cli.console import progress, result, say
+from m2c.cli.console import print_markdown, progress, result, say
 from m2c.errors import BadInput, UsageError
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def _print_speed(
     setup = _setup_cells(facts, chosen)
     header = [*setup, "test", "t/s", "SSD MB/token", "GB/s", "predicted t/s"]
     rows = [[*setup.values(), *_speed_cells(speed)] for speed in speeds]
-    _print_markdown(header, rows, words=len(setup) + 1)
+    print_markdown(header, rows, words=len(setup) + 1)
 
 
 def _engine_facts(engine: "Engine") -> dict[str, Any]:
@@ -199,7 +199,7 @@ def _print_probe(bundle: "Bundle", as_json: bool) -> None:
             ]
             for setting in measured
         ]  # fmt: skip
-        _print_markdown(["request", "in flight", "GB/s", ""], rows, words=0)
+        print_markdown(["request", "in flight", "GB/s", ""], rows, words=0)
     if remember(device, best):
         say(f"m2c: remembered for the disk {device}")
     elif measured:
@@ -209,21 +209,3 @@ def _print_probe(bundle: "Bundle", as_json: bool) -> None:
             f"{bundle.path}: too small to measure the disk {device}, or it has no direct reads",
             "give a bundle of a larger model",
         )
-
-
-def _print_markdown(header: list[str], rows: list[list[str]], *, words: int) -> None:
-    """A table with padded columns; the first `words` are text, the others numbers."""
-    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
-
-    def line(cells: list[str]) -> str:
-        padded = [
-            cell.ljust(width) if i < words else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return f"| {' | '.join(padded)} |"
-
-    result(line(header))
-    rules = ["-" * w if i < words else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    result(line(rules))
-    for row in rows:
-        result(line(row))

@@ -40,6 +40,24 @@ def tables() -> "Console":
     return Console(width=None if sys.stdout.isatty() else 100, soft_wrap=False)
 
 
+def print_markdown(header: list[str], rows: list[list[str]], *, words: int) -> None:
+    """A table on stdout with padded columns; the first `words` are text, the others numbers."""
+    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: list[str]) -> str:
+        padded = [
+            cell.ljust(width) if i < words else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return f"| {' | '.join(padded)} |"
+
+    result(line(header))
+    rules = ["-" * w if i < words else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    result(line(rules))
+    for row in rows:
+        result(line(row))
+
+
 @contextmanager
 def progress(label: str, total: int, *, unit: str, quiet: bool) -> Iterator[Callable[[int], None]]:
     """A bar on stderr while the block runs; nothing when stderr is no terminal."""

@@ -6,9 +6,12 @@ Says on stderr which default was taken and why.
 import os
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Final
 
 from m2c.cli.console import say
 from m2c.errors import BadInput, M2CError, StorageError, UsageError
+
+MAX_TEXT_NBYTES: Final = 256 << 20
 
 
 def checkpoint_name(text: str | None) -> str:
@@ -61,6 +64,18 @@ def find_bundle(text: str, ssd: Path | None) -> Path | None:
         if place.is_dir() and (place.suffix == SUFFIX or (place / "manifest.json").exists()):
             return place
     return None
+
+
+def read_text(path: Path) -> str:
+    """The first MAX_TEXT_NBYTES of a file of text. Raises BadInput when it is not UTF-8."""
+    from m2c.bundle.files import disk_errors
+
+    with disk_errors(path), path.open("rb") as file:
+        data = file.read(MAX_TEXT_NBYTES)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: not UTF-8 text (byte {error.start})", "convert it") from None
 
 
 def parse_budget(text: str | None) -> int | None:

@@ -10,7 +10,6 @@ from m2c.cli.console import progress, result, say
 from m2c.errors import UsageError
 
 EXAMPLE = "Example: m2c profile smollm2-135m"
-_MAX_TEXT_NBYTES = 256 << 20
 
 
 def command(
@@ -74,18 +73,12 @@ def command(
 
 
 def _read_text(path: Path | None) -> tuple[str, str]:
-    from m2c.bundle.files import disk_errors
+    from m2c.cli.names import read_text
     from m2c.data import calibration_text
-    from m2c.errors import BadInput
 
     if path is None:
         return calibration_text(), "prose in the package"
-    with disk_errors(path), path.open("rb") as file:
-        data = file.read(_MAX_TEXT_NBYTES)
-    try:
-        return data.decode("utf-8"), path.name
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path}: not UTF-8 text (byte {error.start})", "convert it") from None
+    return read_text(path), path.name
 
 
 def _summarise(importance) -> None:  # type: ignore[no-untyped-def]
