@@ -8,6 +8,7 @@ Knows nothing about files beyond an open bundle.
 
 import math
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -21,8 +22,9 @@ from m2c.bundle.manifest import MixChoice
 from m2c.bundle.shard import PAGE
 from m2c.engine import Engine, RunOptions
 from m2c.generate import prefill
+from m2c.kernels.dispatch import exact_weights
 from m2c.kernels.reference import CHUNK, gate_up, rank
-from m2c.kernels.rows import PackedRows
+from m2c.kernels.rows import ExactRows, PackedRows, Rows
 from m2c.kernels.workers import Workers
 from m2c.model.config import ModelConfig
 from m2c.model.mix import LEVELS, Mix, bits_per_weight
@@ -79,7 +81,13 @@ def search_by_error(
         known = importance.layers[layer]
         x = torch.from_numpy(known.sample)
         norms = torch.from_numpy(known.down_norm[known.order])
-        differences, truth = _layer_errors(x, rows, norms, config.hidden_act, mixes, workers)
+        with closing(
+            Workers(workers.threads, kernel="auto")
+        ) as native:  # decodes fast, where it was built
+            exact = exact_weights(rows, native)
+        differences, truth = _layer_errors(
+            x, rows, exact, norms, act=config.hidden_act, mixes=mixes, workers=workers
+        )
         # layers differ in the size of their output: each counts by its relative error
         errors += differences / max(truth, 1e-30)
         total += 1
@@ -148,13 +156,17 @@ def mean_entropy(bundle: Bundle, mix: Mix, threads: int) -> float:
 
 
 def _layer_errors(
-    x: Tensor, rows: PackedRows, norms: Tensor, act: str, mixes: list[Mix], workers: Workers
-) -> tuple[Tensor, float]:
-    """Squared output error of each mix [mixes], and the squared norm of the 16-bit output."""
-    views = {
+    x: Tensor, rows: PackedRows, exact: Tensor, norms: Tensor, *, act: str, mixes: list[Mix],
+    workers: Workers,
+) -> tuple[Tensor, float]:  # fmt: skip
+    """Squared output error of each mix [mixes], and the squared norm of the 16-bit output.
+
+    exact: the 16-bit weights of the rows.
+    """
+    views: dict[str, Rows] = {
         "int4": PackedRows(rows.layout, rows.int4),
         "int8": PackedRows(rows.layout, rows.int4, rows.int8),
-        "fp16": rows,
+        "fp16": ExactRows(rows.layout, exact),
     }
     hidden = {name: gate_up(x, view, act, workers) for name, view in views.items()}
     levels = [rank(hidden["int4"], norms, mix.ranks(norms.shape[0])) for mix in mixes]

@@ -256,6 +256,7 @@ class NeuronStore:
             source, below, exact_type=self._bundle.manifest.exact_type if plane == "fp16" else None,
             slab=slab, neurons=plan.footprint.neurons, policy=plan.policy, device=self.device,
             copied=self._copied if plan.budget.hbm else lambda nbytes, seconds: None,
+            decode=self._decode,
         )  # fmt: skip
 
     # -- small helpers -----------------------------------------------------------------------------

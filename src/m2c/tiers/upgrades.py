@@ -16,7 +16,7 @@ from torch import Tensor
 
 from m2c.kernels.rows import EXACT_DTYPES, PackedRows
 from m2c.tiers.cache import ABSENT, NeuronCache
-from m2c.tiers.fetch import PlaneSource, decode_rows, rows_at_once
+from m2c.tiers.fetch import Decode, PlaneSource, decode_rows, rows_at_once
 
 Ids = npt.NDArray[np.int32]
 
@@ -43,13 +43,13 @@ class UpgradePlane:
     """slab: [slots, record] on the compute device, or None when the plane has no slots there.
 
     below: sources of the planes under this one that the floor does not hold. `copied` is told the
-    bytes that cross into the compute tier.
+    bytes that cross into the compute tier. decode: from rows with frames to 16-bit weights.
     """
 
     def __init__(
         self, source: PlaneSource, below: PlaneSource | None, *, exact_type: str | None,
         slab: Tensor | None, neurons: int, policy: str, device: torch.device,
-        copied: Callable[[int, float], None],
+        copied: Callable[[int, float], None], decode: Decode,
     ) -> None:  # fmt: skip
         self.source = source
         self.stats = HitStats()
@@ -58,6 +58,7 @@ class UpgradePlane:
         self._slab = slab
         self._device = device
         self._copied = copied
+        self._decode = decode
         self.cache = None
         if slab is not None:
             self.cache = NeuronCache(neurons, slab.shape[0], policy=policy)
@@ -136,7 +137,7 @@ class UpgradePlane:
             data, from_dram = self.source.exact_frames(frames, self._exact_type)
             served = len(frames)
             int4, int8 = self._lower(members, floor)
-            records = decode_rows(floor.layout, int4, int8, data, wanted)
+            records = decode_rows(floor.layout, int4, int8, data, wanted, self._decode)
         self.stats.dram += from_dram
         self.stats.ssd += served - from_dram
         begin = time.perf_counter()
