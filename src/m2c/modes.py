@@ -4,6 +4,7 @@ Both are planned and their speed predicted before a byte of weights is read. Kno
 printing.
 """
 
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -13,7 +14,7 @@ from m2c.disk import disk_profile
 from m2c.engine import RunOptions, kernel_for, plan_for, run_shape
 from m2c.errors import DoesNotFit
 from m2c.hardware import probe_dram
-from m2c.kernels.native import computes_natively
+from m2c.kernels.workers import Workers
 from m2c.model.config import parameter_count
 from m2c.model.mix import Mix
 from m2c.predict import Speeds, predicted_exact_tps, predicted_tps
@@ -41,14 +42,18 @@ def exact_options(options: RunOptions, precision: str = "fp16") -> RunOptions:
     return replace(options, mix=_MIXES[precision], dense=precision, speculate=True)
 
 
+def kernel_name(options: RunOptions) -> str:
+    """Of the kernels that the options mean on this machine."""
+    with closing(Workers(1, kernel=kernel_for(options))) as workers:
+        return workers.kernel
+
+
 def choose_mode(bundle: Bundle, options: RunOptions) -> Choice:
     """Exact where it is predicted to reach half of the mixed mode's speed, or is all that fits.
 
     Raises DoesNotFit when neither fits.
     """
-    exact = exact_options(options)
-    if not computes_natively(kernel_for(options)):
-        return Choice(options, {})  # torch decodes the exact plane too slowly
+    exact, kernel = exact_options(options), kernel_name(options)
     config, importance = config_of(bundle), importance_of(bundle)
     weights = parameter_count(config)
     predicted: dict[str, float] = {}
@@ -66,7 +71,7 @@ def choose_mode(bundle: Bundle, options: RunOptions) -> Choice:
             memory = probe_dram(min(shape.threads, 8)) if speeds is None else speeds.memory
             speeds = Speeds(ssd, 0.0, memory)
         if mode == "exact":
-            predicted[mode] = predicted_exact_tps(plan, shape, weights, speeds)
+            predicted[mode] = predicted_exact_tps(plan, shape, weights, speeds, kernel=kernel)
         else:
             predicted[mode] = predicted_tps(plan, speeds)
     if not predicted:

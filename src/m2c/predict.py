@@ -24,8 +24,8 @@ from m2c.units import MiB
 _EFFICIENCY: Final = 0.88
 _LAYER_S: Final = 0.0001  # Python between the kernels of a layer
 _MIXED_LAYER_S: Final = 0.0004  # ranking and gathering besides
-# of a thread with AVX-512: weights decoded a second, and products of weights and activations
-_DECODED: Final = 0.9e9
+# of a thread: weights decoded a second, by the kernels' name; products of weights and activations
+_DECODED: Final = {"avx512": 0.75e9, "avx2": 0.045e9, "scalar": 0.03e9, "torch": 0.01e9}
 _PRODUCTS: Final = {"fp16": 30e9, "int8": 50e9, "int4": 60e9}
 # share of drafted tokens that are right: by the INT4 planes, and by looking up the text so far
 _ACCEPTED: Final = 0.9
@@ -73,11 +73,13 @@ def predicted_tps(plan: Plan, speeds: Speeds) -> float:
     return 1 / max(seconds) if max(seconds) else 0.0
 
 
-def predicted_exact_tps(plan: Plan, shape: RunShape, weights: int, speeds: Speeds) -> float:
+def predicted_exact_tps(
+    plan: Plan, shape: RunShape, weights: int, speeds: Speeds, *, kernel: str
+) -> float:
     """Tokens per second of drafting and verifying, at the depth that suits the costs.
 
-    weights: of the model. How often drafts are right is a guess until they are: it depends on the
-    text.
+    weights: of the model; kernel: name of the kernels that compute. How often drafts are right is a
+    guess until they are: it depends on the text.
     """
     footprint, threads = plan.footprint, shape.threads
     draft_s = 0.0
@@ -85,7 +87,8 @@ def predicted_exact_tps(plan: Plan, shape: RunShape, weights: int, speeds: Speed
         draft_s = footprint.draft_nbytes / (_EFFICIENCY * speeds.memory)
         draft_s += footprint.layers * _LAYER_S
     read_s = plan.ssd_nbytes_per_token / speeds.ssd if speeds.ssd else 0.0
-    decode_s = weights / (_DECODED * threads) if shape.stored and shape.dense == "fp16" else 0.0
+    decodes = shape.stored and shape.dense == "fp16"
+    decode_s = weights / (_DECODED[kernel] * threads) if decodes else 0.0
     more_s = weights / (_PRODUCTS[shape.dense] * threads)
     memory_s = plan.compute_nbytes_per_token / (_EFFICIENCY * speeds.memory)
     chance = _ACCEPTED if shape.drafts else _LOOKED_UP
@@ -104,7 +107,8 @@ def expected_tps(engine: Engine, stats: StoreStats | None = None) -> float:
     if not engine.speculates:
         return predicted_tps(engine.plan, speeds)
     weights = parameter_count(engine.config)
-    return predicted_exact_tps(engine.plan, engine.shape, weights, speeds)
+    kernel = engine.workers.kernel
+    return predicted_exact_tps(engine.plan, engine.shape, weights, speeds, kernel=kernel)
 
 
 def _memory_speed(engine: Engine) -> float:
