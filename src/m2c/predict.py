@@ -27,8 +27,9 @@ _MIXED_LAYER_S: Final = 0.0004  # ranking and gathering besides
 # of a thread: weights decoded a second, by the kernels' name; products of weights and activations
 _DECODED: Final = {"avx512": 0.75e9, "avx2": 0.045e9, "scalar": 0.03e9, "torch": 0.01e9}
 _PRODUCTS: Final = {"fp16": 30e9, "int8": 50e9, "int4": 60e9}
+_SAMPLE_S: Final = 0.001  # from logits to a draft and how sure it is
 # share of drafted tokens that are right: by the INT4 planes, and by looking up the text so far
-_ACCEPTED: Final = 0.9
+_ACCEPTED: Final = 0.8
 _LOOKED_UP: Final = 0.3
 _ENOUGH_NBYTES: Final = 64 * MiB
 _READ_NBYTES: Final = 256 * MiB
@@ -85,7 +86,7 @@ def predicted_exact_tps(
     draft_s = 0.0
     if shape.drafts:
         draft_s = footprint.draft_nbytes / (_EFFICIENCY * speeds.memory)
-        draft_s += footprint.layers * _LAYER_S
+        draft_s += footprint.layers * _LAYER_S + _SAMPLE_S
     read_s = plan.ssd_nbytes_per_token / speeds.ssd if speeds.ssd else 0.0
     decodes = shape.stored and shape.dense == "fp16"
     decode_s = weights / (_DECODED[kernel] * threads) if decodes else 0.0
