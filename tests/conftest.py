@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+from collections.abc import Iterator
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from uuid import uuid4
@@ -14,6 +15,8 @@ from tiny_models import digest, job_for, pack_folder, write_checkpoint
 
 from m2c.bundle.bundle import Bundle
 from m2c.engine import Engine
+from m2c.errors import UsageError
+from m2c.kernels.native import CHOICES, NativeKernels
 from m2c.model.mix import Mix
 from m2c.pack import PackJob
 
@@ -103,3 +106,14 @@ def bundle(tiny_bundle: Bundle) -> Path:
 def device(request: pytest.FixtureRequest) -> str:
     """Every device present."""
     return str(request.param)
+
+
+@pytest.fixture(params=[name for name in CHOICES if name not in ("auto", "torch")])
+def kernels(request: pytest.FixtureRequest) -> Iterator[NativeKernels]:
+    """Every instruction set that this machine has, forced."""
+    try:
+        made = NativeKernels(request.param, 2)
+    except UsageError:
+        pytest.skip(f"this machine has no {request.param}")
+    yield made
+    made.close()

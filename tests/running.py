@@ -79,3 +79,8 @@ def budgets(bundle: Bundle, options: RunOptions) -> Iterator[int]:
     most = plan_of(bundle, options).used_dram
     for share in (0, 0.3, 0.65, 0.95):
         yield smallest + int((most - smallest) * share)
+
+
+def inputs(tokens: int, length: int, seed: int = 0) -> torch.Tensor:
+    """Random activations [tokens, length]."""
+    return torch.randn(tokens, length, generator=torch.Generator().manual_seed(seed))

@@ -1,16 +1,15 @@
 """Rows with frames, decoded in C where they are computed: the bits of rows decoded before."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from test_native import ISAS, inputs
+from running import inputs
 
 from m2c.bundle.exact import encode_frames, round_to, widen
-from m2c.bundle.planes import RecordLayout, quantize
-from m2c.errors import BadInput, UsageError
+from m2c.bundle.planes import RecordLayout, dequantize, quantize
+from m2c.errors import BadInput
 from m2c.kernels.native import LIBRARY, NativeKernels
 from m2c.kernels.operands import AttentionCall, Norm
 from m2c.kernels.rows import ExactFrames, ExactRows, PackedRows, as_exact_tensor
@@ -19,16 +18,6 @@ pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason="the native kernels
 TYPES = ("bf16", "f16")
 # records, vectors, length, records per frame
 SHAPES = ((21, 3, 96, 1), (37, 1, 250, 4), (300, 3, 40, 1), (64, 1, 576, 64), (9, 1, 33, 16))
-
-
-@pytest.fixture(params=ISAS)
-def kernels(request: pytest.FixtureRequest) -> Iterator[NativeKernels]:
-    try:
-        made = NativeKernels(request.param, 2)
-    except UsageError:
-        pytest.skip(f"this machine has no {request.param}")
-    yield made
-    made.close()
 
 
 def values_of(records: int, weights: int) -> np.ndarray:
@@ -73,6 +62,28 @@ def test_every_weight_comes_back(
     assert rows.frames is not None
     assert rows.frames.escapes.sum() > 0
     assert same_bits(kernels.decode(rows), decoded.weights)
+
+
+@pytest.mark.parametrize("exact_type", TYPES)
+def test_codes_and_scales_of_any_kind(kernels: NativeKernels, exact_type: str) -> None:
+    """Random codes and every size and sign of scale, far from the weights: the reference's bits."""
+    rng = np.random.default_rng(7)
+    layout = RecordLayout(3, 90)
+    int4 = rng.integers(0, 256, (64, layout.nbytes("int4")), np.uint8)
+    int8 = rng.integers(0, 256, (64, layout.nbytes("int8")), np.uint8)
+    scales = rng.integers(0, 1 << 16, (64, layout.scale_nbytes // 2), np.uint16)
+    scales[scales & 0x7C00 == 0x7C00] = 0  # a scale is finite
+    int4[:, layout.code_nbytes :] = scales.view(np.uint8)
+    true = round_to(values_of(64, 270), exact_type)
+    # half of the weights as near as codes can say: few escapes there, offsets of every width
+    near = round_to(dequantize(layout, int4, int8).reshape(64, -1), exact_type)
+    usual = (rng.random(true.shape) < 0.5) & np.isfinite(widen(near, exact_type))
+    true[usual] = near[usual]
+    made = encode_frames(true, int4, int8, layout, exact_type=exact_type, frame_records=1)
+    data = np.frombuffer(made.data, np.uint8).copy()
+    frames = ExactFrames(data, made.nbytes, made.escapes, 1, exact_type)
+    rows = PackedRows(layout, torch.from_numpy(int4), torch.from_numpy(int8), frames)
+    assert same_bits(kernels.decode(rows), as_exact_tensor(true, exact_type))
 
 
 @pytest.mark.parametrize("exact_type", TYPES)

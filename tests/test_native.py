@@ -1,23 +1,22 @@
 """The C kernels against the torch reference, for every instruction set this machine has."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from running import inputs
 
 from m2c.bundle.exact import round_to
 from m2c.bundle.planes import GROUP, RecordLayout, quantize
 from m2c.errors import UsageError
 from m2c.kernels import dispatch, native, reference
-from m2c.kernels.native import CHOICES, LIBRARY, NativeKernels, load_native
+from m2c.kernels.native import LIBRARY, NativeKernels, load_native
 from m2c.kernels.operands import AttentionCall, Norm
 from m2c.kernels.rows import ExactRows, PackedRows, Rows, as_exact_tensor
 from m2c.kernels.workers import Workers
 
 pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason="the native kernels were not built")
-ISAS = [name for name in CHOICES if name not in ("auto", "torch")]
 KINDS = ("int4", "int8", "bf16", "f16")
 TOKENS = 70
 LENGTHS = (32, 40, 72, 96, 250, 576)
@@ -33,20 +32,6 @@ def make_rows(kind: str, count: int, vectors: int, length: int, *, scale: float 
     int4, int8, _ = quantize(values)
     second = torch.from_numpy(int8) if kind == "int8" else None
     return PackedRows(layout, torch.from_numpy(int4), second)
-
-
-def inputs(tokens: int, length: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(tokens, length, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.fixture(params=ISAS)
-def kernels(request: pytest.FixtureRequest) -> Iterator[NativeKernels]:
-    try:
-        made = NativeKernels(request.param, 2)
-    except UsageError:
-        pytest.skip(f"this machine has no {request.param}")
-    yield made
-    made.close()
 
 
 @pytest.fixture

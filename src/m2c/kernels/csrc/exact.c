@@ -132,9 +132,9 @@ void exact_unpack_scalar(const struct exact_record *r, struct bits *bits, uint16
 
 #include <immintrin.h>
 
-#define TARGET2 __attribute__((target("avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt")))
+#define TARGET2 __attribute__((target("avx2,fma,f16c,bmi,bmi2,popcnt")))
 #define TARGET __attribute__((target( \
-    "avx512f,avx512bw,avx512vl,avx512cd,avx512dq,avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt")))
+    "avx512f,avx512bw,avx512vl,avx2,fma,f16c,bmi,bmi2,popcnt")))
 #define INLINE TARGET static inline __attribute__((always_inline))
 
 TARGET2 static uint64_t spread_bmi2(uint64_t packed, uint64_t mask)
@@ -228,8 +228,7 @@ INLINE void lane_store(const struct lane_intervals *in, const struct exact_recor
                                       _mm512_slli_epi16(_mm512_cvtepu8_epi16(second), 8));
     __mmask32 negative = in->below ^ (r->scales[2 * g + 1] >> 7 ? ~0u : 0u);
     __m512i weights = _mm512_add_epi16(in->low, offsets);
-    weights = _mm512_or_si512(weights,
-                                   _mm512_maskz_set1_epi16(negative, (short)0x8000));
+    weights = _mm512_or_si512(weights, _mm512_maskz_set1_epi16(negative, (short)0x8000));
     __m512i zeros = _mm512_or_si512(_mm512_srli_epi16(offsets, 1), _mm512_slli_epi16(offsets, 15));
     weights = _mm512_mask_mov_epi16(weights, in->zero, zeros);
     _mm512_mask_storeu_epi16(to, count < GROUP ? (1u << count) - 1 : ~0u, weights);

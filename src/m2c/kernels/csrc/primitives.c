@@ -12,8 +12,7 @@ const struct primitives *primitives_for(const char *want, const char **name)
     int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")
                && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
     int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
-                 && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")
-                 && __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq");
+                 && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
     if (avx512 && (any || !strcmp(want, "avx512"))) {
         *name = "avx512";
         return &primitives_avx512;
