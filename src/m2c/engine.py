@@ -4,7 +4,7 @@ Knows nothing about sampling, text streams or printing.
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
@@ -170,20 +170,23 @@ def plan_for(
     budget = budget_for(options)
     policy = policy_for(options, budget)
     shapes = speculative_shapes(shape, budget) if options.speculate else [shape]
-    for at, candidate in enumerate(shapes):
+
+    def planned(candidate: RunShape) -> Plan:
         footprint = footprint_of_bundle(bundle, config, candidate, importance.hit_share)
-        try:
-            plan = make_plan(footprint, budget, policy=policy, depth=options.depth)
-        except DoesNotFit as error:
-            if at + 1 < len(shapes):
-                continue
-            if options.dram is None:
-                raise DoesNotFit(f"not enough free memory: {error.message}", error.hint) from None
-            raise
-        # 16-bit weights in memory save their decoding, but only all of them save the reading
-        if not (plan.streamed and at + 1 < len(shapes) and not candidate.stored):
-            return candidate, plan
-    raise AssertionError("the last shape is taken or refused")
+        return make_plan(footprint, budget, policy=policy, depth=options.depth)
+
+    for candidate in shapes[:-1]:
+        with suppress(DoesNotFit):
+            plan = planned(candidate)
+            # 16-bit weights in memory save their decoding, but only all of them save the reading
+            if candidate.stored or not plan.streamed:
+                return candidate, plan
+    try:
+        return shapes[-1], planned(shapes[-1])
+    except DoesNotFit as error:
+        if options.dram is None:
+            raise DoesNotFit(f"not enough free memory: {error.message}", error.hint) from None
+        raise
 
 
 def speculative_shapes(shape: RunShape, budget: Budget) -> list[RunShape]:

@@ -24,9 +24,10 @@ from m2c.units import MiB
 _EFFICIENCY: Final = 0.88
 _LAYER_S: Final = 0.0001  # Python between the kernels of a layer
 _MIXED_LAYER_S: Final = 0.0004  # ranking and gathering besides
-# of a thread: weights decoded a second, by the kernels' name; products of weights and activations
+# of a thread: weights decoded a second, by the kernels' name (BENCHMARKS.md, "Exact mode");
+# products of weights and activations in a prompt of 128 tokens, AVX-512
 _DECODED: Final = {"avx512": 0.75e9, "avx2": 0.045e9, "scalar": 0.03e9, "torch": 0.01e9}
-_PRODUCTS: Final = {"fp16": 30e9, "int8": 50e9, "int4": 60e9}
+_PRODUCTS: Final = {"fp16": 26e9, "int8": 35e9, "int4": 41e9}
 _SAMPLE_S: Final = 0.001  # from logits to a draft and how sure it is
 # share of drafted tokens that are right: by the INT4 planes, and by looking up the text so far
 _ACCEPTED: Final = 0.8

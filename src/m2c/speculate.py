@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+from torch import Tensor
 
 from m2c.depth import MOST, Depth
 from m2c.lookup import Lookup
@@ -69,12 +70,12 @@ class Speculator:
         self._depth = Depth()
         self._lookup = Lookup()
 
-    def tokens(self, logits: object, ids: Sequence[int], limit: int) -> Iterator[int]:
+    def tokens(self, logits: Tensor, ids: Sequence[int], limit: int) -> Iterator[int]:
         """Yield up to `limit` ids after `ids`; logits: of the last of them, whose keys and values,
         like those of all before it, are in the cache."""
         kv, history, found = self._model.kv, list(ids), 0
         self._lookup.extend(ids)
-        new = [self._sampler(logits, history)]  # type: ignore[arg-type]
+        new = [self._sampler(logits, history)]
         while True:
             for token in new:
                 history.append(token)

@@ -99,7 +99,7 @@ def command(
         device=device, policy=policy, depth=depth, threads=threads, kernel=kernel,
     )  # fmt: skip
     plain = mix is None and dense is None and policy is None and trace is None and not drop
-    mode = asked_mode(mode, exact, plain and device == "cpu" and hbm is None)
+    mode = asked_mode(mode, exact, plain and device == "cpu" and not chosen.hbm)
     sampler = Sampler(
         SamplingParams(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,

@@ -157,16 +157,19 @@ def _footprint(
         upgrades=tuple(upgrades),
         kv_nbytes=kv_nbytes(config, shape.ctx_size, shape.kv_type),
         fixed_nbytes=_vectors_nbytes(config),
-        embed_nbytes=0
-        if config.tie_word_embeddings
-        else head.read(shape.dense)
-        if shape.dense != "fp16"
-        else 2 * head.weights,
+        embed_nbytes=_embed_nbytes(config, shape, head),
         draft_nbytes=shape.drafts * sum(s.planes["int4"] for s in (*dense, *neurons, head)),
         workspace_nbytes=_workspace_nbytes(config, shape),
         staging_nbytes=max(min(plane_nbytes, _STAGING_NBYTES), 0) // BLOCK * BLOCK
         + staging_nbytes(max(largest_frame, layout.nbytes("int4"))),
     )
+
+
+def _embed_nbytes(config: ModelConfig, shape: RunShape, embed: _Sizes) -> int:
+    """Of embeddings in memory, always ready for use; a tied head has them already."""
+    if config.tie_word_embeddings:
+        return 0
+    return 2 * embed.weights if shape.dense == "fp16" else embed.read(shape.dense)
 
 
 def _block(
