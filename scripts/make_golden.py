@@ -1,6 +1,6 @@
-"""Writes the golden files: a tiny bundle of format version 2, and what it must decode to.
+"""Writes the golden files: a tiny bundle of format version 3, and what it must decode to.
 
-    python scripts/make_golden.py tests/golden/v2
+    python scripts/make_golden.py tests/golden/v3
 
 Run once for each version of the format and never again: the golden files say what bundles written
 in the past look like, so they are evidence only as long as nobody writes them anew. An existing
@@ -10,7 +10,7 @@ Knows nothing about how the bundle is read back.
 
 import argparse
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -21,16 +21,16 @@ import torch
 from make_checkpoint import random_tensor, write_json, write_tokenizer
 from safetensors.torch import save_file
 
-from m2c.bundle.importance import Importance
-from m2c.bundle.planes import RecordLayout, dequantize, quantize
+from m2c.bundle.importance import Importance, write_importance
+from m2c.bundle.planes import dequantize, quantize
 from m2c.kernels.workers import Workers
 from m2c.mixsearch import choose_mix
-from m2c.model.attention import MATRICES
 from m2c.model.checkpoint import Checkpoint, open_checkpoint
 from m2c.model.config import ModelConfig, expected_tensors
-from m2c.model.weights import matrix_name, neuron_records
 from m2c.pack import PackJob, pack
 from m2c.profile import profile
+from m2c.sections import shard_groups
+from m2c.steer import Steering
 
 CONFIG: Final[Mapping[str, Any]] = {
     "architectures": ["LlamaForCausalLM"],
@@ -119,42 +119,27 @@ def pack_checkpoint(
     workers.close()
 
 
-def sections(checkpoint: Checkpoint, known: Importance) -> Iterator[tuple[str, int, torch.Tensor]]:
-    """(shard and section, vectors, bf16 records) in the order of the format's document."""
-    yield "dense/embed/embed_tokens", 1, checkpoint.read("model.embed_tokens.weight")
-    for layer, facts in enumerate(known.layers):
-        for short in MATRICES:
-            yield f"dense/{layer:05d}/{short}", 1, checkpoint.read(matrix_name(layer, short))
-        order = torch.from_numpy(facts.order.astype(np.int64))
-        yield f"neurons/{layer:05d}/ffn", 3, neuron_records(checkpoint, layer)[order]
-
-
-def input_weight(name: str, known: Importance) -> npt.NDArray[np.float32] | None:
-    """What pack gives the scale search of section `name`, [vectors, length]."""
-    folder, shard, section = name.split("/")
-    if section == "embed_tokens":
-        return None
-    facts = known.layers[int(shard)]
-    if folder == "neurons":
-        return np.stack((facts.ffn_input, facts.ffn_input, np.ones_like(facts.ffn_input)))
-    return (facts.o_input if section == "o_proj" else facts.attn_input)[None]
-
-
 def expected(
     checkpoint: Checkpoint, known: Importance, bits: Mapping[str, U16]
 ) -> dict[str, npt.NDArray[Any]]:
     """What the golden bundle must decode to, by name as tests/golden/README.md explains.
 
-    Goes from the weights to the values without the shard in between.
+    Goes from the weights to the values with the numpy reference, and without the shard in between.
     """
     arrays: dict[str, npt.NDArray[Any]] = {f"weights/{name}": v for name, v in bits.items()}
-    for name, vectors, rows in sections(checkpoint, known):
-        values = rows.float().numpy().reshape(len(rows), vectors, -1)
-        int4, int8, _ = quantize(values, input_weight(name, known))
-        layout = RecordLayout(*values.shape[1:])
-        kept = np.array(RECORDS)
-        arrays[f"int4/{name}"] = dequantize(layout, int4[kept])
-        arrays[f"int8/{name}"] = dequantize(layout, int4[kept], int8[kept])
+    kept, workers = np.array(RECORDS), Workers(1)
+    for group in shard_groups(checkpoint, known, Steering("bf16", None)):
+        shard = group.files["int4"].removesuffix(".int4")
+        for matrix in group.matrices:
+            piece, layout = matrix.open(workers)(0, matrix.records), matrix.layout
+            shape = (matrix.records, layout.vectors, layout.length)
+            codes = None if piece.codes is None else piece.codes.reshape(shape)
+            values = piece.rows.float().numpy().reshape(shape)
+            int4, int8, _ = quantize(values, matrix.importance, codes)
+            name = f"{shard}/{matrix.name}"
+            arrays[f"int4/{name}"] = dequantize(layout, int4[kept])
+            arrays[f"int8/{name}"] = dequantize(layout, int4[kept], int8[kept])
+    workers.close()
     return arrays
 
 
@@ -184,6 +169,7 @@ def main() -> None:
         pack_checkpoint(checkpoint, known, bundle)
         if not same_files(bundle, twin):
             raise SystemExit(f"{bundle}: packing is not deterministic")
+        write_importance(folder / "importance.safetensors", known)
         arrays: dict[str, Any] = expected(checkpoint, known, bits)
         np.savez_compressed(folder / "expected.npz", **arrays)
     print(f"{folder}: {sum(p.stat().st_size for p in folder.rglob('*') if p.is_file())} bytes")

@@ -28,7 +28,7 @@ I64 = npt.NDArray[np.int64]
 
 
 class FormatError(Exception):
-    """The bytes are not those of a sound bundle of version 2."""
+    """The bytes are not those of a sound bundle of version 3."""
 
 
 def require(condition: bool, reason: str) -> None:
@@ -52,7 +52,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest; its checksum is computed on the file's bytes, its other files are hashed."""
     text = (folder / "manifest.json").read_bytes()
     manifest: dict[str, Any] = json.loads(text)
-    require(manifest["format"] == "m2c-bundle" and manifest["version"] == 2, "not a version 2")
+    require(manifest["format"] == "m2c-bundle" and manifest["version"] == 3, "not a version 3")
     member = b'"checksum":"%s",' % manifest["checksum"].encode()
     require(text.endswith(b"}\n") and text.count(member) == 1, "not a canonical manifest")
     rest = text[:-1].replace(member, b"")
@@ -68,7 +68,7 @@ def read_shard(path: Path) -> Shard:
     data = path.read_bytes()
     page = data[:PAGE]
     magic, version, length = struct.unpack_from("<8sII", page)
-    require(magic == MAGIC and version == 2, "not a shard of version 2")
+    require(magic == MAGIC and version == 3, "not a shard of version 3")
     require(page[-8:] == xxhash.xxh3_64(page[:-8]).intdigest().to_bytes(8, "little"), "header")
     header = json.loads(page[16 : 16 + length])
     require(not any(page[16 + length : -8]), "reserved bytes of the header are not zero")
@@ -191,9 +191,9 @@ def _pair(
 ) -> tuple[I64, int]:
     """Weights of two groups (or one), with those of padding, and how many bits are used now."""
     m, unit = np.abs(n), np.abs(scales).astype(np.float64) / 32
-    is_top = n % 16 == 7
-    from_ = np.where(n == 0, 0, 2 * m - 1 - (is_top & (n < 0)))
-    to = 2 * m + 1 + (is_top & (n > 0))
+    up, down = 5 * (n % 16 == 7), 3 * (n % 16 == 8)  # r = 7, r = -8
+    from_ = np.where(n == 0, 0, 2 * m - 1 - np.where(n < 0, up, down))
+    to = 2 * m + 1 + np.where(n < 0, down, up)
     first = np.searchsorted(table, unit * from_, side="left")  # beyond the largest: infinity
     final = np.searchsorted(table, unit * to, side="right") - 1
     last = np.where(n == 0, 2 * final + 1, np.maximum(final, first) - first)

@@ -20,7 +20,7 @@ from tiny_models import digest, job_for, run_pack, write_checkpoint
 from m2c import pack
 from m2c.bundle.exact import EXACT_TYPES, round_to, widen
 from m2c.bundle.planes import GROUP, RecordLayout
-from m2c.encode import Aside, Encoded, Matrix, encode_piece
+from m2c.encode import Aside, Encoded, Matrix, Piece, encode_piece
 from m2c.errors import BadInput, UsageError
 from m2c.kernels.encoder import Encoder
 from m2c.kernels.native import LIBRARY
@@ -29,6 +29,7 @@ from m2c.model.checkpoint import open_checkpoint
 from m2c.model.weights import neuron_records
 from m2c.pack import Figures, PackJob
 from m2c.sections import shard_groups
+from m2c.steer import Steering
 
 F32 = npt.NDArray[np.float32]
 U16 = npt.NDArray[np.uint16]
@@ -117,9 +118,9 @@ def test_every_instruction_set_gives_the_bytes_of_numpy(
         importance[rng.random(importance.shape) < (weighted == "sparse") * 0.9] = 0
     matrix = matrix_of(RecordLayout(vectors, length), records, importance)
     rows = tensor_of(draw(kind, shape, exact_type, seed), exact_type)
-    expected = encode_piece(rows, matrix, exact_type, encoder=None)
+    expected = encode_piece(Piece(rows), matrix, exact_type, encoder=None)
     for choice, encoder in encoders().items():
-        got = encode_piece(rows, matrix, exact_type, encoder=encoder)
+        got = encode_piece(Piece(rows), matrix, exact_type, encoder=encoder)
         assert same(got, expected), choice
 
 
@@ -134,9 +135,11 @@ def test_every_weight_there_is(exact_type: str) -> None:
         bits[~np.isfinite(widen(bits, exact_type))] = 0
     matrix = matrix_of(RecordLayout(1, 1024), len(bits))
     rows = tensor_of(bits, exact_type)
-    expected = encode_piece(rows, matrix, exact_type, encoder=None)
+    expected = encode_piece(Piece(rows), matrix, exact_type, encoder=None)
     for choice, encoder in encoders().items():
-        assert same(encode_piece(rows, matrix, exact_type, encoder=encoder), expected), choice
+        assert same(encode_piece(Piece(rows), matrix, exact_type, encoder=encoder), expected), (
+            choice
+        )
 
 
 @built
@@ -144,8 +147,8 @@ def test_f32_weights_are_rounded_first() -> None:
     matrix = matrix_of(RecordLayout(1, 70), 9)
     rows = torch.randn((9, 70), generator=torch.Generator().manual_seed(0))
     for exact_type, dtype in TORCH_TYPES.items():
-        rounded = encode_piece(rows.to(dtype), matrix, exact_type, encoder=None)
-        assert same(encode_piece(rows, matrix, exact_type, encoder=Encoder()), rounded)
+        rounded = encode_piece(Piece(rows.to(dtype)), matrix, exact_type, encoder=None)
+        assert same(encode_piece(Piece(rows), matrix, exact_type, encoder=Encoder()), rounded)
 
 
 @built
@@ -157,12 +160,14 @@ def test_threads_share_nothing() -> None:
         layout = RecordLayout(1 + seed % 3, 100 + 37 * seed)
         bits = draw("outliers", (40, layout.vectors, layout.length), "bf16", seed)
         jobs.append((tensor_of(bits, "bf16"), matrix_of(layout, 40)))
-    alone = [encode_piece(rows, m, "bf16", encoder=encoder) for rows, m in jobs]
+    alone = [encode_piece(Piece(rows), m, "bf16", encoder=encoder) for rows, m in jobs]
     start = threading.Barrier(len(jobs))
 
     def work(i: int) -> list[Encoded]:
         start.wait()
-        return [encode_piece(*jobs[i], "bf16", encoder=encoder) for _ in range(3)]
+        return [
+            encode_piece(Piece(jobs[i][0]), jobs[i][1], "bf16", encoder=encoder) for _ in range(3)
+        ]
 
     with ThreadPoolExecutor(len(jobs)) as pool:
         for one, several in zip(alone, pool.map(work, range(len(jobs))), strict=True):
@@ -179,7 +184,9 @@ def test_what_is_no_number_is_found(exact_type: str, at: tuple[int, int]) -> Non
         rows[at] = value
         for encoder in (None, *encoders().values()):
             with pytest.raises(BadInput, match=f"m: a weight does not fit in {exact_type}"):
-                encode_piece(rows, matrix_of(RecordLayout(1, 100), 5), exact_type, encoder=encoder)
+                encode_piece(
+                    Piece(rows), matrix_of(RecordLayout(1, 100), 5), exact_type, encoder=encoder
+                )
 
 
 @built
@@ -217,9 +224,10 @@ def test_a_pack_without_the_library_is_the_same_bytes(
 
 def test_neurons_are_read_in_importance_order(job: PackJob) -> None:
     workers = Workers(2)
-    groups = shard_groups(job.checkpoint, job.importance)
+    steering = Steering("bf16", None)
+    groups = shard_groups(job.checkpoint, job.importance, steering)
     (matrix,) = next(g.matrices for g in groups if g.files["int4"] == "neurons/00001.int4")
-    rows = matrix.open(workers)(3, 20)
+    rows = matrix.open(workers)(3, 20).rows
     order = torch.from_numpy(job.importance.layers[1].order.astype(np.int64))
     assert torch.equal(rows, neuron_records(job.checkpoint, 1)[order[3:20]])
     workers.close()

@@ -22,6 +22,7 @@ import pytest
 import xxhash
 
 from m2c.bundle.bundle import Bundle, open_bundle
+from m2c.bundle.importance import read_importance
 from m2c.bundle.shard import read_index
 from m2c.check import check_bundle, compare_with_source, exact_section
 from m2c.contents import config_of, importance_of, tokenizer_of, vectors_of
@@ -32,7 +33,7 @@ from m2c.tiers.blocks import block_of
 from m2c.tiers.memory import aligned_buffer
 from m2c.tiers.ssd import SsdReader
 
-GOLDEN = Path(__file__).parent / "golden" / "v2"
+GOLDEN = Path(__file__).parent / "golden" / "v3"
 BUNDLE = GOLDEN / "golden.m2c"
 EXPECTED: dict[str, npt.NDArray[Any]] = dict(np.load(GOLDEN / "expected.npz", allow_pickle=False))
 SECTIONS = [name.removeprefix("int4/") for name in EXPECTED if name.startswith("int4/")]
@@ -157,7 +158,7 @@ def test_packing_the_golden_checkpoint_today(exact_type: str, tmp_path: Path) ->
         bits["model.embed_tokens.weight"][3, 5] = 0
     script.write_checkpoint(tmp_path / "golden", bits)
     checkpoint = open_checkpoint(tmp_path / "golden")
-    known = importance_of(open_bundle(BUNDLE))
+    known, _ = read_importance(GOLDEN / "importance.safetensors")
     script.pack_checkpoint(checkpoint, known, tmp_path / "new.m2c", exact_type=exact_type)
     bundle = open_bundle(tmp_path / "new.m2c")
     assert_readers_agree(bundle)
@@ -193,7 +194,7 @@ def rewrite_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> 
 
 def test_another_bundle_version_is_refused(copy: Path) -> None:
     rewrite_manifest(copy, lambda facts: facts.update(version=1))
-    with pytest.raises(BadInput, match=r"manifest\.json: bundle format 1, this m2c reads 2") as why:
+    with pytest.raises(BadInput, match=r"manifest\.json: bundle format 1, this m2c reads 3") as why:
         open_bundle(copy)
     assert why.value.hint
 
@@ -217,7 +218,7 @@ def test_another_shard_version_is_refused(copy: Path) -> None:
     struct.pack_into("<I", data, 8, 1)
     data[4088:4096] = struct.pack("<Q", xxhash.xxh3_64_intdigest(bytes(data[:4088])))
     path.write_bytes(data)
-    with pytest.raises(BadInput, match=r"embed\.int4: shard format 1, this m2c reads 2") as why:
+    with pytest.raises(BadInput, match=r"embed\.int4: shard format 1, this m2c reads 3") as why:
         read_index(path)
     assert why.value.hint
 

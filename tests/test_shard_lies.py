@@ -101,8 +101,8 @@ def test_sections_in_another_order(tmp_path: Path) -> None:
 def test_another_version_says_which(shard: Path, tmp_path: Path) -> None:
     facts = asdict(read_index(shard).header)
     copy = tmp_path / "copy"
-    copy.write_bytes(page_of(facts, version=1) + shard.read_bytes()[PAGE:])
-    with pytest.raises(BadInput, match="shard format 1, this m2c reads 2"):
+    copy.write_bytes(page_of(facts, version=2) + shard.read_bytes()[PAGE:])
+    with pytest.raises(BadInput, match="shard format 2, this m2c reads 3"):
         read_index(copy)
 
 

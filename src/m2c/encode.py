@@ -35,16 +35,27 @@ F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
 U16 = npt.NDArray[np.uint16]
 
-Read = Callable[[int, int], Tensor]
+I8 = npt.NDArray[np.int8]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Records in their stored type [n, weights], and the INT4 codes that were chosen for them, laid
+    out like them; without any, the nearest are taken."""
+
+    rows: Tensor
+    codes: I8 | None = None
+
+
+Read = Callable[[int, int], Piece]
 
 
 @dataclass(frozen=True)
 class Matrix:
     """What becomes one section.
 
-    open: makes ready to read, with the workers' help; returns what reads rows [start, stop) in
-    their stored type, [n, weights]. Both may be called in any thread. check: raises BadInput when
-    such rows hold what is no number.
+    open: makes ready to read, with the workers' help; returns what reads records [start, stop).
+    Both may be called in any thread. check: raises BadInput when such rows hold what is no number.
     """
 
     name: str
@@ -163,37 +174,42 @@ def write_planes(
         return stack.pop_all().close
 
 
+def bits_of(rows: Tensor, exact_type: str) -> U16:
+    """The 16-bit weights that rows are stored as, of the same shape."""
+    if rows.dtype == _TORCH_TYPES[exact_type]:
+        return rows.contiguous().view(torch.int16).numpy().view(np.uint16)
+    return round_to(np.ascontiguousarray(rows.float().numpy()), exact_type)
+
+
 def encode_piece(
-    rows: Tensor, matrix: Matrix, exact_type: str, *, encoder: Encoder | None
+    piece: Piece, matrix: Matrix, exact_type: str, *, encoder: Encoder | None
 ) -> Encoded:
-    """All planes of `rows` [n, weights]; n a multiple of frame_records, or the last rows.
+    """All planes of some records: a multiple of frame_records, or the last ones.
 
     encoder: None for the numpy reference. Raises BadInput when a weight is no number, or beyond the
     range of `exact_type`.
     """
-    if rows.dtype == _TORCH_TYPES[exact_type]:
-        bits = rows.contiguous().view(torch.int16).numpy().view(np.uint16)
-    else:
-        bits = round_to(np.ascontiguousarray(rows.float().numpy()), exact_type)
+    bits = bits_of(piece.rows, exact_type)
     if encoder is None:
-        encoded = _encode_slowly(bits, matrix, exact_type)
+        encoded = _encode_slowly(bits, piece.codes, matrix, exact_type)
     else:
-        encoded = _encode_natively(bits, matrix, exact_type, encoder)
+        encoded = _encode_natively(bits, piece.codes, matrix, exact_type, encoder)
     if encoded is None:
-        matrix.check(rows)
+        matrix.check(piece.rows)
         raise BadInput(
             f"{matrix.name}: a weight does not fit in {exact_type}", "use --exact-type bf16"
         )
     return encoded
 
 
-def _encode_slowly(bits: U16, matrix: Matrix, exact_type: str) -> Encoded | None:
+def _encode_slowly(bits: U16, codes: I8 | None, matrix: Matrix, exact_type: str) -> Encoded | None:
     """The reference; None if a weight is no number."""
     values = widen(np.ascontiguousarray(bits), exact_type)
     if not np.isfinite(values).all():
         return None
     shape = (len(bits), matrix.layout.vectors, matrix.layout.length)
-    int4, int8, _ = quantize(values.reshape(shape), matrix.importance)
+    chosen = None if codes is None else codes.reshape(shape)
+    int4, int8, _ = quantize(values.reshape(shape), matrix.importance, chosen)
     frames = encode_frames(
         bits, int4, int8, matrix.layout, exact_type=exact_type, frame_records=matrix.frame_records
     )
@@ -201,11 +217,11 @@ def _encode_slowly(bits: U16, matrix: Matrix, exact_type: str) -> Encoded | None
 
 
 def _encode_natively(
-    bits: U16, matrix: Matrix, exact_type: str, encoder: Encoder
+    bits: U16, codes: I8 | None, matrix: Matrix, exact_type: str, encoder: Encoder
 ) -> Encoded | None:
     planes = encoder.encode(
         bits, matrix.group_weights, matrix.layout, exact_type=exact_type,
-        frame_records=matrix.frame_records,
+        frame_records=matrix.frame_records, codes=codes,
     )  # fmt: skip
     return None if planes is None else Encoded(*planes)
 
@@ -219,9 +235,9 @@ def _write_section(
 
     def work(i: int) -> tuple[Encoded, float, float]:
         begin = time.perf_counter()
-        rows = read(i * piece, min((i + 1) * piece, matrix.records))
+        records = read(i * piece, min((i + 1) * piece, matrix.records))
         middle = time.perf_counter()
-        encoded = encode_piece(rows, matrix, tools.exact_type, encoder=tools.encoder)
+        encoded = encode_piece(records, matrix, tools.exact_type, encoder=tools.encoder)
         return encoded, middle - begin, time.perf_counter() - middle
 
     for first in range(0, pieces, window):

@@ -44,6 +44,7 @@ from m2c.model.footprint import bundle_nbytes
 from m2c.model.weights import vector_tensors
 from m2c.pipeline import write_shards
 from m2c.sections import embedding, shard_groups
+from m2c.steer import Steering
 from m2c.units import format_size
 
 _SAMPLE_ROWS: Final = 64
@@ -132,7 +133,8 @@ def pack(
         if complete:
             return False
         tools = Tools(job.exact_type, workers, load_encoder(), progress, Spent())
-        groups = shard_groups(job.checkpoint, job.importance)
+        steering = Steering(job.exact_type, tools.encoder)
+        groups = shard_groups(job.checkpoint, job.importance, steering)
         shards, weights = write_shards(groups, path, shard_recipe, tools)
         files = _write_files(job, path)
         manifest = _manifest(job, recipe, shards, files)
@@ -189,17 +191,17 @@ def require_space(job: PackJob, path: Path) -> tuple[int, int]:
 def estimate_seconds(job: PackJob, workers: Workers) -> float:
     """How long packing will take, roughly, from encoding a few rows of the checkpoint now."""
     matrix, encoder = embedding(job.checkpoint), load_encoder()
-    rows = matrix.open(workers)(0, min(matrix.records, 16 * PIECE_WEIGHTS // matrix.weights + 1))
+    piece = matrix.open(workers)(0, min(matrix.records, 16 * PIECE_WEIGHTS // matrix.weights + 1))
     begin = time.perf_counter()
-    encode_piece(rows, matrix, job.exact_type, encoder=encoder)
-    seconds = (time.perf_counter() - begin) / rows.numel() * job.weights / workers.threads
+    encode_piece(piece, matrix, job.exact_type, encoder=encoder)
+    seconds = (time.perf_counter() - begin) / piece.rows.numel() * job.weights / workers.threads
     return seconds * _WHOLE
 
 
 def _write_files(job: PackJob, path: Path) -> dict[str, FileFact]:
     vectors = {k: v.numpy() for k, v in vector_tensors(job.checkpoint).items()}
     contents = {f"model/{name}": data for name, data in job.sidecars.items()}
-    contents[IMPORTANCE] = encode_importance(job.importance)
+    contents[IMPORTANCE] = encode_importance(job.importance.without_directions())
     contents[VECTORS] = save(vectors)
     for name, data in contents.items():
         write_atomic(path / name, data)
@@ -236,6 +238,10 @@ def _require_matching(job: PackJob) -> None:
         "order": config.intermediate_size, "attn_input": config.hidden_size,
         "o_input": heads, "ffn_input": config.hidden_size,
     }  # fmt: skip
+    inputs = {
+        "attn_directions": config.hidden_size, "o_directions": heads,
+        "ffn_directions": config.hidden_size, "down_directions": config.intermediate_size,
+    }  # fmt: skip
     matches = (
         known.calibration.fingerprint == job.checkpoint.fingerprint()
         and len(known.layers) == config.num_hidden_layers
@@ -244,6 +250,12 @@ def _require_matching(job: PackJob) -> None:
             getattr(layer, name).shape == (size,)
             for layer in known.layers
             for name, size in shapes.items()
+        )
+        and len(known.head_directions) == config.hidden_size
+        and all(
+            len(getattr(layer, name)) == size
+            for layer in known.layers
+            for name, size in inputs.items()
         )
         and all(layer.sample.shape[1] == config.hidden_size for layer in known.layers)
     )

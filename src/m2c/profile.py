@@ -1,7 +1,8 @@
 """`m2c profile`: run calibration text through a checkpoint and rank its neurons.
 
-Streams layer by layer: in memory are one layer's weights and the hidden states of the calibration
-tokens, whatever the size of the model. Knows nothing about bundles' shards or about printing.
+Streams layer by layer: in memory are one layer's weights and, of the calibration tokens, the hidden
+states and the inputs of that layer's matrices, whatever the size of the model. Knows nothing about
+bundles' shards or about printing.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from m2c import __version__
 from m2c.bundle.importance import Calibration, Importance, LayerImportance
+from m2c.directions import principal_directions
 from m2c.errors import BadInput
 from m2c.kernels.reference import apply_norm, attention, down, gate_up, rms_norm
 from m2c.kernels.rows import ExactRows
@@ -68,7 +70,10 @@ def profile(
         layers=config.num_hidden_layers,
         created_by=f"m2c {__version__}",
     )
-    return Importance(calibration, layers, _mean_square(torch.cat(final)).numpy())
+    head = torch.cat(final)
+    return Importance(
+        calibration, layers, _f32(_mean_square(head)), _f32(principal_directions(head))
+    )
 
 
 def _sequences(ids: list[int]) -> Iterator[list[int]]:
@@ -112,6 +117,7 @@ class _Tally:
         self._own = torch.zeros(101, dtype=torch.float64)
         self._overlap = torch.zeros(2, dtype=torch.float64)
         self._inputs: dict[str, Tensor] = {}
+        self._seen: dict[str, list[Tensor]] = {}
         self._sample: list[Tensor] = []
         self._at = torch.linspace(0, neurons, 101).long()
 
@@ -135,6 +141,8 @@ class _Tally:
         for name, x in (("attn_input", attn), ("o_input", o), ("ffn_input", ffn)):
             total = x.square().sum(0, dtype=torch.float64)
             self._inputs[name] = self._inputs.get(name, 0) + total
+        for name, x in (("attn", attn), ("o", o), ("ffn", ffn), ("down", activations)):
+            self._seen.setdefault(name, []).append(x)
         self._sample.append(ffn[:: max(1, tokens // 16)])
 
     def result(self) -> LayerImportance:
@@ -155,6 +163,10 @@ class _Tally:
             coverage_static=_f32(static[self._at] / static[-1].clamp(min=1e-30)),
             overlap=_f32(self._overlap / max(1, self._pairs) - chance),
             **{name: _f32(total / self._tokens) for name, total in self._inputs.items()},
+            **{
+                f"{name}_directions": _f32(principal_directions(torch.cat(seen)))
+                for name, seen in self._seen.items()
+            },
         )
 
 

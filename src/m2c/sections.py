@@ -5,22 +5,23 @@ Knows nothing about planes or files.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from m2c.bundle.bundle import shard_name
-from m2c.bundle.importance import Importance
+from m2c.bundle.importance import Importance, LayerImportance
 from m2c.bundle.planes import RecordLayout
 from m2c.bundle.shard import PLANES
-from m2c.encode import F32, Matrix, Read
+from m2c.bundle.steering import Factors, factors_of
+from m2c.encode import F32, Matrix, Piece, Read
 from m2c.kernels.workers import Workers
 from m2c.model.attention import MATRICES
 from m2c.model.checkpoint import Checkpoint
 from m2c.model.config import ffn_names
 from m2c.model.weights import matrix_name, require_finite
+from m2c.steer import Steering
 from m2c.tiers.store import EMBED, FFN
 
 _TILE = 256  # rows and columns that a transposition moves at a time: they stay in the cache
@@ -38,15 +39,33 @@ class Group:
         return sum(matrix.records * matrix.weights for matrix in self.matrices)
 
 
-def shard_groups(checkpoint: Checkpoint, importance: Importance) -> Iterator[Group]:
+@dataclass(frozen=True)
+class Inputs:
+    """What is known of what a matrix is multiplied with."""
+
+    mean_square: F32  # [inputs]
+    directions: F32  # [inputs, rank]
+
+    def factors(self) -> Factors | None:
+        """None where no directions are known: then codes are the nearest."""
+        if not self.directions.shape[1]:
+            return None
+        return factors_of(self.mean_square, self.directions)
+
+
+def shard_groups(
+    checkpoint: Checkpoint, importance: Importance, steering: Steering
+) -> Iterator[Group]:
     """All groups, in the order they are written."""
     config = checkpoint.config
     yield _group("dense", "embed", [embedding(checkpoint)])
     for layer in range(config.num_hidden_layers):
-        yield _group("dense", layer, _attention_matrices(checkpoint, importance, layer))
-        yield _group("neurons", layer, [_neurons(checkpoint, importance, layer)])
+        known = importance.layers[layer]
+        yield _group("dense", layer, _attention_matrices(checkpoint, known, layer, steering))
+        yield _group("neurons", layer, [_neurons(checkpoint, known, layer, steering)])
     if not config.tie_word_embeddings:
-        head = _matrix(checkpoint, "lm_head.weight", "lm_head", importance.head_input)
+        inputs = Inputs(importance.head_input, importance.head_directions)
+        head = _matrix(checkpoint, "lm_head.weight", "lm_head", inputs, steering)
         yield _group("dense", "head", [head])
 
 
@@ -55,47 +74,72 @@ def _group(kind: str, name: str | int, matrices: list[Matrix]) -> Group:
 
 
 def embedding(checkpoint: Checkpoint) -> Matrix:
-    return _matrix(checkpoint, "model.embed_tokens.weight", EMBED, None)
+    return _matrix(checkpoint, "model.embed_tokens.weight", EMBED)
 
 
-def _attention_matrices(checkpoint: Checkpoint, importance: Importance, layer: int) -> list[Matrix]:
-    known = importance.layers[layer]
+def _attention_matrices(
+    checkpoint: Checkpoint, known: LayerImportance, layer: int, steering: Steering
+) -> list[Matrix]:
+    same = Inputs(known.attn_input, known.attn_directions)
+    inputs = dict.fromkeys(MATRICES, same) | {"o_proj": Inputs(known.o_input, known.o_directions)}
     return [
-        _matrix(
-            checkpoint, matrix_name(layer, short), short,
-            known.o_input if short == "o_proj" else known.attn_input, held=True,
-        )
+        _matrix(checkpoint, matrix_name(layer, short), short, inputs[short], steering, held=True)
         for short in MATRICES
-    ]  # fmt: skip
+    ]
 
 
 def _matrix(
-    checkpoint: Checkpoint, name: str, section: str, importance: F32 | None, *, held: bool = False
-) -> Matrix:
+    checkpoint: Checkpoint, name: str, section: str, inputs: Inputs | None = None,
+    steering: Steering | None = None, *, held: bool = False,
+) -> Matrix:  # fmt: skip
     """held: all of it is read when it is opened; otherwise piece by piece, as it may be large."""
     rows, columns = checkpoint.shape(name)
 
     def opened(workers: Workers) -> Read:
-        if not held:
-            return partial(checkpoint.read, name)
-        matrix = checkpoint.read(name)
-        return lambda start, stop: matrix[start:stop]
+        factors = None if inputs is None else inputs.factors()
+        whole = checkpoint.read(name) if held else None
 
-    weight = None if importance is None else importance[None, :]
+        def read(start: int, stop: int) -> Piece:
+            some = checkpoint.read(name, start, stop) if whole is None else whole[start:stop]
+            if inputs is None or steering is None or factors is None:
+                return Piece(some)
+            return Piece(some, steering.rows(some, inputs.mean_square, factors))
+
+        return read
+
+    weight = None if inputs is None else inputs.mean_square[None, :]
     layout = RecordLayout(1, columns)
     return Matrix(section, layout, rows, opened, _checks(checkpoint, [name]), weight)
 
 
-def _neurons(checkpoint: Checkpoint, importance: Importance, layer: int) -> Matrix:
+def _neurons(
+    checkpoint: Checkpoint, known: LayerImportance, layer: int, steering: Steering
+) -> Matrix:
     """A layer's neurons in importance order. All matrices of the FFN are read when it is opened."""
-    known = importance.layers[layer]
     order = known.order.astype(np.int64)
     names = ffn_names(layer)
+    inputs = Inputs(known.ffn_input, known.ffn_directions)
 
     def opened(workers: Workers) -> Read:
         gate, up = workers.map(lambda i: checkpoint.read(names[i]), 2)
         matrices = gate, up, _columns(checkpoint, names[2], workers)
-        return lambda start, stop: _gathered(matrices, torch.from_numpy(order[start:stop]))
+        factors, down = inputs.factors(), None
+        if factors is not None:
+            columns = matrices[2].index_select(0, torch.from_numpy(order))
+            down = steering.columns(columns, _down_factors(known), workers)
+
+        def read(start: int, stop: int) -> Piece:
+            rows = _gathered(matrices, torch.from_numpy(order[start:stop]))
+            if factors is None or down is None:
+                return Piece(rows)
+            parts = [
+                steering.rows(part, inputs.mean_square, factors)
+                for part in rows.chunk(3, dim=1)[:2]
+            ]
+            codes = [part for part in parts if part is not None]
+            return Piece(rows, np.hstack([*codes, down[start:stop]]) if len(codes) == 2 else None)
+
+        return read
 
     # the down column meets the neuron's own activation: one number for the whole vector
     flat = np.ones_like(known.ffn_input)
@@ -103,6 +147,14 @@ def _neurons(checkpoint: Checkpoint, importance: Importance, layer: int) -> Matr
     layout = RecordLayout(3, checkpoint.config.hidden_size)
     checks = _checks(checkpoint, names)
     return Matrix(FFN, layout, checkpoint.config.intermediate_size, opened, checks, weight)
+
+
+def _down_factors(known: LayerImportance) -> Factors:
+    """Of the neurons' activations, the most important neurons first: their errors are mended by
+    the many that follow."""
+    norms = np.maximum(known.down_norm, np.float32(1e-20))
+    mean_square = np.square(np.sqrt(known.energy) / norms)[known.order].astype(np.float32)
+    return factors_of(mean_square, known.down_directions[known.order])
 
 
 def _gathered(matrices: tuple[Tensor, ...], ids: Tensor) -> Tensor:

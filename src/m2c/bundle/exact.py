@@ -20,6 +20,7 @@ from m2c.errors import BadInput
 
 EXACT_TYPES: Final = ("bf16", "f16")
 ESCAPE_NBYTES: Final = 6  # u32 position in the frame, u16 the weight
+_ABOVE, _BELOW = 5, 3  # half steps that the intervals of r = 7 and r = -8 reach further
 _AT_ONCE: Final = 1 << 17  # weights: bounds the temporary values, some 80 bytes each
 
 Arrays = npt.NDArray[Any]
@@ -140,9 +141,11 @@ class _Codes:
         scale = np.ascontiguousarray(int4[:, layout.code_nbytes :]).view("<u2")[..., None]
         # |scale| / 32, exactly; no infinities here, so that hostile scales stay numbers
         unit = ((scale & 0x7FFF).astype(np.uint32) << 13).view(np.float32) * np.float32(2.0**107)
-        zero, size, top = code == 0, np.abs(code), fine == 7
-        # r is clipped at 7: it also stands for what lies half a step further
-        least, most = 2 * size - 1 - (top & (code < 0)), 2 * size + 1 + (top & (code > 0))
+        zero, size = code == 0, np.abs(code)
+        # r is limited, and q need not be the nearest: its ends stand for what lies further
+        up, down = _ABOVE * (fine == 7), _BELOW * (fine == -8)
+        least = 2 * size - 1 - np.where(code < 0, up, down)
+        most = 2 * size + 1 + np.where(code < 0, down, up)
         low = np.where(zero, 0, _at_least(unit * np.abs(least, dtype=np.float32), exact_type))
         high = _at_most(unit * most.astype(np.float32), exact_type)
         last = np.where(zero, 2 * high + 1, np.maximum(high - low, 0))

@@ -5,7 +5,7 @@ Written by profile, read by pack, and carried inside the bundle. docs/FORMAT.md,
 """
 
 import hashlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,22 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from m2c.bundle.files import read_small, write_atomic
+from m2c.bundle.steering import MOST_DIRECTIONS
 from m2c.bundle.strict import decode, dump_json, load_json
 from m2c.errors import BadInput
 
 F32 = npt.NDArray[np.float32]
 MAX_NBYTES = 1 << 30
+_DIRECTIONS = ("attn_directions", "o_directions", "ffn_directions", "down_directions")
 
 
 @dataclass(frozen=True)
 class LayerImportance:
-    """N neurons, H hidden size, A inputs of o_proj; energy is the squared score."""
+    """N neurons, H hidden size, A inputs of o_proj; energy is the squared score.
+
+    R principal directions of inputs, each as long as their root mean square along it; R is 0 in a
+    bundle, which was packed with them.
+    """
 
     mean: F32  # [N] mean score: |act(gate.x) * (up.x)| * ||down column||
     energy: F32  # [N] mean squared score
@@ -34,6 +40,10 @@ class LayerImportance:
     attn_input: F32  # [H] mean square of the input of q, k and v
     o_input: F32  # [A] mean square of the input of o_proj
     ffn_input: F32  # [H] mean square of the input of gate and up
+    attn_directions: F32  # [H, R] of the input of q, k and v
+    o_directions: F32  # [A, R] of the input of o_proj
+    ffn_directions: F32  # [H, R] of the input of gate and up
+    down_directions: F32  # [N, R] of the input of down, neurons as in the checkpoint
     sample: F32  # [tokens, H] inputs of the FFN, to measure output errors on
     coverage_own: F32  # [101] share of a token's energy in its own top k %
     coverage_static: F32  # [101] share of all energy in the top k % of the ranking
@@ -58,6 +68,19 @@ class Importance:
     calibration: Calibration
     layers: list[LayerImportance]
     head_input: F32  # [H] mean square of the input of the head
+    head_directions: F32  # [H, R] of the input of the head
+
+    def without_directions(self) -> "Importance":
+        """What a bundle keeps of it."""
+        return Importance(
+            self.calibration,
+            [
+                replace(layer, **{name: getattr(layer, name)[:, :0] for name in _DIRECTIONS})
+                for layer in self.layers
+            ],
+            self.head_input,
+            self.head_directions[:, :0],
+        )
 
     @property
     def hit_share(self) -> F32:
@@ -72,7 +95,10 @@ class Importance:
 
 def encode_importance(importance: Importance) -> bytes:
     """Deterministic bytes of the file."""
-    tensors = {"head_input": importance.head_input}
+    tensors = {
+        "head_input": importance.head_input,
+        "head_directions": np.ascontiguousarray(importance.head_directions),
+    }
     for i, layer in enumerate(importance.layers):
         for field in fields(layer):
             tensors[f"layers.{i}.{field.name}"] = np.ascontiguousarray(getattr(layer, field.name))
@@ -104,7 +130,13 @@ def decode_importance(data: bytes, path: Path) -> Importance:
     if calibration.layers > 4096:
         raise BadInput(f"{path}: {calibration.layers} layers")
     layers = [_layer(tensors, i, path) for i in range(calibration.layers)]
-    return Importance(calibration, layers, _tensor(tensors, "head_input", np.float32, path))
+    head = (_tensor(tensors, f"head_{name}", np.float32, path) for name in ("input", "directions"))
+    importance = Importance(calibration, layers, *head)
+    directions = [getattr(layer, name) for layer in layers for name in _DIRECTIONS]
+    ranks = {array.shape[1:] for array in (importance.head_directions, *directions)}
+    if len(ranks) != 1 or not all(len(rank) == 1 and rank[0] <= MOST_DIRECTIONS for rank in ranks):
+        raise BadInput(f"{path}: its directions are of different numbers, or too many")
+    return importance
 
 
 def _layer(tensors: dict[str, Any], i: int, path: Path) -> LayerImportance:

@@ -14,7 +14,7 @@ from m2c.bundle.strict import MAX_JSON_NBYTES, decode, dump_json, load_json
 from m2c.errors import BadInput
 
 FORMAT: Final = "m2c-bundle"
-VERSION: Final = 2
+VERSION: Final = 3
 MANIFEST: Final = "manifest.json"
 
 

@@ -74,31 +74,43 @@ def unpack_nibbles(packed: U8) -> npt.NDArray[np.int8]:
     return both.reshape(*packed.shape[:-1], packed.shape[-1] * 2)
 
 
-def quantize(values: F32, importance: F32 | None = None) -> tuple[U8, U8, F32]:
+def quantize(
+    values: F32, importance: F32 | None = None, chosen: npt.NDArray[np.int8] | None = None
+) -> tuple[U8, U8, F32]:
     """Quantize records to both planes.
 
     values: [records, vectors, length] f32, finite. importance: [vectors, length] f32 or None: the
     mean square of the activation each weight meets; the scale search minimises the error weighted
-    by it. Returns INT4 records [records, nbytes] u8, INT8 records [records, nbytes] u8, and the
+    by it. chosen: INT4 codes like values, where they are not to be the nearest.
+
+    Returns INT4 records [records, nbytes] u8, INT8 records [records, nbytes] u8, and the
     value after the INT8 plane [records, vectors, length] f32.
     """
     records, vectors, length = values.shape
     layout = RecordLayout(vectors, length)
-    padded = np.zeros((records, vectors, layout.padded), np.float32)
-    padded[..., :length] = values
-    # [GROUP, records * vectors * groups]: reductions then run along axis 0, vectorised and in a
-    # fixed order, so the same bytes come out on every machine
-    x = np.clip(np.ascontiguousarray(padded.reshape(-1, GROUP).T), -_LARGEST, _LARGEST)
+    x = np.clip(_grouped(values, layout), -_LARGEST, _LARGEST)
     scale = _search_scales(x, group_weights(importance, layout, records))
-    q, r = _codes(x, scale)
+    given = None if chosen is None else _grouped(chosen.astype(np.float32), layout)
+    q, r = _codes(x, scale, given)
     # + 0 turns the -0 that rint may give into the +0 that stored codes decode to
-    value = (scale * (q + r * np.float32(1 / 16) + np.float32(0))).T.reshape(padded.shape)[
-        ..., :length
-    ]
+    value = (scale * (q + r * np.float32(1 / 16) + np.float32(0))).T.reshape(
+        records, vectors, layout.padded
+    )[..., :length]
     codes4 = pack_nibbles(q.T.astype(np.int8).reshape(records, -1))
     codes8 = pack_nibbles(r.T.astype(np.int8).reshape(records, -1))
     scales = scale.astype(np.float16).reshape(records, -1).view(np.uint8)
     return np.concatenate((codes4, scales), axis=1), codes8, np.ascontiguousarray(value)
+
+
+def _grouped(values: F32, layout: RecordLayout) -> F32:
+    """[records, vectors, length] to [GROUP, records * vectors * groups], padded with zeros.
+
+    Reductions then run along axis 0, vectorised and in a fixed order, so the same bytes come out
+    on every machine.
+    """
+    padded = np.zeros((len(values), layout.vectors, layout.padded), np.float32)
+    padded[..., : layout.length] = values
+    return np.ascontiguousarray(padded.reshape(-1, GROUP).T)
 
 
 def dequantize(layout: RecordLayout, int4: U8, int8: U8 | None = None) -> F32:
@@ -177,10 +189,10 @@ def _error(x: F32, scale: F32, weight: F32 | None) -> F32:
     return np.add.reduce(q, axis=0)
 
 
-def _codes(x: F32, scale: F32) -> tuple[F32, F32]:
-    """Codes q and r [GROUP, M] as f32 integers: nearest to x given the final scale."""
+def _codes(x: F32, scale: F32, given: F32 | None) -> tuple[F32, F32]:
+    """Codes q and r [GROUP, M] as f32 integers: nearest to x given the scale, and q if given."""
     inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale != 0)
     ratio = np.clip(x * inverse, -9, 9)  # an FP16 scale that underflowed must not overflow here
-    q = np.clip(np.rint(ratio), -8, 7)
+    q = np.clip(np.rint(ratio), -8, 7) if given is None else given
     r = np.clip(np.rint((ratio - q) * 16), -8, 7)
     return q, r

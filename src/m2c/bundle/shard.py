@@ -28,7 +28,7 @@ from m2c.errors import BadInput
 
 PLANES: Final = ("int4", "int8", "fp16")
 MAGIC: Final = b"\x93m2c\r\n\x1a\n"
-VERSION: Final = 2
+VERSION: Final = 3
 PAGE: Final = 4096
 BLOCK: Final = 64 << 10
 FRAME_WEIGHTS: Final = 1 << 16  # most in a frame of several records: what readers set aside

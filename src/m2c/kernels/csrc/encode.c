@@ -17,9 +17,10 @@
 struct encode_call {
     const uint16_t *weights; /* [records, vectors, length] */
     const float *importance; /* [GROUP, vectors * groups] */
+    const int8_t *codes; /* of the INT4 plane [records, vectors, length]; NULL: the nearest */
     int64_t records, frame_records;
     int32_t vectors, length, is_bf16;
-    uint8_t *int4, *int8; /* [records, bytes of a record] */
+    uint8_t *int4, *int8; /* [records, bytes of a record]; int8 NULL: only scales are written */
     uint8_t *frames; /* room for 2 + ESCAPE_NBYTES bytes a weight and two words; frames, joined */
     uint32_t *nbytes, *escapes; /* [frames] */
 };
@@ -28,6 +29,7 @@ struct encode_call {
 struct lot {
     uint16_t bits[LOT][GROUP];
     float values[LOT][GROUP];
+    float given[LOT][GROUP]; /* codes that were chosen before */
     float across[GROUP][LOT]; /* the values, a group in each lane */
     float importance[GROUP][LOT];
     float scales[LOT];
@@ -83,12 +85,12 @@ static int take(struct lot *lot, const struct encode_call *c, const uint16_t *re
     for (int i = 0; i < count; i++) {
         int vector = (first + i) / groups, at = (first + i) % groups * GROUP;
         const uint16_t *from = record + (size_t)vector * c->length + at;
-        if (at + GROUP <= c->length) {
-            memcpy(lot->bits[i], from, sizeof lot->bits[i]);
-        } else {
-            memset(lot->bits[i], 0, sizeof lot->bits[i]);
-            memcpy(lot->bits[i], from, 2 * (size_t)(c->length - at));
-        }
+        int values = c->length - at < GROUP ? c->length - at : GROUP;
+        memset(lot->bits[i], 0, sizeof lot->bits[i]);
+        memcpy(lot->bits[i], from, 2 * (size_t)values);
+        memset(lot->given[i], 0, sizeof lot->given[i]);
+        for (int j = 0; c->codes && j < values; j++)
+            lot->given[i][j] = c->codes[from - c->weights + j];
     }
     memset(lot->bits[count], 0, sizeof lot->bits[0] * (size_t)(LOT - count));
     for (int j = 0; j < GROUP; j++)
@@ -232,7 +234,10 @@ int m2c_encode(const char *want, const struct encode_call *c)
     uint8_t *to = c->frames;
     if (!record)
         return -1;
-    for (int64_t first = 0; first < c->records; first += c->frame_records) {
+    for (int64_t i = 0; !c->int8 && i < c->records; i++)
+        if (!record(c, i, NULL))
+            return 1;
+    for (int64_t first = 0; c->int8 && first < c->records; first += c->frame_records) {
         int64_t left = c->records - first;
         to = write_frame(c, record, first, left < c->frame_records ? left : c->frame_records, to);
         if (!to)

@@ -110,9 +110,9 @@ INLINE void NAME(interval)(lanes q, lanes r, lanes unit, int is_bf16, struct end
 {
     const lanes zero = SET(0.0f), one = SET(1.0f);
     lanes n = q * SET(16.0f) + r, twice = NAME(magnitude)(n) * SET(2.0f);
-    lanes top = LESS(SET(6.5f), r, one, zero);
-    lanes low = unit * MAX(twice - one - LESS(n, zero, top, zero), zero);
-    lanes high = unit * (twice + one + LESS(zero, n, top, zero));
+    lanes up = LESS(SET(6.5f), r, SET(ABOVE), zero), down = LESS(r, SET(-7.5f), SET(BELOW), zero);
+    lanes low = unit * MAX(twice - one - LESS(n, zero, up, down), zero);
+    lanes high = unit * (twice + one + LESS(n, zero, down, up));
     STORE_BYTES(ends->below + at, LESS(n, zero, one, zero));
     STORE_BYTES(ends->zero + at, LESS(twice, one, one, zero));
     if (is_bf16) {
@@ -124,8 +124,8 @@ INLINE void NAME(interval)(lanes q, lanes r, lanes unit, int is_bf16, struct end
     }
 }
 
-/* The codes of group i, and what they leave open. */
-INLINE void NAME(codes)(struct lot *lot, int i, int is_bf16, struct ends *ends)
+/* The codes of group i, and what they leave open. given: those of the INT4 plane are. */
+INLINE void NAME(codes)(struct lot *lot, int i, int given, int is_bf16, struct ends *ends)
 {
     const lanes scale = SET(lot->scales[i]), inverse = NAME(inverse)(scale);
     /* the zero that comes second is the one that MAX takes: the sign of -0 would be a bit too many */
@@ -136,7 +136,7 @@ INLINE void NAME(codes)(struct lot *lot, int i, int is_bf16, struct ends *ends)
             int at = j + GROUP / 2 * half;
             lanes ratio = LOAD(lot->values[i] + at) * inverse;
             ratio = MIN(MAX(ratio, SET(-9.0f)), SET(9.0f));
-            q[half] = NAME(code)(ratio);
+            q[half] = given ? LOAD(lot->given[i] + at) : NAME(code)(ratio);
             r[half] = NAME(code)((ratio - q[half]) * SET(16.0f));
             NAME(interval)(q[half], r[half], unit, is_bf16, ends, at);
         }
@@ -204,7 +204,7 @@ INLINE void NAME(put_offsets)(struct lot *lot, const struct encode_call *c, int 
             struct ends ends;
             int at = GROUP * half, left = c->length - (first + i + half) % groups * GROUP;
             values[half] = left < GROUP ? left : GROUP;
-            NAME(codes)(lot, i + half, c->is_bf16, &ends);
+            NAME(codes)(lot, i + half, c->codes != NULL, c->is_bf16, &ends);
             NAME(offsets)(lot->bits[i + half], &ends, lot->halves[i + half] >> 15, &pair, at);
         }
         for (int half = 0; half < 2; half++)
@@ -223,7 +223,7 @@ TARGET static int NAME(record)(const struct encode_call *c, int64_t number, stru
     int groups = (c->length + GROUP - 1) / GROUP, total = c->vectors * groups;
     const uint16_t *record = c->weights + (size_t)number * c->vectors * c->length;
     uint8_t *int4 = c->int4 + (size_t)number * total * (CODES + 2), *scales = int4 + CODES * total;
-    uint8_t *int8 = c->int8 + (size_t)number * total * CODES;
+    uint8_t *int8 = c->int8 ? c->int8 + (size_t)number * total * CODES : NULL;
     memset(lot.importance, 0, sizeof lot.importance);
     for (int first = 0; first < total; first += LOT) {
         int count = total - first < LOT ? total - first : LOT;
@@ -232,10 +232,12 @@ TARGET static int NAME(record)(const struct encode_call *c, int64_t number, stru
         NAME(widen)(&lot, c->is_bf16);
         for (int at = 0; at < LOT; at += LANES)
             NAME(search)(&lot, at);
+        memcpy(scales + 2 * first, lot.halves, 2 * (size_t)count);
+        if (!int8)
+            continue;
         NAME(put_offsets)(&lot, c, first, count, frame);
         memcpy(int4 + CODES * first, lot.q, CODES * (size_t)count);
         memcpy(int8 + CODES * first, lot.r, CODES * (size_t)count);
-        memcpy(scales + 2 * first, lot.halves, 2 * (size_t)count);
     }
     return 1;
 }

@@ -79,7 +79,7 @@ static inline __attribute__((always_inline)) void group_intervals(
     for (int i = 0; i < GROUP; i++) {
         int shift = i < 16 ? 0 : 4, fine = (second[i & 15] >> shift) & 15;
         int code = 16 * ((q[i & 15] >> shift) & 15) + fine - 136;
-        struct interval in = interval_of(code, fine == 15, unit, r->is_bf16);
+        struct interval in = interval_of(code, fine, unit, r->is_bf16);
         codes[i] = (int16_t)code;
         low[i] = (uint16_t)in.low;
         widths[i] = i < count ? (uint8_t)width_of(in.last) : 0;
@@ -197,20 +197,25 @@ INLINE struct lane_intervals lane_intervals(const struct exact_record *r, int g,
         _mm_or_si128(_mm_andnot_si128(nibble, _mm_slli_epi16(q, 4)), _mm_and_si128(s, nibble)));
     const __m256i fifteen = _mm256_set1_epi8(15);
     __mmask32 top = _mm256_cmpeq_epi8_mask(_mm256_and_si256(raw, fifteen), fifteen);
+    __mmask32 bottom = _mm256_testn_epi8_mask(raw, fifteen);
     __mmask32 below = ~_mm256_cmpge_epu8_mask(raw, _mm256_set1_epi8((char)136));
     __mmask32 zero = _mm256_cmpeq_epi8_mask(raw, _mm256_set1_epi8((char)136));
     __m512 unit = unit_of(r->scales + 2 * g), from[2], to[2];
+    const __m512 up = _mm512_mul_ps(unit, _mm512_set1_ps(ABOVE));
+    const __m512 down = _mm512_mul_ps(unit, _mm512_set1_ps(BELOW));
     for (int half = 0; half < 2; half++) {
         __m128i part = half ? _mm256_extracti128_si256(raw, 1) : _mm256_castsi256_si128(raw);
         __m512i code = _mm512_sub_epi32(_mm512_cvtepu8_epi32(part), _mm512_set1_epi32(136));
         __m512 size = _mm512_cvtepi32_ps(_mm512_slli_epi32(_mm512_abs_epi32(code), 1));
-        /* exact, for their results are: half a step to each side, and the rest of a step at the top */
+        /* exact, for their results are: half a step to each side, and more where r is limited */
         from[half] = _mm512_fmsub_ps(size, unit, unit);
         to[half] = _mm512_fmadd_ps(size, unit, unit);
-        __mmask16 more = (__mmask16)((top & ~below) >> 16 * half);
-        __mmask16 less = (__mmask16)((top & below) >> 16 * half);
-        to[half] = _mm512_mask_add_ps(to[half], more, to[half], unit);
-        from[half] = _mm512_mask_sub_ps(from[half], less, from[half], unit);
+        __mmask16 highest = (__mmask16)(top >> 16 * half), minus = (__mmask16)(below >> 16 * half);
+        __mmask16 lowest = (__mmask16)(bottom >> 16 * half);
+        to[half] = _mm512_mask_add_ps(to[half], highest & ~minus, to[half], up);
+        to[half] = _mm512_mask_add_ps(to[half], lowest & minus, to[half], down);
+        from[half] = _mm512_mask_sub_ps(from[half], highest & minus, from[half], up);
+        from[half] = _mm512_mask_sub_ps(from[half], lowest & ~minus, from[half], down);
     }
     __m512i low = bounds_of(from, 1, is_bf16), high = bounds_of(to, 0, is_bf16);
     __m512i last = _mm512_subs_epu16(high, low);

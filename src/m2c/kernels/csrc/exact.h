@@ -72,14 +72,19 @@ static inline uint32_t brain_above(float v)
     return (bits + 0xffff) >> 16;
 }
 
-/* code: 16 q + r. top: r is 7, which also stands for what lies half a step further. unit: |scale| / 32.
- * Where no number lies between the ends, the one above the lower end is the only candidate. */
+/* How much further the intervals of r = 7 and r = -8 reach, away from q, in half steps: r is limited,
+ * and q need not be the nearest. */
+#define ABOVE 5
+#define BELOW 3
+
+/* code: 16 q + r. fine: r + 8. unit: |scale| / 32. Where no number lies between the ends, the one above
+ * the lower end is the only candidate. */
 static inline __attribute__((always_inline)) struct interval interval_of(
-    int code, int top, float unit, int is_bf16)
+    int code, int fine, float unit, int is_bf16)
 {
-    int size = code < 0 ? -code : code;
-    int from = size ? 2 * size - 1 - (top && code < 0) : 0;
-    int to = 2 * size + 1 + (top && code > 0);
+    int size = code < 0 ? -code : code, up = fine == 15 ? ABOVE : 0, down = fine ? 0 : BELOW;
+    int from = size ? 2 * size - 1 - (code < 0 ? up : down) : 0;
+    int to = 2 * size + 1 + (code < 0 ? down : up);
     float low = unit * (float)from, high = unit * (float)to;
     uint32_t first = is_bf16 ? brain_above(low) : half_above(low);
     uint32_t stop = is_bf16 ? brain_below(high) : half_below(high);
