@@ -24,6 +24,8 @@ _SIDECARS: Final = {
     "config.json": 4 * _MIB,
     "generation_config.json": _MIB,
     "tokenizer.json": 128 * _MIB,
+    "tokenizer.model": 64 * _MIB,
+    "added_tokens.json": 4 * _MIB,
     "tokenizer_config.json": 16 * _MIB,
     "special_tokens_map.json": 4 * _MIB,
     "chat_template.jinja": 4 * _MIB,
