@@ -6,8 +6,10 @@ Knows nothing about weights or bundles.
 from pathlib import Path
 
 from m2c.bundle.files import read_small
+from m2c.bundle.strict import parse_object
 from m2c.errors import BadInput, UnsupportedModel
 from m2c.model.checkpoint import Checkpoint
+from m2c.model.config import ModelConfig
 from m2c.tokenizer import MAX_JSON_NBYTES, Tokenizer
 from m2c.tokenizer_gguf import build_from_gguf, build_tokenizer_config
 from m2c.tokenizer_spm import convert_tokenizer_model
@@ -56,3 +58,10 @@ def tokenizer_of_files(files: dict[str, bytes], source: Path) -> Tokenizer:
         files["tokenizer.json"], source=f"{source}/tokenizer.json",
         config=files.get("tokenizer_config.json"),
     )  # fmt: skip
+
+
+def require_usable(files: dict[str, bytes], source: Path) -> None:
+    """Raises what opening a folder with these small files and the right weights would raise."""
+    file = f"{source}/config.json"
+    ModelConfig.from_hf(parse_object(files["config.json"], file), file=file)
+    tokenizer_of_files(with_tokenizer(files, source), source)
