@@ -120,7 +120,9 @@ def test_what_was_tried_and_what_to_type(cache: Path) -> None:
         resolve_model("llama2-70b")
     assert str(cache) in caught.value.message
     assert caught.value.hint == "fetch it: m2c profile llama2-70b"
-    with pytest.raises(BadInput, match=r"org/name at v1 is not in .*; fetch it: m2c profile org/"):
+    with pytest.raises(
+        BadInput, match=r"^org/name@v1: not in .*; fetch it: m2c profile org/name@v1"
+    ):
         resolve_model("org/name@v1")
     found = find_model("org/name@v1")
     assert isinstance(found, Absent)

@@ -148,8 +148,8 @@ def _from_alias(alias: str) -> Resolved | Absent:
 def _in_cache(text: str, repo: str, revision: str, name: str) -> Resolved | Absent:
     snapshot = find_snapshot(repo, revision)
     if snapshot is None:
-        at = "" if revision == "main" else f" at {revision}"
-        return Absent(text, repo, revision, name, f"{repo}{at} is not in {cache_folder()}")
+        what = "not in" if text.startswith(repo) else f"{repo} is not in"
+        return Absent(text, repo, revision, name, f"{what} {cache_folder()}")
     if missing := _missing_file(snapshot):
         why = f"the copy of {repo} in {cache_folder()} lacks {missing}"
         return Absent(text, repo, revision, name, why)

@@ -46,7 +46,8 @@ def _fetch(absent: "Absent", quiet: bool) -> Path:
     # before hours of fetching, not after
     require_usable(small, Path(absent.repo))
     files = download.weights(small)
-    with progress("verify", download.here_nbytes(files), unit="B", quiet=quiet) as advance:
+    here = download.here_nbytes(files)
+    with progress("verify", here, unit="B", quiet=quiet or not here) as advance:
         missing = download.survey(files, advance)
     if missing:
         _fetch_weights(download, missing, quiet)
