@@ -194,6 +194,9 @@ def test_a_connection_that_stays_bad_keeps_what_came(
     assert (size > 0) == (faults[0] == "cut")
     hub.seen.clear()
     hub.faults.clear()
+    job = download.Download(NAME, "main")
+    files = job.weights(job.small())
+    assert job.left_nbytes(files) == sum(file.nbytes for file in files) - size
     fetch()
     assert hub.asked(name) == [f"bytes={size}-" if size else ""]
 
@@ -315,6 +318,22 @@ def test_a_disk_without_room(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(NoSpace, match="1000 B are free") as caught:
         job.require_space(1000)
     assert "HF_HUB_CACHE" in caught.value.hint
+
+
+def test_a_disk_that_cannot_hold_the_cache(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def no_links(*_: Any) -> None:
+        raise PermissionError(errno.EPERM, "no links here")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "symlink_to", no_links)
+        error = refusal(hub)
+    assert (error.exit_code, "disk with links: export HF_HUB_CACHE" in error.hint) == (6, True)
+    assert not hub.asked("config.json")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
+    assert refusal(hub).exit_code == 4
 
 
 def test_a_disk_that_fills_up(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,8 +44,7 @@ class Download:
 
     def small(self) -> dict[str, bytes]:
         """Config, tokenizer and the like, fetched: file name to bytes."""
-        with disk_errors(self._blobs):
-            self._blobs.mkdir(parents=True, exist_ok=True)
+        self._make_folder()
         limits = small_files(self._listing.files)
         if "tokenizer.json" in limits:  # what it was made from is of no use then
             for name in ("tokenizer.model", "added_tokens.json"):
@@ -159,6 +158,20 @@ class Download:
                 if failures > len(PAUSES_S):
                     raise self._broken(file, have, reason)
                 time.sleep(PAUSES_S[failures - 1])
+
+    def _make_folder(self) -> None:
+        """Raises StorageError for a disk the cache cannot be on: now, not after hours."""
+        with disk_errors(self._blobs):
+            self._blobs.mkdir(parents=True, exist_ok=True)
+            probe = self._blobs / f".m2c-tmp-{os.getpid()}"
+        try:
+            probe.symlink_to("nowhere")
+            probe.unlink()
+        except OSError as error:
+            raise StorageError(
+                f"{self._blobs}: {os.strerror(error.errno or 0).lower()}",
+                "the cache needs a writable disk with links: export HF_HUB_CACHE=DIR",
+            ) from None
 
     def _want(self, name: str) -> HubFile:
         if name not in self._listing.files:
