@@ -25,9 +25,13 @@ from m2c.pack import PackJob
 def clean_environment(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """No test reads or writes the state of the person who runs it, nor that of another test."""
+    """No test reads or writes the state of the person who runs it, nor that of another test.
+
+    None asks the hub either.
+    """
     for name in [name for name in os.environ if name.startswith("M2C_")]:
         monkeypatch.delenv(name)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("M2C_HOME", str(tmp_path_factory.getbasetemp() / "homes" / uuid4().hex))
 
 

@@ -39,7 +39,7 @@ WITHOUT_BUNDLE = {
     "profile llama2-70": (4, "no such file, folder or alias; did you mean llama2-70b?"),
     "profile SmolLM2_135M": (4, "did you mean smollm2-135m?"),
     "profile xyzzy": (4, "aliases are llama2-13b, "),
-    "profile llama2-7b": (4, "fetch it: hf download meta-llama/Llama-2-7b-chat-hf"),
+    "profile llama2-7b": (4, "offline, so nothing is fetched: run it once without --offline"),
     "profile /dev/null": (4, "/dev/null: neither a model folder nor a GGUF file"),
     "plan xyzzy": (4, "xyzzy: no such file"),
     "plan llama2-70b --dram 1GiB": (7, "the smallest that works is --dram "),

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from m2c.errors import BadInput, UsageError
-from m2c.hub import alias_config, cache_folder, find_snapshot, resolve_model
+from m2c.hub import Absent, alias_config, cache_folder, find_model, find_snapshot, resolve_model
 from m2c.model.aliases import ALIASES
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -24,7 +24,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def put(cache: Path, repo: str, revision: str = "main", commit: str = COMMIT) -> Path:
     folder = cache / f"models--{repo.replace('/', '--')}"
     snapshot = folder / "snapshots" / commit
-    snapshot.mkdir(parents=True)
+    snapshot.mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", "model.safetensors"):
+        (snapshot / name).touch()
     reference = folder / "refs" / revision
     reference.parent.mkdir(parents=True, exist_ok=True)
     reference.write_text(commit)
@@ -79,13 +81,52 @@ def test_a_reference_that_leads_elsewhere(cache: Path) -> None:
     assert find_snapshot("org/name", "main") == snapshot
 
 
+def test_what_a_stopped_download_left_is_not_a_model(cache: Path) -> None:
+    snapshot = put(cache, "org/name")
+    (snapshot / "config.json").unlink()
+    with pytest.raises(BadInput, match=r"lacks config\.json"):
+        resolve_model("org/name")
+    (snapshot / "config.json").touch()
+    (snapshot / "model.safetensors").unlink()
+    with pytest.raises(BadInput, match=r"lacks model\.safetensors;"):
+        resolve_model("org/name")
+    index = '{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}'
+    (snapshot / "model.safetensors.index.json").write_text(index)
+    (snapshot / "1.safetensors").touch()
+    (snapshot / "2.safetensors").symlink_to("../../blobs/not-there")
+    with pytest.raises(BadInput, match=r"lacks 2\.safetensors"):
+        resolve_model("org/name")
+    (snapshot / "2.safetensors").unlink()
+    (snapshot / "2.safetensors").touch()
+    assert resolve_model("org/name").path == snapshot
+
+
+def test_a_name_under_ssd(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "ssd" / "mine").mkdir(parents=True)
+    (tmp_path / "ssd" / "mine" / "config.json").touch()
+    (tmp_path / "ssd" / "small.gguf").touch()
+    (tmp_path / "ssd" / "llama2-7b").mkdir()
+    assert resolve_model("mine", tmp_path / "ssd").path == tmp_path / "ssd" / "mine"
+    assert resolve_model("small", tmp_path / "ssd").kind == "gguf"
+    for name in ("llama2-7b", "other"):  # an alias comes first; not there
+        with pytest.raises(BadInput):
+            resolve_model(name, tmp_path / "ssd")
+    with pytest.raises(BadInput):
+        resolve_model("mine")
+
+
 def test_what_was_tried_and_what_to_type(cache: Path) -> None:
     with pytest.raises(BadInput) as caught:
         resolve_model("llama2-70b")
     assert str(cache) in caught.value.message
-    assert caught.value.hint == "fetch it: hf download meta-llama/Llama-2-70b-chat-hf"
-    with pytest.raises(BadInput, match="hf download org/name --revision v1"):
+    assert caught.value.hint == "fetch it: m2c profile llama2-70b"
+    with pytest.raises(
+        BadInput, match=r"^org/name@v1: not in .*; fetch it: m2c profile org/name@v1"
+    ):
         resolve_model("org/name@v1")
+    found = find_model("org/name@v1")
+    assert isinstance(found, Absent)
+    assert (found.repo, found.revision, found.name) == ("org/name", "v1", "name")
     with pytest.raises(BadInput, match=r"no such file.*did you mean smollm2"):
         resolve_model("smollm3")
 

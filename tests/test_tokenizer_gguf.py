@@ -2,9 +2,11 @@
 
 import json
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf_builders import VOCAB, write
 from vocabularies import (
     HOSTILE,
     byte_symbols,
@@ -16,6 +18,8 @@ from vocabularies import (
 
 from m2c.data import calibration_text
 from m2c.errors import BadInput, UnsupportedModel
+from m2c.model.checkpoint import open_checkpoint
+from m2c.source import model_files, tokenizer_of_files
 from m2c.tokenizer import Tokenizer
 from m2c.tokenizer_gguf import build_from_gguf, build_tokenizer_config
 
@@ -93,8 +97,8 @@ def test_llama3_takes_whole_words_that_no_merge_reaches() -> None:
 
 
 def test_gguf_vocabularies_that_cannot_be_rebuilt_are_named() -> None:
-    with pytest.raises(UnsupportedModel, match=r"'llama'.*'gpt2'"):
-        build_from_gguf(small_metadata(model="llama"))
+    with pytest.raises(UnsupportedModel, match=r"'t5'.*'gpt2'.*'llama'"):
+        build_from_gguf(small_metadata(model="t5"))
     for pre in ("default", "deepseek-llm", None):
         with pytest.raises(UnsupportedModel, match=f"{pre!r}.*smollm().*qwen2"):
             build_from_gguf(small_metadata(pre=pre))
@@ -140,3 +144,17 @@ def test_building_is_deterministic() -> None:
     first = build_from_gguf(smollm_metadata())
     assert first == build_from_gguf(dict(reversed(smollm_metadata().items())))
     assert first == build_from_gguf(smollm_metadata())
+
+
+def test_a_tokenizer_beside_the_file_stands_in_for_one_that_cannot_be_rebuilt(
+    tmp_path: Path,
+) -> None:
+    fixed = {"tokenizer.ggml.model": "t5", "tokenizer.ggml.pre": "default"}
+    write(tmp_path / "a.gguf", meta=fixed | {"tokenizer.ggml.tokens": ["a"] * VOCAB})
+    checkpoint = open_checkpoint(tmp_path / "a.gguf")
+    with pytest.raises(UnsupportedModel, match="'t5'") as caught:
+        model_files(checkpoint)
+    assert "tokenizer.json of the original model beside it" in caught.value.hint
+    (tmp_path / "tokenizer.json").write_bytes(build_from_gguf(small_metadata()))
+    files = model_files(checkpoint)
+    assert tokenizer_of_files(files, tmp_path).encode(" he") == [259]

@@ -1,6 +1,8 @@
 """Small vocabularies, one real one, and hostile texts, for the tests of the text room."""
 
 import importlib.util
+import struct
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -94,3 +96,64 @@ def smollm() -> Tokenizer:
     config = build_tokenizer_config(smollm_metadata())
     data = build_from_gguf(smollm_metadata())
     return Tokenizer.from_json(data, source="smollm2.gguf", config=config)
+
+
+def varint(value: int) -> bytes:
+    found = bytearray()
+    while value > 0x7F:
+        found.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*found, value])
+
+
+def message(fields: list[tuple[int, int | float | bytes]]) -> bytes:
+    """A protobuf message: whole numbers, floats as fixed32, bytes."""
+    found = b""
+    for number, value in fields:
+        if isinstance(value, bytes):
+            found += varint(number << 3 | 2) + varint(len(value)) + value
+        elif isinstance(value, float):
+            found += varint(number << 3 | 5) + struct.pack("<f", value)
+        else:
+            found += varint(number << 3) + varint(value % (1 << 64))
+    return found
+
+
+def spm_model(
+    pieces: Iterable[tuple[str, float, int]],
+    trainer: Mapping[int, int | float | bytes] | None = None,
+    normalizer: Mapping[int, int | float | bytes] | None = None,
+) -> bytes:
+    """A tokenizer.model of (text, score, type), BPE with byte fallback unless told otherwise."""
+    settings = {3: 2, 35: 1} | dict(trainer or {})
+    rules = {1: b"identity", 3: 1, 4: 0, 5: 1} | dict(normalizer or {})
+    listed = [
+        (1, message([(1, text.encode()), (2, score), (3, kind)])) for text, score, kind in pieces
+    ]
+    return message(
+        [*listed, (2, message([*settings.items()])), (3, message([*rules.items()]))],
+    )
+
+
+BYTE_PIECES = [(f"<0x{byte:02X}>", 0.0, 6) for byte in range(256)]
+
+
+def llama_pieces(words: str = "▁ a b ab ▁a he ▁he") -> list[tuple[str, float, int]]:
+    """Laid out as in Llama 2: unknown, bos, eos, bytes, then pieces by falling score."""
+    control = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3)]
+    letters = sorted(set("".join(words.split())) - set(words.split()))
+    listed = [*words.split(), *letters]
+    return [*control, *BYTE_PIECES, *((word, -float(i), 1) for i, word in enumerate(listed))]
+
+
+def spm_metadata(pieces: list[tuple[str, float, int]], **changes: Any) -> dict[str, Any]:
+    """GGUF metadata of a sentencepiece vocabulary."""
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": [text for text, _, _ in pieces],
+        "tokenizer.ggml.scores": [score for _, score, _ in pieces],
+        "tokenizer.ggml.token_type": [kind for _, _, kind in pieces],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+    } | {f"tokenizer.ggml.{key}": value for key, value in changes.items()}

@@ -1,17 +1,19 @@
 """From what a person types to files on this machine: a path, an alias, or a repository's name.
 
-Looks only at this machine: the hub's cache is read as a folder tree, nothing is ever downloaded.
-Knows nothing about what is in the files, and does not import torch.
+Looks only at this machine: the hub's cache is read as a folder tree. What is not here is named, for
+`m2c.download` to fetch. Does not import torch.
 """
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Final, Literal
 
+from m2c.bundle.files import disk_errors
+from m2c.bundle.strict import parse_object
 from m2c.errors import BadInput, UsageError
 from m2c.model.aliases import ALIASES
 from m2c.model.config import ModelConfig
@@ -31,10 +33,32 @@ class Resolved:
     how: str
 
 
-def resolve_model(text: str) -> Resolved:
-    """The files `text` stands for: an existing path first, then an alias, then `org/name[@rev]`.
+@dataclass(frozen=True)
+class Absent:
+    """A model of the hub that is not on this machine, or not all of it. `why`: what was tried."""
 
-    Raises BadInput, saying what was tried, when they are not on this machine.
+    text: str
+    repo: str
+    revision: str
+    name: str
+    why: str
+
+    def error(self, hint: str = "") -> BadInput:
+        return BadInput(f"{self.text}: {self.why}", hint or f"fetch it: m2c profile {self.text}")
+
+
+def resolve_model(text: str, ssd: Path | None = None) -> Resolved:
+    """As `find_model`, for a command that fetches nothing: raises BadInput when it is not here."""
+    found = find_model(text, ssd)
+    if isinstance(found, Absent):
+        raise found.error()
+    return found
+
+
+def find_model(text: str, ssd: Path | None = None) -> Resolved | Absent:
+    """The files `text` stands for: a path, an alias, a name under `ssd`, or `org/name[@revision]`.
+
+    Raises BadInput, saying what was tried, when it is none of these.
     """
     if not text or "\0" in text:
         raise UsageError("the model's name is empty", "give a folder, a GGUF file or an alias")
@@ -42,12 +66,13 @@ def resolve_model(text: str) -> Resolved:
         return _from_path(path)
     if text in ALIASES:
         return _from_alias(text)
+    if ssd is not None and (path := _under(ssd, text)):
+        return _from_path(path)
     if match := _REPO.fullmatch(text):
-        repo, revision = f"{match[1]}/{match[2]}", match[3]
-        snapshot = find_snapshot(repo, revision or "main")
-        if snapshot is None:
-            raise _not_found(text, repo, revision)
-        return Resolved("hf", snapshot, match[2], f"the Hugging Face cache, {repo}")
+        repo, revision = f"{match[1]}/{match[2]}", match[3] or "main"
+        if ".." in revision.split("/"):
+            raise BadInput(f"{text}: {revision} is no revision")
+        return _in_cache(text, repo, revision, match[2])
     near = get_close_matches(text.lower(), ALIASES, n=1)
     hint = f"did you mean {near[0]}?" if near else f"aliases are {', '.join(sorted(ALIASES))}"
     raise BadInput(f"{text}: no such file, folder or alias", hint)
@@ -69,11 +94,16 @@ def cache_folder() -> Path:
     return Path(base).expanduser() / "huggingface" / "hub"
 
 
+def repo_folder(repo: str) -> Path:
+    """Where the cache keeps `org/name`."""
+    return cache_folder() / f"models--{repo.replace('/', '--')}"
+
+
 def find_snapshot(repo: str, revision: str) -> Path | None:
     """The cached snapshot folder of `org/name` at a branch, tag or full commit; None if absent."""
     if any(part in ("", ".", "..") for part in revision.split("/")):
         return None
-    folder = cache_folder() / f"models--{repo.replace('/', '--')}"
+    folder = repo_folder(repo)
     commit = revision
     if not _COMMIT.fullmatch(revision):
         try:
@@ -104,15 +134,51 @@ def _from_path(path: Path) -> Resolved:
     raise BadInput(f"{path}: neither a model folder nor a GGUF file")
 
 
-def _from_alias(alias: str) -> Resolved:
+def _from_alias(alias: str) -> Resolved | Absent:
     repo = ALIASES[alias].repo
     embedded = _embedded_file() if alias == _EMBEDDED[0] else None
     if embedded is not None:
         return Resolved("gguf", embedded, alias, f"the installed package {_EMBEDDED[1]}")
-    snapshot = find_snapshot(repo, "main")
+    found = _in_cache(alias, repo, "main", alias)
+    if isinstance(found, Absent) and alias == _EMBEDDED[0]:
+        return replace(found, why=f"the package {_EMBEDDED[1]} is not installed and {found.why}")
+    return found
+
+
+def _in_cache(text: str, repo: str, revision: str, name: str) -> Resolved | Absent:
+    snapshot = find_snapshot(repo, revision)
     if snapshot is None:
-        raise _not_found(alias, repo, None)
-    return Resolved("hf", snapshot, alias, f"the Hugging Face cache, {repo}")
+        what = "not in" if text.startswith(repo) else f"{repo} is not in"
+        return Absent(text, repo, revision, name, f"{what} {cache_folder()}")
+    if missing := _missing_file(snapshot):
+        why = f"the copy of {repo} in {cache_folder()} lacks {missing}"
+        return Absent(text, repo, revision, name, why)
+    return Resolved("hf", snapshot, name, f"the Hugging Face cache, {repo}")
+
+
+def _missing_file(snapshot: Path) -> str | None:
+    """A file without which the snapshot is no checkpoint: a download may have been stopped."""
+    single, index = snapshot / "model.safetensors", snapshot / "model.safetensors.index.json"
+    if any(snapshot.glob("*.gguf")):  # another kind of repository, and complete in its way
+        return None
+    if not (snapshot / "config.json").exists():
+        return "config.json"
+    if single.exists():
+        return None
+    if not index.exists():
+        return single.name
+    with disk_errors(index):
+        shards = parse_object(index.read_bytes(), index).get("weight_map")
+    names = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
+    return next((name for name in names if not (snapshot / name).exists()), None)
+
+
+def _under(ssd: Path, text: str) -> Path | None:
+    """A model that lies in the folder for bundles, which is where large things are put."""
+    path = _existing(str(ssd / text))
+    if path is not None and (path / "config.json").is_file():
+        return path
+    return _existing(str(ssd / f"{text}.gguf"))
 
 
 def _embedded_file() -> Path | None:
@@ -124,11 +190,3 @@ def _embedded_file() -> Path | None:
     folders = spec.submodule_search_locations if spec else None
     files = (Path(folder) / _EMBEDDED[2] for folder in folders or ())
     return next((file for file in files if file.is_file()), None)
-
-
-def _not_found(text: str, repo: str, revision: str | None) -> BadInput:
-    tried = f"no such path, and {repo} is not in {cache_folder()}"
-    if text == _EMBEDDED[0]:
-        tried = f"the package {_EMBEDDED[1]} is not installed and {repo} is not in {cache_folder()}"
-    at = f" --revision {revision}" if revision else ""
-    return BadInput(f"{text}: {tried}", f"fetch it: hf download {repo}{at}")

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from m2c.errors import BadInput, UnsupportedModel
+from m2c.tokenizer_spm import CONTROL, UNUSED, USER_DEFINED, Vocabulary, build_spm
 
 _DOWNLOAD_AGAIN = "fetch the GGUF file again from where it came from"
 _BRING_TOKENIZER = "put the tokenizer.json of the original model beside it"
@@ -19,19 +20,22 @@ _WORDS = (
 )
 _LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
 _PRE_TOKENIZERS = ("smollm", "gpt-2", "qwen2", *_LLAMA3)
-_CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
+_BPE, _SPM = "gpt2", "llama"  # values of tokenizer.ggml.model; gemma files say llama too
 
 
 def build_from_gguf(metadata: dict[str, Any]) -> bytes:
     """A tokenizer.json made from GGUF metadata; the same metadata gives the same bytes.
 
-    UnsupportedModel when the vocabulary is of another kind than byte-level BPE or its
+    UnsupportedModel when the vocabulary is neither byte-level BPE nor sentencepiece, or its
     pre-tokenizer is not known here, BadInput when the metadata contradicts itself.
     """
     kind = metadata.get("tokenizer.ggml.model")
-    if kind != "gpt2":
+    if kind == _SPM:
+        return build_spm(_spm_vocabulary(metadata))
+    if kind != _BPE:
         raise UnsupportedModel(
-            f"the GGUF file holds a {kind!r} vocabulary, and only 'gpt2' (BPE) can be rebuilt",
+            f"the GGUF file holds a {kind!r} vocabulary, and only {_BPE!r} (byte-level BPE) and "
+            f"{_SPM!r} (sentencepiece BPE) can be rebuilt",
             _BRING_TOKENIZER,
         )
     normalizer, pre_tokenizer = _pipeline(metadata.get("tokenizer.ggml.pre"))
@@ -57,7 +61,8 @@ def build_tokenizer_config(metadata: dict[str, Any]) -> bytes:
     """A tokenizer_config.json made from GGUF metadata: bos, eos, whether to add bos, template."""
     tokens = _strings(metadata, "tokenizer.ggml.tokens")
     # llama.cpp adds bos for these models even where the file does not say so
-    implied = metadata.get("tokenizer.ggml.pre") in _LLAMA3
+    kind = metadata.get("tokenizer.ggml.model")
+    implied = kind == _SPM or metadata.get("tokenizer.ggml.pre") in _LLAMA3
     config: dict[str, Any] = {
         "add_bos_token": bool(metadata.get("tokenizer.ggml.add_bos_token", implied))
     }
@@ -122,6 +127,24 @@ def _split_words(*, digits: str) -> dict[str, Any]:
     return {"type": "Sequence", "pretokenizers": [split, _byte_level()]}
 
 
+def _spm_vocabulary(metadata: dict[str, Any]) -> Vocabulary:
+    tokens = _strings(metadata, "tokenizer.ggml.tokens")
+    scores = _numbers(metadata, "tokenizer.ggml.scores", float, len(tokens))
+    kinds = _numbers(metadata, "tokenizer.ggml.token_type", int, len(tokens))
+    # what fills a vocabulary up is never a part of a text, so it is one of its control tokens
+    kinds = [CONTROL if kind == UNUSED else kind for kind in kinds]
+    prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+    return Vocabulary(tokens, scores, kinds, prefix, "the GGUF file's vocabulary")
+
+
+def _numbers(metadata: dict[str, Any], key: str, kind: type, count: int) -> list[Any]:
+    values = metadata.get(key)
+    fits = isinstance(values, list) and len(values) == count
+    if not fits or any(type(value) is not kind for value in values or ()):
+        raise BadInput(f"{key} does not match the tokens", _DOWNLOAD_AGAIN)
+    return list(values or ())
+
+
 def _strings(metadata: dict[str, Any], key: str) -> list[str]:
     values = metadata.get(key)
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
@@ -140,10 +163,10 @@ def _added_tokens(tokens: list[str], types: Any) -> list[dict[str, Any]]:
             "lstrip": False,
             "rstrip": False,
             "normalized": False,
-            "special": kind == _CONTROL,
+            "special": kind == CONTROL,
         }
         for id, (token, kind) in enumerate(zip(tokens, types, strict=True))
-        if kind in (_CONTROL, _USER_DEFINED)
+        if kind in (CONTROL, USER_DEFINED)
     ]
 
 

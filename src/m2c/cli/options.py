@@ -23,6 +23,10 @@ Kernel = Annotated[
     str,
     typer.Option(envvar="M2C_KERNEL", help="Compute kernels: auto, avx512, avx2, scalar or torch."),
 ]
+Offline = Annotated[
+    bool,
+    typer.Option("--offline", envvar="HF_HUB_OFFLINE", help="Fetch nothing from the hub."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no figures.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Mix = Annotated[

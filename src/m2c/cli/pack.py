@@ -61,7 +61,7 @@ def command(
     if model == "-":
         profile, model = _profile_from_stdin(), None
     given = checkpoint_name(model)
-    found = resolve_model(given)
+    found = resolve_model(given, ssd)
     job = _job(given, found.path, profile, exact_type, mix, bits)
     path = ssd / f"{_safe(name or found.name)}.m2c"
     workers = Workers(threads or auto_threads())

@@ -84,7 +84,7 @@ def _plan(model, chosen: "RunOptions", ssd) -> tuple["Plan", "RunShape", str]:  
         )
         return plan, shape, f"{bundle.path}"
     alias = alias_config(model)
-    config = alias or open_checkpoint(resolve_model(model).path).config
+    config = alias or open_checkpoint(resolve_model(model, ssd).path).config
     plan, shape, nbytes = plan_without_weights(config, chosen)
     count = parameter_count(config)
     title = f"{model}: {count / 1e9:.2f} G weights, about {format_size(nbytes)} of SSD (estimate)"

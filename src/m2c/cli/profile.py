@@ -16,8 +16,8 @@ def command(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="A folder with safetensors, a GGUF file, a name in the Hugging Face cache, or an "
-            "alias such as smollm2-135m [default: the one profiled last]."
+            help="A folder with safetensors, a GGUF file, an alias such as smollm2-135m, or "
+            "org/name[@revision] of the Hugging Face hub [default: the one profiled last]."
         ),
     ] = None,
     text: Annotated[
@@ -27,26 +27,29 @@ def command(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Where to write [default: in M2C_HOME].")
     ] = None,
+    ssd: options.Ssd = None,
+    offline: options.Offline = False,
     threads: options.Threads = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Rank the neurons of a checkpoint.
 
-    Runs calibration text through it layer by layer, so memory holds one layer at a time. Prints
-    the path of the result.
+    Runs calibration text through it layer by layer, so memory holds one layer at a time. A model
+    that is not on this machine is fetched into the Hugging Face cache first (HF_HUB_CACHE), by a
+    token in HF_TOKEN where it is gated; stopped, it goes on later. Prints the path of the result.
     """
     from m2c import home
     from m2c.bundle.importance import write_importance
+    from m2c.cli.fetch import model_here
     from m2c.cli.names import checkpoint_name, remember, require_writable
     from m2c.hardware import auto_threads
-    from m2c.hub import resolve_model
     from m2c.kernels.workers import Workers
     from m2c.model.checkpoint import open_checkpoint
     from m2c.profile import profile
     from m2c.source import model_files, tokenizer_of_files
 
     name = checkpoint_name(model)
-    found = resolve_model(name)
+    found = model_here(name, ssd, offline=offline, quiet=quiet)
     checkpoint = open_checkpoint(found.path)
     tokenizer = tokenizer_of_files(model_files(checkpoint), found.path)
     content, source = _read_text(text)

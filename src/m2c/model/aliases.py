@@ -111,8 +111,11 @@ ALIASES: Final[Mapping[str, Alias]] = {
     "llama3-70b": _model("meta-llama/Meta-Llama-3-70B-Instruct", _LLAMA3, (8192, 28672, 80, 64, 8)),
     "llama3.1-8b": _model("meta-llama/Llama-3.1-8B-Instruct", _LLAMA31, (4096, 14336, 32, 32, 8)),
     "llama3.1-70b": _model("meta-llama/Llama-3.1-70B-Instruct", _LLAMA31, (8192, 28672, 80, 64, 8)),
+    "llama3.1-405b":
+        _model("meta-llama/Llama-3.1-405B-Instruct", _LLAMA31, (16384, 53248, 126, 128, 8)),
     "llama3.2-1b": _model("meta-llama/Llama-3.2-1B-Instruct", _LLAMA32, (2048, 8192, 16, 32, 8)),
     "llama3.2-3b": _model("meta-llama/Llama-3.2-3B-Instruct", _LLAMA32, (3072, 8192, 28, 24, 8)),
+    "llama3.3-70b": _model("meta-llama/Llama-3.3-70B-Instruct", _LLAMA31, (8192, 28672, 80, 64, 8)),
     "qwen2.5-0.5b": _model("Qwen/Qwen2.5-0.5B-Instruct", _QWEN25_SMALL, (896, 4864, 24, 14, 2)),
     "qwen2.5-1.5b": _model("Qwen/Qwen2.5-1.5B-Instruct", _QWEN25_SMALL, (1536, 8960, 28, 12, 2)),
     "qwen2.5-3b": _model("Qwen/Qwen2.5-3B-Instruct", _QWEN25_SMALL, (2048, 11008, 36, 16, 2)),
@@ -122,11 +125,23 @@ ALIASES: Final[Mapping[str, Alias]] = {
     "qwen2.5-72b": _model("Qwen/Qwen2.5-72B-Instruct", _QWEN25, (8192, 29568, 80, 64, 8)),
     "qwen2.5-coder-0.5b":
         _model("Qwen/Qwen2.5-Coder-0.5B-Instruct", _QWEN25_SMALL, (896, 4864, 24, 14, 2)),
+    "qwen2.5-coder-1.5b":
+        _model("Qwen/Qwen2.5-Coder-1.5B-Instruct", _QWEN25_SMALL, (1536, 8960, 28, 12, 2)),
+    "qwen2.5-coder-3b":
+        _model("Qwen/Qwen2.5-Coder-3B-Instruct", _QWEN25_SMALL, (2048, 11008, 36, 16, 2)),
+    "qwen2.5-coder-7b":
+        _model("Qwen/Qwen2.5-Coder-7B-Instruct", _QWEN25, (3584, 18944, 28, 28, 4)),
+    "qwen2.5-coder-14b":
+        _model("Qwen/Qwen2.5-Coder-14B-Instruct", _QWEN25, (5120, 13824, 48, 40, 8)),
+    "qwen2.5-coder-32b":
+        _model("Qwen/Qwen2.5-Coder-32B-Instruct", _QWEN25, (5120, 27648, 64, 40, 8)),
     "smollm2-135m": _model("HuggingFaceTB/SmolLM2-135M-Instruct", _SMOLLM2, (576, 1536, 30, 9, 3)),
     "smollm2-360m": _model("HuggingFaceTB/SmolLM2-360M-Instruct", _SMOLLM2, (960, 2560, 32, 15, 5)),
     "smollm2-1.7b": _model("HuggingFaceTB/SmolLM2-1.7B-Instruct", _SMOLLM2,
                            (2048, 8192, 24, 32, 32), rope_theta=130000.0),
     "prosparse-llama2-7b": _model("SparseLLM/prosparse-llama-2-7b", _LLAMA2,
                                   (4096, 11008, 32, 32, 32), hidden_act="relu"),
+    "prosparse-llama2-13b": _model("SparseLLM/prosparse-llama-2-13b", _LLAMA2,
+                                   (5120, 13824, 40, 40, 40), hidden_act="relu"),
 }
 # fmt: on

@@ -17,13 +17,16 @@ from m2c.model.config import ModelConfig
 from m2c.model.ranged_file import RangedFile
 from m2c.model.safetensors_file import Entry, SafetensorsFile
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE: Final = "model.safetensors"
+INDEX: Final = "model.safetensors.index.json"
 _MAX_SHARDS = 512  # all stay open, and 1024 open files are a common limit
 _MIB = 1 << 20
 _SIDECARS: Final = {
     "config.json": 4 * _MIB,
     "generation_config.json": _MIB,
     "tokenizer.json": 128 * _MIB,
+    "tokenizer.model": 64 * _MIB,
+    "added_tokens.json": 4 * _MIB,
     "tokenizer_config.json": 16 * _MIB,
     "special_tokens_map.json": 4 * _MIB,
     "chat_template.jinja": 4 * _MIB,
@@ -44,11 +47,11 @@ class HfFolder:
         self.config = self._read_config()
         self.shards: Mapping[str, SafetensorsFile] = {}
         self._shard_of: Mapping[str, str] = {}
-        if self._has(_SINGLE):
-            self.shards = {_SINGLE: SafetensorsFile(self._inside(_SINGLE))}
-            self._shard_of = dict.fromkeys(self.shards[_SINGLE].entries, _SINGLE)
-        elif self._has(_INDEX):
-            self._shard_of = _weight_map(self._load(_INDEX, 64 * _MIB), f"{path}/{_INDEX}")
+        if self._has(SINGLE):
+            self.shards = {SINGLE: SafetensorsFile(self._inside(SINGLE))}
+            self._shard_of = dict.fromkeys(self.shards[SINGLE].entries, SINGLE)
+        elif self._has(INDEX):
+            self._shard_of = weight_map(self._load(INDEX, 64 * _MIB), f"{path}/{INDEX}")
             names = sorted(set(self._shard_of.values()))
             self.shards = {name: SafetensorsFile(self._inside(name)) for name in names}
             self._check_index()
@@ -79,13 +82,11 @@ class HfFolder:
 
     def sidecars(self) -> dict[str, bytes]:
         """The small files there are, by name, each within its size limit."""
-        limits = dict(_SIDECARS)
-        legal = [file.name for file in self.path.iterdir() if file.name.startswith(_LEGAL)]
-        limits.update(dict.fromkeys(sorted(legal)[:_MAX_LEGAL], _LEGAL_NBYTES))
+        limits = small_files(file.name for file in self.path.iterdir())
         return {
             name: self._load(name, limit)
             for name, limit in limits.items()
-            if self._has(name) and not (self.path / name).is_dir()
+            if not (self.path / name).is_dir()
         }
 
     def _missing(self, name: str) -> BadInput:
@@ -95,7 +96,7 @@ class HfFolder:
             )
         ggufs = self.matching([".gguf"])
         hint = f"pass the GGUF file itself: {ggufs[0]}" if ggufs else "fetch the whole checkpoint"
-        return BadInput(f"{self.path}: has neither {_SINGLE} nor {_INDEX}", hint)
+        return BadInput(f"{self.path}: has neither {SINGLE} nor {INDEX}", hint)
 
     def _read_config(self) -> ModelConfig:
         if not self._has("config.json"):
@@ -152,7 +153,16 @@ class HfFolder:
                 )
 
 
-def _weight_map(data: bytes, file: str) -> dict[str, str]:
+def small_files(names: Iterable[str]) -> dict[str, int]:
+    """Which of the files `names` travel with a model, and how many bytes each may have."""
+    found = set(names)
+    legal = sorted(name for name in found if name.startswith(_LEGAL))
+    limits = {name: limit for name, limit in _SIDECARS.items() if name in found}
+    return limits | dict.fromkeys(legal[:_MAX_LEGAL], _LEGAL_NBYTES)
+
+
+def weight_map(data: bytes, file: str) -> dict[str, str]:
+    """Tensor to file name, from an index; each is a plain name, so none leads out of the folder."""
     found = parse_object(data, file).get("weight_map")
     if not isinstance(found, dict) or not found:
         raise BadInput(f"{file}: has no weight_map")
