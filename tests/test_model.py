@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from running import MIXES, PROMPT, budgets, options_for, plan_of
 from safetensors.torch import load_file, save_file
 from tiny_models import CONFIG, job_for, pack_folder, profile_folder, run_pack, write_checkpoint
 
@@ -207,3 +208,31 @@ def test_activations_that_overflow_name_the_layer(tiny_checkpoint: Path, tmp_pat
     folder = poison(tiny_checkpoint, tmp_path / "huge", "model.layers.1.mlp.up_proj.weight", 3e38)
     with pytest.raises(BadInput, match="activations of layer 1 are not finite"):
         profile_folder(folder)
+
+
+@pytest.mark.parametrize("kernel", ["torch", "auto"])
+@pytest.mark.parametrize("mix", ["100/0/0", "0/100/0", "0/0/100"])
+def test_all_layers_in_one_call_give_the_bits_of_layer_by_layer(
+    deep_bundle: Bundle, mix: str, kernel: str
+) -> None:
+    with Engine(deep_bundle, options_for(MIXES[mix], kernel=kernel, threads=2)) as engine:
+        assert engine.store.holds_all
+        found = []
+        for tokens in (1, 5):
+            for whole in (True, False):
+                engine.store.holds_all = whole
+                engine.model.kv.truncate(0)
+                engine.model.forward(PROMPT)
+                found.append(engine.model.forward(PROMPT[:tokens], all_logits=True))
+        assert torch.equal(found[0], found[1])
+        assert torch.equal(found[2], found[3])
+
+
+def test_streamed_layers_are_not_taken_for_resident(deep_bundle: Bundle) -> None:
+    resident = options_for(MIXES["0/0/100"])
+    streaming = next(
+        plan for plan in budgets(deep_bundle, resident)
+        if plan_of(deep_bundle, replace(resident, dram=plan)).streamed
+    )  # fmt: skip
+    with Engine(deep_bundle, replace(resident, dram=streaming)) as engine:
+        assert not engine.store.holds_all

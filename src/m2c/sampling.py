@@ -77,10 +77,9 @@ class Sampler:
 
         BadInput when a logit is not finite.
         """
-        scores = self._penalised(logits, history)
         if self.params.temperature == 0:
-            return int(scores.argmax())  # the lowest id among equals
-        ids, chances = self._candidates(scores)
+            return self._best(logits, history)[0]
+        ids, chances = self._candidates(self._penalised(logits, history))
         return int(ids[self._winner(ids, chances, len(history))])
 
     def with_probability(self, logits: torch.Tensor, history: Sequence[int]) -> tuple[int, float]:
@@ -89,11 +88,10 @@ class Sampler:
         At temperature 0, where every choice is certain, the probability is that at temperature 1
         without filters.
         """
-        scores = self._penalised(logits, history)
         if self.params.temperature == 0:
-            best = int(scores.argmax())
-            return best, 1 / float((scores - scores[best]).exp_().sum())
-        ids, chances = self._candidates(scores)
+            best, scores = self._best(logits, history)
+            return best, 1 / float(np.exp(scores - scores[best]).sum())
+        ids, chances = self._candidates(self._penalised(logits, history))
         winner = self._winner(ids, chances, len(history))
         return int(ids[winner]), float(chances[winner])
 
@@ -118,17 +116,33 @@ class Sampler:
             np.divide(arrivals, chances.numpy(), out=arrivals)
         return int(arrivals.argmin())
 
+    def _best(
+        self, logits: torch.Tensor, history: Sequence[int]
+    ) -> tuple[int, NDArray[np.floating]]:
+        """The most probable id, the lowest among equals, and all scores [vocab].
+
+        Without a penalty f32 logits stay what they are: a copy of 150,000 of them as f64 takes
+        longer than finding the largest. BadInput as in a call.
+        """
+        if logits.dtype == torch.float32 and not self._penalises(history):
+            scores: NDArray[np.floating] = logits.detach().cpu().numpy()
+            _require_finite(float(scores.min()), float(scores.max()))
+        else:
+            scores = self._penalised(logits, history).numpy()
+        return int(scores.argmax()), scores
+
+    def _penalises(self, history: Sequence[int]) -> bool:
+        params = self.params
+        return params.repeat_penalty != 1 and params.repeat_last_n > 0 and bool(history)
+
     def _penalised(self, logits: torch.Tensor, history: Sequence[int]) -> torch.Tensor:
         """A copy of the logits as f64 on the CPU: [vocab], repetition penalty applied."""
         scores = logits.detach().to("cpu", torch.float64, copy=True)
-        low, high = scores.aminmax()  # both NaN if any is
-        if not math.isfinite(low) or not math.isfinite(high):
-            raise BadInput(
-                "the model's logits are not finite", "check the bundle for damage with m2c check"
-            )
-        params = self.params
-        if params.repeat_penalty == 1 or params.repeat_last_n == 0 or not history:
+        low, high = scores.aminmax()
+        _require_finite(float(low), float(high))
+        if not self._penalises(history):
             return scores
+        params = self.params
         recent = torch.tensor(sorted(set(history[-params.repeat_last_n :])))
         values = scores[recent]
         scores[recent] = torch.where(
@@ -171,6 +185,14 @@ class Sampler:
         stays = torch.ones(len(ids), dtype=torch.bool)
         stays[equals[len(equals) - (len(ids) - kept) :]] = False
         return ids[stays]
+
+
+def _require_finite(low: float, high: float) -> None:
+    """low, high: of all logits; both NaN if one of them is."""
+    if not math.isfinite(low) or not math.isfinite(high):
+        raise BadInput(
+            "the model's logits are not finite", "check the bundle for damage with m2c check"
+        )
 
 
 def exponentials(seed: int, position: int, ids: NDArray[np.int64]) -> F64:

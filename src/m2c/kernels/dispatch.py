@@ -9,7 +9,7 @@ from torch import Tensor
 
 from m2c.kernels import reference
 from m2c.kernels.native import NativeKernels
-from m2c.kernels.operands import AttentionCall, Norm
+from m2c.kernels.operands import AttentionCall, Norm, Stack
 from m2c.kernels.rows import PackedRows, Rows, as_exact_tensor
 from m2c.kernels.workers import Workers
 
@@ -87,6 +87,24 @@ def attention(
     out = x.clone()
     native.attention(out, call, start, norm=norm)
     return out
+
+
+def run_stack(x: Tensor, stack: Stack, start: int, workers: Workers) -> Tensor:
+    """x [tokens, hidden] f32 through all layers, the first token at position `start`.
+
+    The bits of `attention` and `gather_ffn` layer by layer; natively it is one call.
+    """
+    native = workers.native
+    if native is not None and native.takes_stack(stack):
+        out = x.clone()
+        native.run_stack(out, stack, start)
+        return out
+    for layer in stack.layers:
+        x = attention(x, layer.attention, start, workers, norm=layer.attn_norm)
+        out = x.clone()
+        gather_ffn(x, layer.neurons, layer.act, workers, norm=layer.ffn_norm, into=out)
+        x = out
+    return x
 
 
 def _native(x: Tensor, rows: Rows, workers: Workers) -> NativeKernels | None:

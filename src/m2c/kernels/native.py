@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from m2c.errors import BadInput, UsageError
-from m2c.kernels.operands import AttentionCall, Norm
+from m2c.kernels.operands import AttentionCall, LayerCall, Norm, Stack
 from m2c.kernels.rows import EXACT_DTYPES, ExactFrames, ExactRows, PackedRows, Rows
 
 CHOICES: Final = ("auto", "torch", "scalar", "avx2", "avx512")
@@ -47,6 +47,14 @@ class _Attention(ctypes.Structure):
         ("positions", ctypes.c_int64), ("start", ctypes.c_int64),
         ("heads", ctypes.c_int32), ("kv_heads", ctypes.c_int32), ("dim", ctypes.c_int32),
         ("is_f16", ctypes.c_int32), ("scale", ctypes.c_float),
+    )  # fmt: skip
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        ("attention", _POINTER), ("attn_norm", _POINTER), ("neurons", _POINTER),
+        ("ffn_norm", _POINTER), ("attn_eps", ctypes.c_float), ("ffn_eps", ctypes.c_float),
+        ("is_relu", ctypes.c_int32),
     )  # fmt: skip
 
 
@@ -147,11 +155,29 @@ class NativeKernels:
 
     def attention(self, x: Tensor, call: AttentionCall, start: int, *, norm: Norm) -> None:
         """Add the attention of norm(x) to x [tokens, hidden], in place; stores keys and values."""
-        facts = call.__dict__.get("_c_call")
-        if facts is None:  # kept with the call, which serves a layer for every token
-            facts = call.__dict__["_c_call"] = _attention(call)
+        facts = _attention(call)
         facts.start = start
         self._run(self._library.m2c_attention, _given(x, norm), facts, _at(x))
+
+    def takes_stack(self, stack: Stack) -> bool:
+        """Whether these kernels can compute every layer."""
+        held: bool | None = stack.__dict__.get("_c_takes")
+        if held is None:
+            rows = [r for one in stack.layers for r in (*one.attention.projections, one.neurons)]
+            held = stack.__dict__["_c_takes"] = all(_takes(r) and len(r) for r in rows)
+        return held
+
+    def run_stack(self, x: Tensor, stack: Stack, start: int) -> None:
+        """x [tokens, hidden] through all layers, in place."""
+        layers = stack.__dict__.get("_c_layers")
+        if layers is None:
+            made = [_layer(layer) for layer in stack.layers]
+            layers = stack.__dict__["_c_layers"] = (_Layer * len(made))(*made)
+        tokens, hidden = x.shape
+        self._run(
+            self._library.m2c_layers, layers, ctypes.c_int32(len(layers)), ctypes.c_int64(start),
+            ctypes.c_int32(tokens), ctypes.c_int32(hidden), _at(x),
+        )  # fmt: skip
 
     def decode(self, rows: PackedRows) -> Tensor:
         """The 16-bit weights [rows, vectors * length] of rows with frames."""
@@ -192,7 +218,23 @@ def _given(x: Tensor, norm: Norm | None) -> _Given:
     return _Given(x.data_ptr(), weight, eps, x.shape[0], x.shape[1])
 
 
+def _layer(layer: LayerCall) -> _Layer:
+    return _Layer(
+        ctypes.addressof(_attention(layer.attention)), layer.attn_norm.weight.data_ptr(),
+        ctypes.addressof(_rows(layer.neurons)), layer.ffn_norm.weight.data_ptr(),
+        layer.attn_norm.eps, layer.ffn_norm.eps, layer.act == "relu",
+    )  # fmt: skip
+
+
 def _attention(call: AttentionCall) -> _Attention:
+    """The C structure; kept with the call, which serves a layer for every token."""
+    held: _Attention | None = call.__dict__.get("_c_call")
+    if held is None:
+        held = call.__dict__["_c_call"] = _make_attention(call)
+    return held
+
+
+def _make_attention(call: AttentionCall) -> _Attention:
     kv_heads, positions, dim = call.keys.shape
     return _Attention(
         (_POINTER * 4)(*(ctypes.addressof(_rows(rows)) for rows in call.projections)),

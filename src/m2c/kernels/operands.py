@@ -33,3 +33,21 @@ class AttentionCall:
     sines: Tensor
     heads: int
     scale: float  # of the scores
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One layer whose rows are all in memory: attention, then its FFN at one precision."""
+
+    attention: AttentionCall
+    attn_norm: Norm
+    neurons: Rows
+    ffn_norm: Norm
+    act: str
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Layers that are computed one after the other, nothing between them."""
+
+    layers: tuple[LayerCall, ...]

@@ -3,9 +3,10 @@
 Knows nothing about text, sampling or where the bytes lie.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
-from typing import Protocol
+from functools import cached_property, partial
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor
 
 from m2c.errors import BadInput
-from m2c.kernels.dispatch import attention, matmul_rows
-from m2c.kernels.operands import AttentionCall, Norm
+from m2c.kernels.dispatch import attention, matmul_rows, run_stack
+from m2c.kernels.operands import AttentionCall, LayerCall, Norm, Stack
 from m2c.kernels.rows import Rows
 from m2c.kernels.workers import Workers
 from m2c.model.attention import MATRICES, Rotary, attention_call, layer_vectors
@@ -25,6 +26,8 @@ from m2c.model.mix import Mix
 from m2c.tiers.store import FFN
 
 Ids = npt.NDArray[np.int32]
+# tokens that pass all layers in one call; more take long, and Ctrl-C waits for the end of a call
+_AT_ONCE: Final = 8
 Upgrade = Callable[..., Rows]  # `NeuronStore.upgrade`
 
 
@@ -32,6 +35,9 @@ class Weights(Protocol):
     """What a forward pass asks of `tiers`: `NeuronStore` or `DraftPlanes`."""
 
     device: torch.device
+
+    @property
+    def holds_all(self) -> bool: ...
 
     def uses(self, kind: str, layer: int) -> Iterator[Mapping[str, Rows]]: ...
 
@@ -70,8 +76,11 @@ class Transformer:
         """
         self.kv.require_room(len(ids))
         x = self._store.embed(ids)
-        for layer in range(self.config.num_hidden_layers):
-            x = self._layer(layer, x)
+        if len(ids) <= _AT_ONCE and self._mix.is_uniform and self._store.holds_all:
+            x = run_stack(x, self._stack, self.kv.length, self._workers)
+        else:
+            for layer in range(self.config.num_hidden_layers):
+                x = self._layer(layer, x)
         self.kv.advance(len(ids))
         last = x if all_logits else x[-1:]
         parts = [
@@ -80,7 +89,8 @@ class Transformer:
             for head in rows.values()
         ]
         logits = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        if not bool(torch.isfinite(logits).all()):
+        # a finite sum has finite terms, and takes a tenth of the time of looking at each
+        if not math.isfinite(logits.sum()) and not bool(torch.isfinite(logits).all()):
             raise BadInput("the model's output is not finite", "check the bundle with m2c check")
         return logits if all_logits else logits[0]
 
@@ -106,6 +116,17 @@ class Transformer:
     def _fetch(self, layer: int, floor: Rows, single: bool, plane: str, ids: Ids) -> Rows:
         assert self._upgrade is not None
         return self._upgrade(layer, plane, ids, floor, step=single)
+
+    @cached_property
+    def _stack(self) -> Stack:
+        """All layers, of weights that stay where they are."""
+        act, found = self.config.hidden_act, []
+        for layer, vectors in enumerate(self._layers):
+            (dense,) = self._store.uses("dense", layer)
+            (neurons,) = self._store.uses("neurons", layer)
+            call = self._attention_call(layer, dense)
+            found.append(LayerCall(call, vectors.attn_norm, neurons[FFN], vectors.ffn_norm, act))
+        return Stack(tuple(found))
 
     def _attention_call(self, layer: int, rows: Mapping[str, Rows]) -> AttentionCall:
         """Made once for rows that stay where they are: a model has few of them and many tokens."""

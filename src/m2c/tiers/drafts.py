@@ -27,18 +27,24 @@ U8 = npt.NDArray[np.uint8]
 class DraftPlanes:
     """What `Transformer` asks of a store, at INT4. staging: shared with the store's own sources."""
 
+    holds_all = True
+
     def __init__(self, bundle: Bundle, reader: SsdReader, staging: U8) -> None:
         self.device = torch.device("cpu")
         self._bundle = bundle
         self._reader = reader
+        self._layers = 0
         self._operands: dict[tuple[str, int], dict[str, PackedRows]] = {}
         index = bundle.shard("dense", "embed", _PLANE)
         section = index.header.section(EMBED)
         source = PlaneSource(reader, index, section, staging)
         self._embed = RowSource([source], section, bundle.manifest.exact_type)
+        # where a store has it in memory; else a tied head is used, or the SSD is asked
+        self.embedding: Rows | None = None
 
     def load(self, layers: int, head: str) -> int:
         """Read everything, many reads in flight; the bytes read."""
+        self._layers = layers
         wanted: list[tuple[str, int, int | str, str]] = [("head", layers, head, "dense")]
         for layer in range(layers):
             wanted += [("dense", layer, layer, "dense"), ("neurons", layer, layer, "neurons")]
@@ -62,10 +68,10 @@ class DraftPlanes:
 
     def embed(self, ids: Ids) -> torch.Tensor:
         """As `NeuronStore.embed`."""
+        resident = self.embedding or self._operands["head", self._layers].get(EMBED)
+        if resident is not None:
+            rows = resident.take(torch.from_numpy(ids.astype(np.int64)))
+            return rows.values(0, len(rows))[:, 0]
         wanted, back = np.unique(ids, return_inverse=True)
-        tied = self._operands["head", max(layer for _, layer in self._operands)].get(EMBED)
-        if tied is None:
-            rows = self._embed.rows(wanted.astype(np.int32))
-        else:
-            rows = tied.take(torch.from_numpy(wanted.astype(np.int64)))
+        rows = self._embed.rows(wanted.astype(np.int32))
         return rows.values(0, len(rows))[:, 0][torch.from_numpy(back.astype(np.int64))]

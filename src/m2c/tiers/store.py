@@ -126,12 +126,12 @@ class NeuronStore:
 
     def embed(self, ids: Ids) -> torch.Tensor:
         """Embeddings of token `ids` [tokens] as f32 [tokens, hidden] on the compute device."""
-        wanted, back = np.unique(ids, return_inverse=True)
         resident = self._resident_embedding
-        if resident is None:
-            rows = self._embed.rows(wanted.astype(np.int32))
-        else:
-            rows = resident.take(torch.from_numpy(wanted.astype(np.int64)).to(self.device))
+        if resident is not None:
+            rows = resident.take(torch.from_numpy(ids.astype(np.int64)).to(self.device))
+            return rows.values(0, len(rows))[:, 0].to(self.device)
+        wanted, back = np.unique(ids, return_inverse=True)
+        rows = self._embed.rows(wanted.astype(np.int32))
         values = rows.values(0, len(rows))[:, 0].to(self.device)
         return values[torch.from_numpy(back.astype(np.int64)).to(self.device)]
 
@@ -178,8 +178,12 @@ class NeuronStore:
             for fact in plan.footprint.upgrades:
                 self._upgrades[layer, fact.plane] = self._upgrade_plane(layer, fact.plane)
         self._uses = self._place()
+        # whether `uses` gives each layer's rows whole, and the same for every token
+        self.holds_all = all(len(u) == 1 and u[0].rows is not None for u in self._uses.values())
         if plan.holds_embed:
             self._pinned_embed = self._load_embed()
+            if self.draft is not None:
+                self.draft.embedding = self._pinned_embed
         if streamed:
             self._ring = BlockRing(self.reader, streamed, plan.ring_nbytes)
 

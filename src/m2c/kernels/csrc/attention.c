@@ -9,18 +9,6 @@
 
 #include "rows.h"
 
-/* Mirrored by kernels/native.py. */
-struct attention {
-    const struct rows *projections[4]; /* q, k, v, o */
-    const float *biases[4]; /* or NULL */
-    void *keys, *values; /* this layer's [kv_heads, positions, dim] */
-    const float *cosines, *sines; /* [positions, dim / 2] */
-    int64_t positions; /* that the cache has room for */
-    int64_t start; /* position of the first token */
-    int32_t heads, kv_heads, dim, is_f16;
-    float scale; /* of the scores */
-};
-
 struct attend_call {
     struct kernels *k;
     const struct primitives *use;

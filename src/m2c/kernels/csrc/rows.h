@@ -49,6 +49,18 @@ struct given {
     int32_t tokens, length;
 };
 
+/* Mirrored by kernels/native.py. */
+struct attention {
+    const struct rows *projections[4]; /* q, k, v, o */
+    const float *biases[4]; /* or NULL */
+    void *keys, *values; /* this layer's [kv_heads, positions, dim] */
+    const float *cosines, *sines; /* [positions, dim / 2] */
+    int64_t positions; /* that the cache has room for */
+    int64_t start; /* position of the first token */
+    int32_t heads, kv_heads, dim, is_f16;
+    float scale; /* of the scores */
+};
+
 /* Pieces of one call, handed out to whoever is free: `size` things each. */
 struct pieces {
     atomic_long next;
@@ -132,5 +144,9 @@ void dot_vectors(const struct primitives *use, const struct rows *r, int64_t row
 void product(struct kernels *k, int part, const struct rows *r, const struct inputs *in,
              int64_t start, int64_t stop, const float *bias, int add, float *out,
              int64_t out_stride);
+
+int m2c_attention(struct kernels *k, const struct given *given, const struct attention *a, float *x);
+int m2c_ffn(struct kernels *k, const struct given *given, const struct rows *rows, int relu,
+            const float *mask, float *kept, float *out);
 
 #endif
