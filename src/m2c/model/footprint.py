@@ -20,7 +20,7 @@ from m2c.model.kv import kv_nbytes
 from m2c.model.mix import Mix
 from m2c.tiers.blocks import Precisions, block_of
 from m2c.tiers.fetch import DECODE_WEIGHTS, staging_nbytes
-from m2c.tiers.plan import BlockFact, Footprint, UpgradeFact
+from m2c.tiers.plan import BlockFact, DraftFact, Footprint, UpgradeFact
 from m2c.tiers.store import head_name
 from m2c.units import MiB
 
@@ -150,6 +150,7 @@ def _footprint(
         reads = slot + floor // 3 + (floor if plane == "int8" else 0)
         upgrades.append(UpgradeFact(plane, stored, slot, reads, counts[plane], _CHANCE))
     plane_nbytes = max(size.planes[p] for size in neurons for p in PLANES)
+    planes = sum(size.planes["int4"] for size in (*dense, *neurons, head))
     return Footprint(
         layers=len(dense),
         neurons=config.intermediate_size,
@@ -158,7 +159,7 @@ def _footprint(
         kv_nbytes=kv_nbytes(config, shape.ctx_size, shape.kv_type),
         fixed_nbytes=_vectors_nbytes(config),
         embed_nbytes=_embed_nbytes(config, shape, head),
-        draft_nbytes=shape.drafts * sum(s.planes["int4"] for s in (*dense, *neurons, head)),
+        draft=DraftFact(planes, planes, len(dense)) if shape.drafts else None,
         workspace_nbytes=_workspace_nbytes(config, shape),
         staging_nbytes=max(min(plane_nbytes, _STAGING_NBYTES), 0) // BLOCK * BLOCK
         + staging_nbytes(max(largest_frame, layout.nbytes("int4"))),
