@@ -27,6 +27,7 @@ from m2c.units import MiB
 # exact plane of Gaussian weights (BENCHMARKS.md); only for models not packed yet
 ESTIMATED_EXACT_BITS: Final = {"bf16": 3.1, "f16": 6.2}
 _ACTIVATIONS_NBYTES: Final = 64 * MiB  # of a prefill batch
+LOGITS: Final = 8  # tokens whose logits by a piece of the head are computed at a time
 _STAGING_NBYTES: Final = 32 * MiB
 _DECODE_NBYTES: Final = 44  # temporary bytes per weight while the exact plane is decoded
 # neurons and head stream in pieces of about this size: the ring holds a few, whatever the model
@@ -233,7 +234,7 @@ def _workspace_nbytes(config: ModelConfig, shape: RunShape) -> int:
         kernels += shape.threads * CHUNK * width * _DECODE_NBYTES
         heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
         kernels += 4 * config.hidden_size * heads * config.head_dim
-    logits = (4 + 2 * shape.at_once) * 4 * config.vocab_size
+    logits = (4 + shape.at_once + min(LOGITS, shape.at_once)) * 4 * config.vocab_size
     gathered = 0
     for plane in shape.mix.upgrades:
         count = max(FETCH, shape.mix.counts(config.intermediate_size)[plane])
