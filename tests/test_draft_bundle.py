@@ -259,3 +259,24 @@ def test_on_the_command_line(
     assert m2c(*words, "--exact", "--draft", tmp_path / "none").code == 4
     with pytest.raises(UsageError):
         Engine(deep_bundle, options(small, hbm=1 << 30))
+
+
+def test_where_memory_is_short_a_pass_takes_few_tokens(deep_bundle: Bundle) -> None:
+    whole = options(None, "int4")
+    with Engine(deep_bundle, whole) as engine:
+        assert engine.shape.at_once == speculate.MOST_AT_ONCE
+    with pytest.raises(DoesNotFit) as caught:
+        Engine(deep_bundle, replace(whole, dram=1))
+    assert caught.value.hint is not None
+    dram = int(caught.value.hint.split("--dram ")[1].split("MiB")[0]) << 20
+    expected = one_by_one(deep_bundle, "int4", GREEDY)
+    with Engine(deep_bundle, replace(whole, dram=dram)) as engine:
+        assert engine.plan.streamed
+        assert engine.shape.at_once == speculate.FEW_AT_ONCE
+        sizes = []
+        forward = engine.model.forward
+        engine.model.forward = lambda ids, **n: sizes.append(len(ids)) or forward(ids, **n)  # type: ignore[method-assign]
+        speculator = Speculator(engine.model, None, Sampler(GREEDY), engine.shape.at_once)
+        found = list(speculator.tokens(prefill(engine.model, IDS), IDS, LENGTH))
+        assert found == expected
+        assert max(sizes) <= speculate.FEW_AT_ONCE

@@ -32,7 +32,7 @@ from m2c.model.footprint import (
 from m2c.model.kv import KvCache
 from m2c.model.mix import Mix
 from m2c.model.transformer import Transformer
-from m2c.speculate import MOST_AT_ONCE
+from m2c.speculate import FEW_AT_ONCE, MOST_AT_ONCE
 from m2c.tiers.plan import DEPTH, Budget, DraftFact, Plan, make_plan
 from m2c.tiers.policies import POLICY_NAMES
 from m2c.tiers.store import NeuronStore
@@ -248,22 +248,25 @@ def speculative_shapes(shape: RunShape, budget: Budget, *, own: bool = False) ->
 
     With the INT4 planes in memory to draft with, or, where they do not fit or the drafts are of
     another model (`own`), without. Exact weights are kept decoded if all of them fit, else as
-    stored.
+    stored. Where only the text so far drafts and weights stream, the logits of few tokens leave
+    more memory for weights.
     """
     if budget.hbm:
         raise UsageError("exact mode computes in DRAM", "leave out --hbm and --device")
     if not shape.mix.is_uniform or shape.dense != shape.mix.floor:
         raise UsageError("exact mode verifies at one precision", "leave out --mix and --dense")
+    few = replace(shape, at_once=FEW_AT_ONCE)
     shape = replace(shape, at_once=MOST_AT_ONCE)
-    if shape.mix.floor == "int4":
-        return [shape]
+    exact = shape.mix.floor == "fp16"
     if own:
-        return [shape, replace(shape, stored=True)] if shape.mix.floor == "fp16" else [shape]
+        return [shape, replace(shape, stored=True)] if exact else [shape]
+    if shape.mix.floor == "int4":
+        return [shape, few]
     if shape.mix.floor == "int8":
-        return [replace(shape, drafts=True, stored=True), shape]
+        return [replace(shape, drafts=True, stored=True), few]
     return [
         replace(shape, drafts=True), replace(shape, drafts=True, stored=True),
-        replace(shape, stored=True),
+        replace(few, stored=True),
     ]  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from m2c.model.transformer import Transformer
 from m2c.sampling import Sampler
 
 MOST_AT_ONCE: Final = MOST + 1  # tokens of a pass: the drafts and the token before them
+FEW_AT_ONCE: Final = 9  # where memory is short: looked-up drafts are seldom right for longer
 # how sure a token is that only the text so far suggests, by the number of tokens before it that the
 # texts share; what that is worth, `Depth` measures
 _LOOKED_UP: Final = (0.25, 0.55, 0.65, 0.75, 0.85, 0.92)
@@ -63,9 +64,16 @@ def verified(drafts: Sequence[int], answer: Callable[[list[int]], int]) -> list[
 
 
 class Speculator:
-    """model: verifies. draft: where drafts come from besides the text so far, if anywhere."""
+    """model: verifies. draft: where drafts come from besides the text so far, if anywhere.
 
-    def __init__(self, model: Transformer, draft: Draft | None, sampler: Sampler) -> None:
+    at_once: tokens that a pass may have.
+    """
+
+    def __init__(
+        self, model: Transformer, draft: Draft | None, sampler: Sampler,
+        at_once: int = MOST_AT_ONCE,
+    ) -> None:  # fmt: skip
+        self._most = at_once - 1
         self.figures = Speculation()
         self._model = model
         self._draft = draft
@@ -89,7 +97,7 @@ class Speculator:
             room = min(limit - found, kv.ctx_size - kv.length)
             if room <= 0:
                 return
-            new = self._round(history, room - 1)
+            new = self._round(history, min(room - 1, self._most))
 
     def _round(self, history: list[int], most: int) -> list[int]:
         """One pass: the ids it found, 1 to `most` + 1 of them.
@@ -99,7 +107,7 @@ class Speculator:
         start = verified_length = self._model.kv.length
         try:
             begin = time.perf_counter()
-            seen = self._seen(min(most, MOST))
+            seen = self._seen(most)
             by_lookup = self._draft is None or self._lookup_depth.rate(seen.sure) > (
                 self._depth.rate()
             )

@@ -27,7 +27,7 @@ from m2c.units import MiB
 # exact plane of Gaussian weights (BENCHMARKS.md); only for models not packed yet
 ESTIMATED_EXACT_BITS: Final = {"bf16": 3.1, "f16": 6.2}
 _ACTIVATIONS_NBYTES: Final = 64 * MiB  # of a prefill batch
-LOGITS: Final = 8  # tokens whose logits by a piece of the head are computed at a time
+LOGITS: Final = 4  # tokens whose logits by a piece of the head are computed at a time
 _STAGING_NBYTES: Final = 32 * MiB
 _DECODE_NBYTES: Final = 44  # temporary bytes per weight while the exact plane is decoded
 # neurons and head stream in pieces of about this size: the ring holds a few, whatever the model
