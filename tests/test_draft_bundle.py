@@ -112,6 +112,8 @@ def test_the_draft_knows_what_a_fresh_one_would(
         few = OwnDraft(own.model, "", 250).logits([1, 299])
         assert few is not None
         assert len(few) == 250
+        # an id that only the exact model has an embedding for
+        assert OwnDraft(own.model, "", 400).logits([1, 350, 2]) is not None
 
 
 def broken_off(at: int) -> Callable[[Any], Any]:
