@@ -185,3 +185,20 @@ def test_a_slope_is_never_negative_and_stays_when_nothing_tells_it() -> None:
         line.add(7, 9.0)
     assert line.at(7) == pytest.approx(9)
     assert line.slope == pytest.approx(0.5)
+
+
+def test_a_draft_that_is_there_already_is_weighed_with_its_own_confidence() -> None:
+    depth = Depth()
+    for _ in range(200):
+        depth.passed(1, 1.0)
+        depth.passed(3, 1.2)
+        depth.accepted([0.92], 1)
+        depth.accepted([0.25], 0)
+    assert depth.again([], 0.92)
+    assert depth.again([0.92], 0.92)
+    assert not depth.again([], 0.25)
+    assert not depth.again([0.92], 0.25)
+    # 1 + 1 + 1 tokens in 1.2 s; a doubtful one is left out, and those behind it
+    assert depth.rate([0.92, 0.92]) == pytest.approx(3 / 1.2, rel=0.05)
+    assert depth.rate([0.25, 0.92]) == depth.rate([]) == pytest.approx(1.0)
+    assert Depth().rate() == Depth().rate([0.5]) == 0

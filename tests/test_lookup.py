@@ -45,15 +45,25 @@ def test_a_period_is_repeated_beyond_the_end() -> None:
     assert lookup_of([5, 5, 5]).propose(4) == [5, 5, 5, 5]
 
 
-@pytest.mark.parametrize("history", [[], [1], [1, 1], [1, 2, 3], [4, 1, 2, 1, 3, 1]])
-def test_nothing_is_proposed_without_two_tokens_seen_before(history: list[int]) -> None:
+@pytest.mark.parametrize("history", [[], [1], [1, 2, 3], [4, 1, 2, 1, 3]])
+def test_nothing_is_proposed_after_a_token_that_is_new(history: list[int]) -> None:
     assert lookup_of(history).propose(4) == []
+    assert lookup_of(history).match == 0
+
+
+@pytest.mark.parametrize(
+    ("history", "length"),
+    [([1, 1], 1), ([4, 1, 2, 1, 3, 1], 1), ([1, 2, 1, 2], 2), ([*range(9), *range(9)], LONGEST)],
+)
+def test_the_match_is_as_long_as_the_end_that_is_continued(history: list[int], length: int) -> None:
+    assert lookup_of(history).match == length
+    assert lookup_of(history).propose(1)
 
 
 def test_zeros_in_front_do_not_make_runs_equal() -> None:
     # as numbers side by side, 0 7 8 and 7 8 would be the same
     assert lookup_of([0, 7, 8, 1, 7, 8]).propose(1) == [1]
-    assert lookup_of([0, 0, 1, 0]).propose(1) == []
+    assert lookup_of([0, 0, 1, 0]).match == 1
 
 
 def test_ids_that_do_not_fit_are_refused() -> None:

@@ -90,14 +90,21 @@ def test_sampling_gives_the_very_tokens_too(deep_bundle: Bundle, params: Samplin
         assert speculated(engine, replace(params, seed=8)) != expected
 
 
+def five(_: Any, sure: Sequence[float], following: float | None = None) -> bool:
+    """In place of `Depth.again`: drafts of five tokens."""
+    return len(sure) < 5
+
+
 class Stubborn:
-    """A draft that always says the same, or what it is told."""
+    """A draft that always says the same, or what it is told, and leaves it in the KV cache."""
+
+    name = "stubborn"
 
     def __init__(self, kv: Any, vocab: int, script: Sequence[int]) -> None:
         self.kv, self._vocab, self._script = kv, vocab, list(script)
 
-    def forward(self, ids: np.ndarray) -> torch.Tensor:
-        self.kv.advance(len(ids))
+    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+        self.kv.advance(1)
         logits = torch.zeros(self._vocab)
         logits[self._script[self.kv.length % len(self._script)]] = 50.0
         return logits
@@ -105,7 +112,7 @@ class Stubborn:
 
 def test_bad_drafts_only_cost_time(deep_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = one_by_one(deep_bundle, "fp16", GREEDY)
-    monkeypatch.setattr(speculate.Depth, "again", lambda self, sure: len(sure) < 5)
+    monkeypatch.setattr(speculate.Depth, "again", five)
     with Engine(deep_bundle, options()) as engine:
         draft = Stubborn(engine.model.kv, engine.config.vocab_size, [7])
         assert speculated(engine, GREEDY, draft) == expected
@@ -118,7 +125,7 @@ def test_accepting_what_the_exact_model_would_not_say_is_noticed(
 ) -> None:
     """These comparisons can fail: with a wrong rule they do."""
     expected = one_by_one(deep_bundle, "fp16", WARM)
-    monkeypatch.setattr(speculate.Depth, "again", lambda self, sure: len(sure) < 5)
+    monkeypatch.setattr(speculate.Depth, "again", five)
     with Engine(deep_bundle, options()) as engine:
         draft = Stubborn(engine.model.kv, engine.config.vocab_size, [7])
         assert speculated(engine, WARM, draft) == expected

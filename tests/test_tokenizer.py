@@ -123,3 +123,14 @@ def test_malformed_config_is_bad_input() -> None:
     for config in (b"[]", b"{", b'{"a": 1, "a": 2}'):
         with pytest.raises(BadInput, match="config of test"):
             Tokenizer.from_json(data, source="test", config=config)
+
+
+def test_the_first_difference_of_two_vocabularies_is_named() -> None:
+    one, other = small_tokenizer(), spm_tokenizer()
+    assert one.difference(small_tokenizer("gpt-2")) is None
+    assert one.difference(other) == "id 0 is '<|im_start|>' in one and '<unk>' in the other"
+    more = small_metadata()
+    more["tokenizer.ggml.tokens"] = [*more["tokenizer.ggml.tokens"], "more"]
+    more["tokenizer.ggml.token_type"] = [*more["tokenizer.ggml.token_type"], 1]
+    longer = Tokenizer.from_json(build_from_gguf(more), source="longer")
+    assert one.difference(longer) == "id 261 is no token in one and 'more' in the other"

@@ -87,14 +87,17 @@ class Depth:
         self._pass = Line()
         self._without = 0  # rounds without a draft since the last one with
 
-    def again(self, confidences: Sequence[float]) -> bool:
-        """Whether to draft another token after those with these confidences (0 to 1)."""
+    def again(self, confidences: Sequence[float], following: float | None = None) -> bool:
+        """Whether to draft another token after those with these confidences (0 to 1).
+
+        following: the confidence of that token, where it is known before.
+        """
         if len(confidences) >= MOST:
             return False
         if self._pass.count < len(_FIRST):
             return len(confidences) < _FIRST[self._pass.count]
         tokens, seconds = self._best()
-        chance = self._any.value
+        chance = self._any.value if following is None else self._share(following).value
         for confidence in confidences:
             chance *= self._share(confidence).value
         more = chance * seconds > tokens * self._step_s
@@ -122,6 +125,21 @@ class Depth:
         for at, confidence in enumerate(confidences[: count + 1]):
             self._share(confidence).add(at < count)
             self._any.add(at < count)
+
+    def rate(self, confidences: Sequence[float] | None = None) -> float:
+        """Tokens per second expected: of a round with this draft, which is there already, cut where
+        that is best; None: of drafting as usual. 0 before the first pass."""
+        if confidences is None:
+            tokens, seconds = self._best()
+            return tokens / seconds if seconds else 0.0
+        tokens, seconds, chance = 1.0, self.pass_s, 1.0
+        best = tokens / seconds if seconds else 0.0
+        for confidence in confidences:
+            chance *= self._share(confidence).value
+            tokens += chance
+            seconds += self.pass_token_s
+            best = max(best, tokens / seconds if seconds else 0.0)
+        return best
 
     @property
     def acceptance(self) -> float:

@@ -16,6 +16,7 @@ from m2c.bundle.importance import Importance
 from m2c.bundle.shard import BLOCK
 from m2c.contents import config_of, importance_of, tokenizer_of, vectors_of
 from m2c.disk import DEFAULT, disk_profile
+from m2c.drafting import Draft, OwnDraft, SharedDraft
 from m2c.errors import DoesNotFit, UsageError
 from m2c.hardware import auto_dram, auto_threads
 from m2c.kernels.dispatch import exact_weights
@@ -31,8 +32,8 @@ from m2c.model.footprint import (
 from m2c.model.kv import KvCache
 from m2c.model.mix import Mix
 from m2c.model.transformer import Transformer
-from m2c.speculate import MOST_AT_ONCE
-from m2c.tiers.plan import DEPTH, Budget, Plan, make_plan
+from m2c.speculate import FEW_AT_ONCE, MOST_AT_ONCE
+from m2c.tiers.plan import DEPTH, Budget, DraftFact, Plan, make_plan
 from m2c.tiers.policies import POLICY_NAMES
 from m2c.tiers.store import NeuronStore
 from m2c.tokenizer import Tokenizer
@@ -41,6 +42,8 @@ DEFAULT_CTX: Final = 4096
 # what pack usually finds, for models that are not packed yet
 ASSUMED_MIX: Final = Mix(0, 25, 75)
 ASSUMED_EXACT_TYPE: Final = "bf16"
+_INT4: Final = Mix(0, 0, 100)
+_UNBOUNDED: Final = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class RunOptions:
     depth: int = DEPTH
     kernel: str = "auto"  # native.CHOICES
     speculate: bool = False  # draft tokens, verify several in a pass
+    draft: Bundle | None = None  # another model that drafts; its vocabulary must be the same
 
 
 class Engine:
@@ -68,8 +72,10 @@ class Engine:
         self, bundle: Bundle, options: RunOptions, *,
         progress: Callable[[int], None] = lambda nbytes: None,
         record: Callable[[int, str, Any], None] | None = None, tokenizer: Tokenizer | None = None,
+        workers: Workers | None = None,
     ) -> None:  # fmt: skip
-        """tokenizer: the bundle's own, for whoever has made it already."""
+        """tokenizer: the bundle's own, for whoever has made it already. workers: of another engine,
+        which closes them."""
         self.bundle = bundle
         self.closing = ExitStack()  # what else ends with this engine
         self.config = config_of(bundle)
@@ -80,7 +86,9 @@ class Engine:
         self.tokenizer = tokenizer or tokenizer_of(bundle)
         device = torch.device(options.device)
         threads = self.shape.threads if device.type == "cpu" else 1
-        self.workers = Workers(threads, kernel=kernel_for(options))
+        self.workers = workers or Workers(threads, kernel=kernel_for(options))
+        if workers is None:
+            self.closing.callback(self.workers.close)
         # a probe takes a second: only for those who will read while they decode
         self.disk = disk_profile(bundle) if self.plan.ssd_nbytes_per_token else DEFAULT
         self.store = NeuronStore(
@@ -97,20 +105,43 @@ class Engine:
             self.config, self.store, vectors=vectors, down_norms=norms, mix=self.shape.mix, kv=kv,
             workers=self.workers, upgrade=self.store.upgrade, record=record,
         )  # fmt: skip
-        self.draft: Transformer | None = None
+        self.draft: Draft | None = None
         if self.store.draft is not None:
-            self.draft = Transformer(
-                self.config, self.store.draft, vectors=vectors, down_norms=norms,
-                mix=Mix(0, 0, 100), kv=kv, workers=self.workers,
-            )  # fmt: skip
+            self.draft = SharedDraft(
+                Transformer(
+                    self.config,
+                    self.store.draft,
+                    vectors=vectors,
+                    down_norms=norms,
+                    mix=_INT4,
+                    kv=kv,
+                    workers=self.workers,
+                )
+            )
+        elif options.speculate and options.draft is not None:
+            self.draft = self._own_draft(options.draft, options, progress)
+
+    def _own_draft(
+        self, bundle: Bundle, options: RunOptions, progress: Callable[[int], None]
+    ) -> OwnDraft:
+        """The other model, ready, in the memory that the plan has counted for it."""
+        assert self.plan.footprint.draft is not None
+        chosen = replace(
+            _draft_options(bundle, self.shape.ctx_size, options),
+            dram=self.plan.footprint.draft.nbytes,
+        )
+        engine = Engine(
+            bundle, chosen, progress=progress, tokenizer=self.tokenizer, workers=self.workers
+        )
+        self.closing.enter_context(engine)
+        return OwnDraft(engine.model, bundle.path.stem, self.config.vocab_size)
 
     def __enter__(self) -> "Engine":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.closing.close()
         self.store.close()
-        self.workers.close()
+        self.closing.close()
 
 
 def run_shape(bundle: Bundle, config: ModelConfig, options: RunOptions) -> RunShape:
@@ -169,10 +200,14 @@ def plan_for(
     """The plan, and the shape it is for. Raises DoesNotFit naming a budget that works."""
     budget = budget_for(options)
     policy = policy_for(options, budget)
-    shapes = speculative_shapes(shape, budget) if options.speculate else [shape]
+    shapes, draft = [shape], None
+    if options.speculate:
+        shapes = speculative_shapes(shape, budget, own=options.draft is not None)
+        draft = options.draft and _draft_fact(options.draft, shape.ctx_size, options)
 
     def planned(candidate: RunShape) -> Plan:
         footprint = footprint_of_bundle(bundle, config, candidate, importance.hit_share)
+        footprint = replace(footprint, draft=draft or footprint.draft)
         return make_plan(footprint, budget, policy=policy, depth=options.depth)
 
     for candidate in shapes[:-1]:
@@ -189,24 +224,49 @@ def plan_for(
         raise
 
 
-def speculative_shapes(shape: RunShape, budget: Budget) -> list[RunShape]:
+def _draft_options(bundle: Bundle, ctx_size: int, options: RunOptions) -> RunOptions:
+    """How a bundle is run that drafts for a context of `ctx_size`: INT4 planes in memory."""
+    longest = config_of(bundle).max_position_embeddings
+    return RunOptions(
+        mix=_INT4, dense="int4", ctx_size=min(ctx_size, longest), kv_type=options.kv_type,
+        threads=options.threads, kernel=options.kernel, dram=_UNBOUNDED,
+    )  # fmt: skip
+
+
+def _draft_fact(bundle: Bundle, ctx_size: int, options: RunOptions) -> DraftFact:
+    """What a bundle that drafts takes, everything included."""
+    config, chosen = config_of(bundle), _draft_options(bundle, ctx_size, options)
+    shape = run_shape(bundle, config, chosen)
+    plan = plan_for(bundle, config, shape, importance_of(bundle), chosen)[1]
+    return DraftFact(
+        plan.used_dram, plan.compute_nbytes_per_token, config.num_hidden_layers, bundle.path.stem
+    )
+
+
+def speculative_shapes(shape: RunShape, budget: Budget, *, own: bool = False) -> list[RunShape]:
     """Ways to verify drafts, the fastest first.
 
-    With the INT4 planes in memory to draft with, or, where they do not fit, without. Exact weights
-    are kept decoded if all of them fit, else as stored.
+    With the INT4 planes in memory to draft with, or, where they do not fit or the drafts are of
+    another model (`own`), without. Exact weights are kept decoded if all of them fit, else as
+    stored. Where only the text so far drafts and weights stream, the logits of few tokens leave
+    more memory for weights.
     """
     if budget.hbm:
         raise UsageError("exact mode computes in DRAM", "leave out --hbm and --device")
     if not shape.mix.is_uniform or shape.dense != shape.mix.floor:
         raise UsageError("exact mode verifies at one precision", "leave out --mix and --dense")
+    few = replace(shape, at_once=FEW_AT_ONCE)
     shape = replace(shape, at_once=MOST_AT_ONCE)
+    exact = shape.mix.floor == "fp16"
+    if own:
+        return [shape, replace(shape, stored=True)] if exact else [shape]
     if shape.mix.floor == "int4":
-        return [shape]
+        return [shape, few]
     if shape.mix.floor == "int8":
-        return [replace(shape, drafts=True, stored=True), shape]
+        return [replace(shape, drafts=True, stored=True), few]
     return [
         replace(shape, drafts=True), replace(shape, drafts=True, stored=True),
-        replace(shape, stored=True),
+        replace(few, stored=True),
     ]  # fmt: skip
 
 

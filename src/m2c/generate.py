@@ -88,7 +88,7 @@ def _steps(engine: Engine, ids: Sequence[int], sampler: Sampler, limit: int) -> 
     """How the engine's mode makes tokens, and the figures that this adds to."""
     if not engine.speculates:
         return generate_step(engine.model, ids, sampler), None
-    speculator = Speculator(engine.model, engine.draft, sampler)
+    speculator = Speculator(engine.model, engine.draft, sampler, engine.shape.at_once)
 
     def tokens() -> Iterator[int]:
         yield from speculator.tokens(prefill(engine.model, ids), ids, limit)

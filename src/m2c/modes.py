@@ -5,7 +5,7 @@ printing.
 """
 
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from m2c.bundle.bundle import Bundle
@@ -27,10 +27,14 @@ _WORTH: Final = 0.5
 
 @dataclass(frozen=True)
 class Choice:
-    """The options with the mode made, and tokens per second predicted for each mode that fits."""
+    """The options with the mode made, and tokens per second predicted for each mode that fits.
+
+    drafts: likewise, for where exact mode's drafts may come from, if there was a choice.
+    """
 
     options: RunOptions
     predicted: dict[str, float]
+    drafts: dict[str, float] = field(default_factory=dict)
 
     @property
     def mode(self) -> str:
@@ -53,30 +57,73 @@ def choose_mode(bundle: Bundle, options: RunOptions) -> Choice:
 
     Raises DoesNotFit when neither fits.
     """
-    exact, kernel = exact_options(options), kernel_name(options)
-    config, importance = config_of(bundle), importance_of(bundle)
-    weights = parameter_count(config)
+    predictor = _Predictor(bundle, options)
     predicted: dict[str, float] = {}
     refused: DoesNotFit | None = None
-    speeds: Speeds | None = None
-    for mode, chosen in (("mixed", options), ("exact", exact)):
+    mixed, exact = replace(options, draft=None), exact_options(options)
+    drafts: dict[str, float] = {}
+    try:
+        predicted["mixed"] = predictor.tps(mixed)[0]
+    except DoesNotFit as error:
+        refused = error
+    try:
+        exact, drafts = _best_draft(predictor, exact)
+        predicted["exact"] = max(drafts.values())
+    except DoesNotFit:
+        if refused is not None:
+            raise refused from None
+    if predicted.get("exact", 0.0) >= _WORTH * predicted.get("mixed", 0.0):
+        return Choice(exact, predicted, drafts)
+    return Choice(mixed, predicted)
+
+
+def choose_draft(bundle: Bundle, options: RunOptions) -> Choice:
+    """For exact mode: drafts by the other model, or as without it, whichever promises more.
+
+    Raises DoesNotFit when neither fits.
+    """
+    best, drafts = _best_draft(_Predictor(bundle, options), options)
+    return Choice(best, {}, drafts)
+
+
+class _Predictor:
+    """Plans and predicts for one bundle; disk and memory are measured once, when first needed."""
+
+    def __init__(self, bundle: Bundle, options: RunOptions) -> None:
+        self._bundle, self._config = bundle, config_of(bundle)
+        self._importance, self._kernel = importance_of(bundle), kernel_name(options)
+        self._speeds: Speeds | None = None
+
+    def tps(self, options: RunOptions) -> tuple[float, str]:
+        """Tokens per second predicted, and where drafts come from. Raises DoesNotFit."""
+        shape = run_shape(self._bundle, self._config, options)
+        shape, plan = plan_for(self._bundle, self._config, shape, self._importance, options)
+        speeds = self._speeds
+        if speeds is None or (plan.ssd_nbytes_per_token and not speeds.ssd):
+            reads = bool(plan.ssd_nbytes_per_token)
+            ssd = disk_profile(self._bundle).bytes_per_s if reads else 0.0
+            memory = probe_dram(min(shape.threads, 8)) if speeds is None else speeds.memory
+            speeds = self._speeds = Speeds(ssd, 0.0, memory)
+        if not options.speculate:
+            return predicted_tps(plan, speeds), ""
+        weights = parameter_count(self._config)
+        tps = predicted_exact_tps(plan, shape, weights, speeds, kernel=self._kernel)
+        draft = plan.footprint.draft
+        return tps, (draft.name or "INT4 planes") if draft is not None else "the text so far"
+
+
+def _best_draft(predictor: _Predictor, options: RunOptions) -> tuple[RunOptions, dict[str, float]]:
+    """The options with the best source of drafts that fits, and what each source promises."""
+    ways = [replace(options, draft=None)] + [options] * (options.draft is not None)
+    found: list[tuple[float, str, RunOptions]] = []
+    refused: DoesNotFit | None = None
+    for way in ways:
         try:
-            shape = run_shape(bundle, config, chosen)
-            shape, plan = plan_for(bundle, config, shape, importance, chosen)
+            found.append((*predictor.tps(way), way))
         except DoesNotFit as error:
             refused = refused or error
-            continue
-        if speeds is None or (plan.ssd_nbytes_per_token and not speeds.ssd):
-            ssd = disk_profile(bundle).bytes_per_s if plan.ssd_nbytes_per_token else 0.0
-            memory = probe_dram(min(shape.threads, 8)) if speeds is None else speeds.memory
-            speeds = Speeds(ssd, 0.0, memory)
-        if mode == "exact":
-            predicted[mode] = predicted_exact_tps(plan, shape, weights, speeds, kernel=kernel)
-        else:
-            predicted[mode] = predicted_tps(plan, speeds)
-    if not predicted:
+    if not found:
         assert refused is not None
         raise refused
-    if predicted.get("exact", 0.0) >= _WORTH * predicted.get("mixed", 0.0):
-        return Choice(exact, predicted)
-    return Choice(options, predicted)
+    best = max(found, key=lambda one: one[0])
+    return best[2], {name: tps for tps, name, _ in found}

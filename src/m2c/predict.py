@@ -29,8 +29,10 @@ _MIXED_LAYER_S: Final = 0.0004  # ranking and gathering besides
 _DECODED: Final = {"avx512": 0.75e9, "avx2": 0.045e9, "scalar": 0.03e9, "torch": 0.01e9}
 _PRODUCTS: Final = {"fp16": 26e9, "int8": 35e9, "int4": 41e9}
 _SAMPLE_S: Final = 0.001  # from logits to a draft and how sure it is
-# share of drafted tokens that are right: by the INT4 planes, and by looking up the text so far
+# share of drafted tokens that are right: by the INT4 planes, by another, smaller model, and by
+# looking up the text so far
 _ACCEPTED: Final = 0.8
+_OTHERS: Final = 0.65
 _LOOKED_UP: Final = 0.3
 _ENOUGH_NBYTES: Final = 64 * MiB
 _READ_NBYTES: Final = 256 * MiB
@@ -84,16 +86,16 @@ def predicted_exact_tps(
     guess until they are: it depends on the text.
     """
     footprint, threads = plan.footprint, shape.threads
-    draft_s = 0.0
-    if shape.drafts:
-        draft_s = footprint.draft_nbytes / (_EFFICIENCY * speeds.memory)
-        draft_s += footprint.layers * _LAYER_S + _SAMPLE_S
+    draft_s, chance = 0.0, _LOOKED_UP
+    if (draft := footprint.draft) is not None:
+        draft_s = draft.compute_nbytes / (_EFFICIENCY * speeds.memory)
+        draft_s += draft.layers * _LAYER_S + _SAMPLE_S
+        chance = _OTHERS if draft.name else _ACCEPTED
     read_s = plan.ssd_nbytes_per_token / speeds.ssd if speeds.ssd else 0.0
     decodes = shape.stored and shape.dense == "fp16"
     decode_s = weights / (_DECODED[kernel] * threads) if decodes else 0.0
     more_s = weights / (_PRODUCTS[shape.dense] * threads)
     memory_s = plan.compute_nbytes_per_token / (_EFFICIENCY * speeds.memory)
-    chance = _ACCEPTED if shape.drafts else _LOOKED_UP
     best, tokens = 0.0, 1.0
     for depth in range(MOST + 1):
         tokens += chance**depth if depth else 0.0

@@ -5,7 +5,8 @@ the sampler's noise belongs to the position, so this holds for sampling too. The
 decoding one by one, whatever the drafts were; drafts only decide how many come out of a pass.
 A round's drafts overwrite nothing that was verified: the KV cache is cut back to it.
 
-Knows nothing about text, tiers or where drafts' weights lie.
+Drafts cost nothing where the text so far suggests them, else a model makes them: whichever promises
+more tokens per second. Knows nothing about text, tiers or where drafts' weights lie.
 """
 
 import time
@@ -17,13 +18,16 @@ import numpy as np
 from torch import Tensor
 
 from m2c.depth import MOST, Depth
+from m2c.drafting import Draft
 from m2c.lookup import Lookup
 from m2c.model.transformer import Transformer
 from m2c.sampling import Sampler
 
 MOST_AT_ONCE: Final = MOST + 1  # tokens of a pass: the drafts and the token before them
-# how sure a token is that only the text so far suggests; what that is worth, `Depth` measures
-_LOOKED_UP: Final = 0.5
+FEW_AT_ONCE: Final = 9  # where memory is short: looked-up drafts are seldom right for longer
+# how sure a token is that only the text so far suggests, by the number of tokens before it that the
+# texts share; what that is worth, `Depth` measures
+_LOOKED_UP: Final = (0.25, 0.55, 0.65, 0.75, 0.85, 0.92)
 
 
 @dataclass
@@ -32,6 +36,7 @@ class Speculation:
 
     passes: int = 0
     drafted: int = 0
+    looked_up: int = 0  # of them: what the text so far suggested
     accepted: int = 0
     draft_s: float = 0.0
     pass_s: float = 0.0
@@ -59,16 +64,23 @@ def verified(drafts: Sequence[int], answer: Callable[[list[int]], int]) -> list[
 
 
 class Speculator:
-    """model: verifies. draft: the same model with cheaper weights and the same KV cache, or None:
-    then the text so far is all that drafts come from."""
+    """model: verifies. draft: where drafts come from besides the text so far, if anywhere.
 
-    def __init__(self, model: Transformer, draft: Transformer | None, sampler: Sampler) -> None:
+    at_once: tokens that a pass may have.
+    """
+
+    def __init__(
+        self, model: Transformer, draft: Draft | None, sampler: Sampler,
+        at_once: int = MOST_AT_ONCE,
+    ) -> None:  # fmt: skip
+        self._most = at_once - 1
         self.figures = Speculation()
         self._model = model
-        self._draft_model = draft
+        self._draft = draft
         self._sampler = sampler
-        self._depth = Depth()
         self._lookup = Lookup()
+        # how far to trust either, and what drafts and passes cost
+        self._depth, self._lookup_depth = Depth(), Depth()
 
     def tokens(self, logits: Tensor, ids: Sequence[int], limit: int) -> Iterator[int]:
         """Yield up to `limit` ids after `ids`; logits: of the last of them, whose keys and values,
@@ -85,51 +97,89 @@ class Speculator:
             room = min(limit - found, kv.ctx_size - kv.length)
             if room <= 0:
                 return
-            new = self._round(history, room - 1)
+            new = self._round(history, min(room - 1, self._most))
 
     def _round(self, history: list[int], most: int) -> list[int]:
-        """One pass: the ids it found, 1 to `most` + 1 of them."""
-        start = self._model.kv.length
-        begin = time.perf_counter()
-        drafts, sure = self._drafts(history, most)
-        middle = time.perf_counter()
-        batch = np.asarray([history[-1], *drafts], np.int32)
-        logits = self._model.forward(batch, all_logits=True)
-        found = verified(
-            drafts, lambda so_far: self._sampler(logits[len(so_far)], [*history, *so_far])
-        )
-        self._model.kv.truncate(start + len(found))
+        """One pass: the ids it found, 1 to `most` + 1 of them.
+
+        However it ends, the KV cache holds nothing that was not verified.
+        """
+        start = verified_length = self._model.kv.length
+        try:
+            begin = time.perf_counter()
+            seen = self._seen(most)
+            by_lookup = self._draft is None or self._lookup_depth.rate(seen.sure) > (
+                self._depth.rate()
+            )
+            used = self._cut(seen) if by_lookup else self._drafted(history, most)
+            self._model.kv.truncate(start)
+            middle = time.perf_counter()
+            batch = np.asarray([history[-1], *used.ids], np.int32)
+            logits = self._model.forward(batch, all_logits=True)
+            found = verified(
+                used.ids, lambda so_far: self._sampler(logits[len(so_far)], [*history, *so_far])
+            )
+            verified_length = start + len(found)
+        finally:
+            self._model.kv.truncate(verified_length)
         end = time.perf_counter()
-        self._depth.passed(len(batch), end - middle)
-        self._depth.accepted(sure, len(found) - 1)
+        for depth in (self._depth, self._lookup_depth):
+            depth.passed(len(batch), end - middle)
+        if not by_lookup:
+            self._depth.accepted(used.sure, len(found) - 1)
+        # used or not, what the text suggests is put to the test
+        self._lookup_depth.accepted(*seen.tested(found))
         figures = self.figures
         figures.passes += 1
-        figures.drafted += len(drafts)
+        figures.drafted += len(used.ids)
+        figures.looked_up += len(used.ids) if by_lookup else 0
         figures.accepted += len(found) - 1
         figures.draft_s += middle - begin
         figures.pass_s += end - middle
         return found
 
-    def _drafts(self, history: list[int], most: int) -> tuple[list[int], list[float]]:
-        """Drafted ids and how sure each is; the KV cache is left as it was."""
-        drafts: list[int] = []
-        sure: list[float] = []
-        if self._draft_model is None:
-            for token in self._lookup.propose(min(most, MOST)):
-                if not self._depth.again(sure):
-                    break
-                drafts.append(token)
-                sure.append(_LOOKED_UP)
-                self._depth.drafted(0.0)
-            return drafts, sure
-        start = self._model.kv.length
-        while len(drafts) < most and self._depth.again(sure):
+    def _seen(self, most: int) -> "_Drafted":
+        """What followed the last time, and how sure that is: as far as the texts agreed so far."""
+        ids, match = self._lookup.propose(most), self._lookup.match
+        sure = [_LOOKED_UP[min(match + at, len(_LOOKED_UP)) - 1] for at in range(len(ids))]
+        return _Drafted(ids, sure)
+
+    def _cut(self, seen: "_Drafted") -> "_Drafted":
+        """As much of it as is worth verifying."""
+        count = 0
+        while count < len(seen.ids) and self._lookup_depth.again(
+            seen.sure[:count], seen.sure[count]
+        ):
+            count += 1
+        return _Drafted(seen.ids[:count], seen.sure[:count])
+
+    def _drafted(self, history: list[int], most: int) -> "_Drafted":
+        """Drafts of a model; the KV cache holds them too."""
+        assert self._draft is not None
+        drafts = _Drafted([], [])
+        while len(drafts.ids) < most and self._depth.again(drafts.sure):
             begin = time.perf_counter()
-            last = drafts[-1] if drafts else history[-1]
-            logits = self._draft_model.forward(np.asarray([last], np.int32))
-            token, share = self._sampler.with_probability(logits, [*history, *drafts])
-            drafts.append(token)
-            sure.append(share)
+            text = [*history, *drafts.ids]
+            logits = self._draft.logits(text)
+            if logits is None:
+                break
+            token, share = self._sampler.with_probability(logits, text)
+            drafts.ids.append(token)
+            drafts.sure.append(share)
             self._depth.drafted(time.perf_counter() - begin)
-        self._model.kv.truncate(start)
-        return drafts, sure
+        return drafts
+
+
+@dataclass
+class _Drafted:
+    """Tokens that may come next."""
+
+    ids: list[int]
+    sure: list[float]  # how sure each is, if those before it are right
+
+    def tested(self, found: Sequence[int]) -> tuple[list[float], int]:
+        """How sure those were that what was found puts to the test, and how many were right."""
+        right = 0
+        while right < min(len(self.ids), len(found)) and self.ids[right] == found[right]:
+            right += 1
+        return self.sure[: len(found)], right

@@ -75,6 +75,19 @@ class Tokenizer:
         """Number of tokens, added ones included; a model's embedding may have more rows."""
         return self._engine.get_vocab_size(with_added_tokens=True)
 
+    def difference(self, other: "Tokenizer") -> str | None:
+        """Where the vocabularies first differ, in words; None when all ids mean the same tokens."""
+        mine, its = self._by_id(), other._by_id()
+        for token_id in sorted(mine.keys() | its.keys()):
+            one, two = mine.get(token_id), its.get(token_id)
+            if one != two:
+                words = [repr(t) if t is not None else "no token" for t in (one, two)]
+                return f"id {token_id} is {words[0]} in one and {words[1]} in the other"
+        return None
+
+    def _by_id(self) -> dict[int, str]:
+        return {id: token for token, id in self._engine.get_vocab(with_added_tokens=True).items()}
+
     def token_to_id(self, token: str) -> int | None:
         return self._engine.token_to_id(token)
 

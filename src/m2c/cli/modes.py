@@ -3,12 +3,16 @@
 Knows nothing about how a mode decodes.
 """
 
-from m2c.bundle.bundle import Bundle
+from pathlib import Path
+
+from m2c.bundle.bundle import Bundle, open_bundle
+from m2c.cli.names import bundle_path
 from m2c.cli.runs import tps
+from m2c.contents import tokenizer_of
 from m2c.engine import RunOptions
 from m2c.errors import UsageError
 from m2c.model.mix import PRECISIONS
-from m2c.modes import MODES, Choice, choose_mode, exact_options
+from m2c.modes import MODES, Choice, choose_draft, choose_mode, exact_options
 
 
 def asked_mode(mode: str | None, exact: bool, plain: bool) -> str:
@@ -32,9 +36,12 @@ def with_mode(bundle: Bundle, options: RunOptions, mode: str, precision: str) ->
     if precision not in PRECISIONS:
         raise UsageError(f"--exact-precision {precision}: choose one of {', '.join(PRECISIONS)}")
     if mode == "exact":
-        return Choice(exact_options(options, precision), {})
+        chosen = exact_options(options, precision)
+        return Choice(chosen, {}) if options.draft is None else choose_draft(bundle, chosen)
     if precision != "fp16":
         raise UsageError(f"--exact-precision {precision} is for exact mode", "add --exact")
+    if mode == "mixed" and options.draft is not None:
+        raise UsageError("--draft is for exact mode", "add --exact")
     if mode == "mixed":
         return Choice(options, {})
     return choose_mode(bundle, options)
@@ -44,3 +51,22 @@ def alternatives(choice: Choice) -> str:
     """What the modes that were not taken would give; empty if there was no choice."""
     others = [f"{name} {tps(v)}" for name, v in choice.predicted.items() if name != choice.mode]
     return f" ({', '.join(others)}; --mode overrides)" if others else ""
+
+
+def draft_words(choice: Choice) -> str:
+    """Where drafts come from, and what else was weighed; empty if there was no choice."""
+    if len(choice.drafts) < 2:
+        return ""
+    best, *others = sorted(choice.drafts, key=lambda name: -choice.drafts[name])
+    return f", drafts from {best} ({', '.join(f'{n} {tps(choice.drafts[n])}' for n in others)})"
+
+
+def opened_draft(text: str, ssd: Path | None, bundle: Bundle) -> Bundle:
+    """The bundle of --draft. Raises UsageError when its vocabulary is not that of `bundle`."""
+    draft = open_bundle(bundle_path(text, ssd))
+    if difference := tokenizer_of(draft).difference(tokenizer_of(bundle)):
+        raise UsageError(
+            f"--draft {text}: not the vocabulary of {bundle.path}: {difference}",
+            "give a smaller model of the same family",
+        )
+    return draft

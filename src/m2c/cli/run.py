@@ -57,6 +57,13 @@ def command(
     exact_precision: Annotated[
         str, typer.Option(help="Precision that exact mode verifies at: fp16, int8 or int4.")
     ] = "fp16",
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            help="Bundle of a smaller model with the same vocabulary, whose drafts exact mode may "
+            "verify. It runs at INT4 and needs its memory within --dram."
+        ),
+    ] = None,
     mix: options.Mix = None,
     drop: options.Drop = 0.0,
     dense: options.Dense = None,
@@ -84,11 +91,14 @@ def command(
     the plan puts them: in the top tier, in DRAM, or on the SSD they are read from.
 
     Mixed mode computes the best neurons of each token at higher precision. Exact mode drafts tokens
-    with the INT4 planes and verifies several in one pass with the checkpoint's own weights: the
-    text is theirs, token for token. Auto takes exact where it is predicted to reach half the speed.
+    and verifies several in one pass with the checkpoint's own weights: the text is theirs, token
+    for token. Drafts come from the INT4 planes if these fit, from --draft if that promises more,
+    and from the text so far. Auto takes exact where it is predicted to reach half the speed.
     """
+    from dataclasses import replace
+
     from m2c.bundle.bundle import open_bundle
-    from m2c.cli.modes import asked_mode, with_mode
+    from m2c.cli.modes import asked_mode, opened_draft, with_mode
     from m2c.cli.names import bundle_path, require_writable
     from m2c.cli.runs import run_options
     from m2c.contents import tokenizer_of
@@ -112,6 +122,8 @@ def command(
             require_writable(path, flag)
     opened = open_bundle(bundle_path(bundle, ssd))
     chosen = _with_drop(opened, chosen, drop)
+    if draft is not None:
+        chosen = replace(chosen, draft=opened_draft(draft, ssd, opened))
     if plan:
         _print_plan(opened, with_mode(opened, chosen, mode, exact_precision).options)
         return
@@ -202,13 +214,14 @@ def _open_engine(
 
 def _expected(engine: "Engine", choice: "Choice", quiet: bool) -> float:
     """Tokens per second that the plan promises on this machine as it is now, said unless quiet."""
-    from m2c.cli.modes import alternatives
+    from m2c.cli.modes import alternatives, draft_words
     from m2c.cli.runs import tps, where_weights_lie
     from m2c.predict import expected_tps
 
     expected = expected_tps(engine)
     if not quiet:
         words = f"{choice.mode} mode, expecting {tps(expected)} tok/s{alternatives(choice)}"
+        words += draft_words(choice)
         say(f"m2c: {words}: {where_weights_lie(engine.plan)}")
     return expected
 

@@ -99,11 +99,10 @@ def describe_plan(plan: Plan, shape: RunShape, speeds: Speeds | None = None) -> 
     use = "pass" if shape.speculates else "token"
     context = f"context {shape.ctx_size} ({format_size(f.kv_nbytes)} of KV cache)"
     if shape.speculates:
-        drafts = f"INT4 planes in memory ({format_size(f.draft_nbytes)})"
-        lines = [
-            f"exact mode at {shape.dense}, drafts from "
-            f"{drafts if shape.drafts else 'the text so far'}, {context}"
-        ]
+        drafts = "the text so far"
+        if f.draft is not None:
+            drafts = f"{f.draft.name or 'INT4 planes'} in memory ({format_size(f.draft.nbytes)})"
+        lines = [f"exact mode at {shape.dense}, drafts from {drafts}, {context}"]
     else:
         lines = [f"mix {shape.mix} (FP16/INT8/INT4), attention and head {shape.dense}, {context}"]
     if plan.budget.hbm:
@@ -231,13 +230,14 @@ def _speculation_facts(engine: Engine, figures: GenerationStats) -> dict[str, An
         return None
     return {
         "precision": engine.shape.dense,
-        "drafts": "int4 planes" if engine.draft is not None else "text so far",
+        "drafts": engine.draft.name if engine.draft is not None else "text so far",
         "passes": found.passes,
         "drafted": found.drafted,
+        "looked_up": found.looked_up,
         "accepted": found.accepted,
         "acceptance": found.acceptance,
         "tokens_per_pass": found.tokens_per_pass,
-        "seconds_per_draft_token": found.draft_s / max(1, found.drafted),
+        "seconds_per_draft_token": found.draft_s / max(1, found.drafted - found.looked_up),
         "seconds_per_pass": found.pass_s / max(1, found.passes),
     }
 

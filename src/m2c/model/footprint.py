@@ -20,13 +20,14 @@ from m2c.model.kv import kv_nbytes
 from m2c.model.mix import Mix
 from m2c.tiers.blocks import Precisions, block_of
 from m2c.tiers.fetch import DECODE_WEIGHTS, staging_nbytes
-from m2c.tiers.plan import BlockFact, Footprint, UpgradeFact
+from m2c.tiers.plan import BlockFact, DraftFact, Footprint, UpgradeFact
 from m2c.tiers.store import head_name
 from m2c.units import MiB
 
 # exact plane of Gaussian weights (BENCHMARKS.md); only for models not packed yet
 ESTIMATED_EXACT_BITS: Final = {"bf16": 3.1, "f16": 6.2}
 _ACTIVATIONS_NBYTES: Final = 64 * MiB  # of a prefill batch
+LOGITS: Final = 4  # tokens whose logits by a piece of the head are computed at a time
 _STAGING_NBYTES: Final = 32 * MiB
 _DECODE_NBYTES: Final = 44  # temporary bytes per weight while the exact plane is decoded
 # neurons and head stream in pieces of about this size: the ring holds a few, whatever the model
@@ -150,6 +151,7 @@ def _footprint(
         reads = slot + floor // 3 + (floor if plane == "int8" else 0)
         upgrades.append(UpgradeFact(plane, stored, slot, reads, counts[plane], _CHANCE))
     plane_nbytes = max(size.planes[p] for size in neurons for p in PLANES)
+    planes = sum(size.planes["int4"] for size in (*dense, *neurons, head))
     return Footprint(
         layers=len(dense),
         neurons=config.intermediate_size,
@@ -158,7 +160,7 @@ def _footprint(
         kv_nbytes=kv_nbytes(config, shape.ctx_size, shape.kv_type),
         fixed_nbytes=_vectors_nbytes(config),
         embed_nbytes=_embed_nbytes(config, shape, head),
-        draft_nbytes=shape.drafts * sum(s.planes["int4"] for s in (*dense, *neurons, head)),
+        draft=DraftFact(planes, planes, len(dense)) if shape.drafts else None,
         workspace_nbytes=_workspace_nbytes(config, shape),
         staging_nbytes=max(min(plane_nbytes, _STAGING_NBYTES), 0) // BLOCK * BLOCK
         + staging_nbytes(max(largest_frame, layout.nbytes("int4"))),
@@ -232,7 +234,7 @@ def _workspace_nbytes(config: ModelConfig, shape: RunShape) -> int:
         kernels += shape.threads * CHUNK * width * _DECODE_NBYTES
         heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
         kernels += 4 * config.hidden_size * heads * config.head_dim
-    logits = (4 + 2 * shape.at_once) * 4 * config.vocab_size
+    logits = (4 + shape.at_once + min(LOGITS, shape.at_once)) * 4 * config.vocab_size
     gathered = 0
     for plane in shape.mix.upgrades:
         count = max(FETCH, shape.mix.counts(config.intermediate_size)[plane])

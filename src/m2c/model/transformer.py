@@ -21,6 +21,7 @@ from m2c.kernels.workers import Workers
 from m2c.model.attention import MATRICES, Rotary, attention_call, layer_vectors
 from m2c.model.config import ModelConfig
 from m2c.model.ffn import mixed_ffn, uniform_ffn
+from m2c.model.footprint import LOGITS
 from m2c.model.kv import KvCache
 from m2c.model.mix import Mix
 from m2c.tiers.store import FFN
@@ -82,17 +83,32 @@ class Transformer:
             for layer in range(self.config.num_hidden_layers):
                 x = self._layer(layer, x)
         self.kv.advance(len(ids))
-        last = x if all_logits else x[-1:]
-        parts = [
-            matmul_rows(last, head, self._workers, norm=self._norm)
-            for rows in self._store.uses("head", self.config.num_hidden_layers)
-            for head in rows.values()
-        ]
-        logits = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        # a finite sum has finite terms, and takes a tenth of the time of looking at each
-        if not math.isfinite(logits.sum()) and not bool(torch.isfinite(logits).all()):
+        logits = self._logits(x if all_logits else x[-1:])
+        if not all(math.isfinite(end) for end in logits.aminmax()):
             raise BadInput("the model's output is not finite", "check the bundle with m2c check")
         return logits if all_logits else logits[0]
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """[tokens, vocab] f32 of hidden states [tokens, hidden].
+
+        Those of many tokens are large: where the head comes in pieces they are put in their place
+        a few tokens at a time, so that they are not held twice.
+        """
+        vocab = self.config.vocab_size
+        logits, start = None, 0
+        for rows in self._store.uses("head", self.config.num_hidden_layers):
+            for head in rows.values():
+                if len(head) == vocab:
+                    logits = matmul_rows(x, head, self._workers, norm=self._norm)
+                    continue
+                if logits is None:
+                    logits = torch.empty(len(x), vocab, device=x.device)
+                for at in range(0, len(x), LOGITS):
+                    part = matmul_rows(x[at : at + LOGITS], head, self._workers, norm=self._norm)
+                    logits[at : at + LOGITS, start : start + len(head)] = part
+                start += len(head)
+        assert logits is not None
+        return logits
 
     def _layer(self, layer: int, x: Tensor) -> Tensor:
         vectors, act = self._layers[layer], self.config.hidden_act

@@ -49,6 +49,16 @@ class UpgradeFact:
 
 
 @dataclass(frozen=True)
+class DraftFact:
+    """What drafts are made with, in memory: the lowest plane of everything, or another model."""
+
+    nbytes: int
+    compute_nbytes: int  # that the kernels read for a token
+    layers: int
+    name: str = ""  # of another model
+
+
+@dataclass(frozen=True)
 class Footprint:
     """Everything that needs memory. Bytes."""
 
@@ -61,7 +71,11 @@ class Footprint:
     workspace_nbytes: int  # activations and the temporary values of the kernels
     staging_nbytes: int  # buffer of on-demand reads
     embed_nbytes: int  # embeddings in memory; 0 when the head has them
-    draft_nbytes: int = 0  # the lowest plane of everything, in memory to draft with
+    draft: DraftFact | None = None
+
+    @property
+    def draft_nbytes(self) -> int:
+        return self.draft.nbytes if self.draft is not None else 0
 
 
 @dataclass(frozen=True)
