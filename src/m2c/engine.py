@@ -104,6 +104,12 @@ class Engine:
                 mix=Mix(0, 0, 100), kv=kv, workers=self.workers,
             )  # fmt: skip
 
+    def stop_when(self, asked: Callable[[], bool]) -> None:
+        """Break a pass off with Stopped once `asked`, within a layer."""
+        self.model.stop_asked = asked
+        if self.draft is not None:
+            self.draft.stop_asked = asked
+
     def __enter__(self) -> "Engine":
         return self
 
