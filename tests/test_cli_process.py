@@ -112,6 +112,23 @@ def test_interrupted_packing_is_finished_by_the_next(
     assert m2c_ok("check", path, "--source", checkpoint)
 
 
+def test_interrupted_waiting_for_a_message(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint")
+    (checkpoint / "chat_template.jinja").write_text("{{ messages[-1].content }}")
+    path = pack_folder(checkpoint, tmp_path / "chat.m2c").path
+    with start("chat", path, "-n", 3, "-q") as process:
+        assert process.stdin
+        assert process.stdout
+        process.stdin.write("x\n")
+        process.stdin.flush()
+        assert process.stdout.readline()  # answers come while the pipe is open
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=30)
+        assert process.stderr
+        assert process.stderr.read().endswith("m2c: interrupted\n")
+    assert process.returncode == 130
+
+
 def test_interrupted_waiting_for_a_prompt(bundle: Path) -> None:
     with start("run", bundle) as process:
         assert process.stdin

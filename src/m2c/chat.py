@@ -99,6 +99,7 @@ def _in_child(request: bytes) -> dict[str, str]:
             [sys.executable, "-I", "-B", "-c", start],
             input=request,
             capture_output=True,
+            start_new_session=True,  # Ctrl-C is for us
             timeout=_WALL_SECONDS,
         )
     except subprocess.TimeoutExpired:

@@ -136,6 +136,12 @@ class Engine:
         self.closing.enter_context(engine)
         return OwnDraft(engine.model, bundle.path.stem, self.config.vocab_size)
 
+    def stop_when(self, asked: Callable[[], bool]) -> None:
+        """Break a pass off with Stopped once `asked`, within a layer."""
+        self.model.stop_asked = asked
+        if self.draft is not None:
+            self.draft.model.stop_asked = asked
+
     def __enter__(self) -> "Engine":
         return self
 

@@ -15,9 +15,10 @@ from m2c.engine import Engine
 from m2c.errors import UsageError
 from m2c.hardware import peak_memory
 from m2c.model.footprint import batch_tokens
-from m2c.model.transformer import Transformer
+from m2c.model.transformer import Stopped, Transformer
 from m2c.sampling import Sampler
 from m2c.speculate import Speculation, Speculator
+from m2c.tiers.ssd import LinkStats
 from m2c.tiers.store import StoreStats
 from m2c.tokenizer import StreamDecoder
 
@@ -26,31 +27,50 @@ _Steps = tuple[Iterator[int], "Speculation | None"]
 
 @dataclass
 class GenerationStats:
-    """Figures of one generation. Decode figures leave out the prompt and the first token."""
+    """Figures of a generation, or of several. Decode figures leave out prompt and first token."""
 
     prompt_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt: they were in the KV cache already
     generated_tokens: int = 0
     ttft_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0
-    finish_reason: str = ""  # "stop", "length" or "context"
+    finish_reason: str = ""  # "stop", "length", "context" or "interrupted"
     prefill_ssd_nbytes: int = 0
     decode: StoreStats | None = None
     speculation: Speculation | None = None
     peak_memory_nbytes: int = 0
-
-    @property
-    def decode_steps(self) -> int:
-        """Tokens after the first one."""
-        return max(0, self.generated_tokens - 1)
+    decode_steps: int = 0  # tokens after the first one
 
     @property
     def prefill_tps(self) -> float:
-        return self.prompt_tokens / self.prefill_s if self.prefill_s else 0.0
+        computed = self.prompt_tokens - self.cached_tokens
+        return computed / self.prefill_s if self.prefill_s else 0.0
 
     @property
     def decode_tps(self) -> float:
         return self.decode_steps / self.decode_s if self.decode_s else 0.0
+
+
+def together(figures: Sequence[GenerationStats]) -> GenerationStats:
+    """Sums over generations; TTFT is their mean."""
+    total = GenerationStats(decode=StoreStats(LinkStats(), LinkStats()))
+    for one in figures:
+        total.prompt_tokens += one.prompt_tokens
+        total.cached_tokens += one.cached_tokens
+        total.generated_tokens += one.generated_tokens
+        total.decode_steps += one.decode_steps
+        total.ttft_s += one.ttft_s / len(figures)
+        total.prefill_s += one.prefill_s
+        total.decode_s += one.decode_s
+        total.prefill_ssd_nbytes += one.prefill_ssd_nbytes
+        total.peak_memory_nbytes = max(total.peak_memory_nbytes, one.peak_memory_nbytes)
+        if total.decode is not None and one.decode is not None:
+            total.decode.add(one.decode)
+        if one.speculation is not None:
+            total.speculation = total.speculation or Speculation()
+            total.speculation.add(one.speculation)
+    return total
 
 
 @dataclass
@@ -71,9 +91,14 @@ def prefill(model: Transformer, ids: Sequence[int]) -> Any:
     return logits
 
 
-def generate_step(model: Transformer, ids: Sequence[int], sampler: Sampler) -> Iterator[int]:
-    """Yield token ids after the prompt `ids`, until the context is full or nobody asks."""
-    logits = prefill(model, ids)
+def generate_step(
+    model: Transformer, ids: Sequence[int], sampler: Sampler, *, cached: int = 0
+) -> Iterator[int]:
+    """Yield token ids after the prompt `ids`, until the context is full or nobody asks.
+
+    cached: how many of `ids` are in the KV cache, the last one not among them.
+    """
+    logits = prefill(model, ids[cached:])
     history = list(ids)
     while True:
         token = sampler(logits, history)
@@ -84,28 +109,32 @@ def generate_step(model: Transformer, ids: Sequence[int], sampler: Sampler) -> I
         logits = model.forward(np.asarray([token], np.int32))
 
 
-def _steps(engine: Engine, ids: Sequence[int], sampler: Sampler, limit: int) -> _Steps:
+def _steps(engine: Engine, ids: Sequence[int], sampler: Sampler, limit: int, cached: int) -> _Steps:
     """How the engine's mode makes tokens, and the figures that this adds to."""
     if not engine.speculates:
-        return generate_step(engine.model, ids, sampler), None
+        return generate_step(engine.model, ids, sampler, cached=cached), None
     speculator = Speculator(engine.model, engine.draft, sampler, engine.shape.at_once)
 
     def tokens() -> Iterator[int]:
-        yield from speculator.tokens(prefill(engine.model, ids), ids, limit)
+        yield from speculator.tokens(prefill(engine.model, ids[cached:]), ids, limit)
 
     return tokens(), speculator.figures
 
 
 def stream_generate(
     engine: Engine, ids: Sequence[int], sampler: Sampler, *, max_tokens: int,
-    stop: Sequence[str] = (),
+    stop: Sequence[str] = (), cached: int = 0,
 ) -> Iterator[Piece]:  # fmt: skip
     """Yield pieces of text; the last one has the stats. Stop strings are not part of the text.
+
+    cached: how many of `ids` are in the KV cache, the last one not among them. Whoever breaks it
+    off, or has it stopped by `Engine.stop_when`, may rely on the keys and values of `ids` and of
+    all yielded ids but the last one, as far as the cache goes, and on no others.
 
     Raises UsageError when the prompt is empty or does not fit the context.
     """
     require_prompt(ids, engine.shape.ctx_size, engine.config.vocab_size)
-    stats = GenerationStats(prompt_tokens=len(ids))
+    stats = GenerationStats(prompt_tokens=len(ids), cached_tokens=cached)
     decoder = StreamDecoder(engine.tokenizer, context=ids[-8:])
     watch = StopWatch(stop)
     ends = set(engine.config.eos_token_ids)
@@ -114,8 +143,8 @@ def stream_generate(
     begin = mark = time.perf_counter()
     engine.store.reset_stats()
     stats.finish_reason = "context"
-    steps, stats.speculation = _steps(engine, ids, sampler, max_tokens)
-    for token in steps:
+    steps, stats.speculation = _steps(engine, ids, sampler, max_tokens, cached)
+    for token in _until_stopped(steps, stats):
         now = time.perf_counter()
         if not stats.generated_tokens:
             stats.ttft_s = stats.prefill_s = now - begin
@@ -123,6 +152,7 @@ def stream_generate(
             engine.store.reset_stats()
         else:
             stats.decode_s += now - mark
+            stats.decode_steps += 1
         mark = now
         stats.generated_tokens += 1
         if token in ends:
@@ -137,6 +167,13 @@ def stream_generate(
     stats.decode = engine.store.stats
     stats.peak_memory_nbytes = peak_memory()
     yield Piece(watch.push(decoder.flush()) + watch.flush(), [], stats)
+
+
+def _until_stopped(steps: Iterator[int], stats: GenerationStats) -> Iterator[int]:
+    try:
+        yield from steps
+    except Stopped:
+        stats.finish_reason = "interrupted"
 
 
 class StopWatch:

@@ -4,6 +4,7 @@ Knows nothing about where the text came from.
 """
 
 import secrets
+from collections.abc import Sequence
 
 from m2c.chat import render
 from m2c.tokenizer import Tokenizer
@@ -12,18 +13,30 @@ from m2c.tokenizer import Tokenizer
 def chat_ids(
     tokenizer: Tokenizer, template: str, prompt: str, *, system: str | None = None
 ) -> list[int]:
-    """Ids of one user turn in the model's chat format, ready for the answer.
+    """Ids of one user turn in the model's chat format, ready for the answer."""
+    said = [] if system is None else [("system", system)]
+    return conversation_ids(tokenizer, template, [*said, ("user", prompt)])
 
-    Control tokens that the user typed stay text: where the prompt spells one, the template is
+
+def conversation_ids(
+    tokenizer: Tokenizer, template: str, messages: Sequence[tuple[str, str]]
+) -> list[int]:
+    """Ids of messages, each (role, text), in the model's chat format, ready for the answer.
+
+    Control tokens that somebody typed stay text: where a message spells one, the template is
     rendered around a placeholder and the typed text is encoded apart.
     """
-    typed = {"user": prompt} if system is None else {"system": system, "user": prompt}
-    unsafe = {role for role, text in typed.items() if tokenizer.spells_control_token(text)}
-    places = {role: f"m2c{secrets.token_hex(16)}" for role in unsafe}
-    messages = [{"role": role, "content": places.get(role, text)} for role, text in typed.items()]
+    places: dict[str, str] = {}
+    rendered_as = []
+    for role, text in messages:
+        shown = text
+        if tokenizer.spells_control_token(text):
+            shown = f"m2c{secrets.token_hex(16)}"
+            places[shown] = text
+        rendered_as.append({"role": role, "content": shown})
     bos, eos = (tokenizer.token_text(i) for i in (tokenizer.bos_id, tokenizer.eos_id))
-    rendered = render(template, messages, bos_token=bos, eos_token=eos)
-    return _encode_around(tokenizer, rendered, {places[role]: typed[role] for role in unsafe})
+    rendered = render(template, rendered_as, bos_token=bos, eos_token=eos)
+    return _encode_around(tokenizer, rendered, places)
 
 
 def raw_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:

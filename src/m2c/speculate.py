@@ -46,6 +46,14 @@ class Speculation:
         """Share of the drafted tokens that were right; those behind a wrong one were not."""
         return self.accepted / self.drafted if self.drafted else 0.0
 
+    def add(self, other: "Speculation") -> None:
+        self.passes += other.passes
+        self.drafted += other.drafted
+        self.looked_up += other.looked_up
+        self.accepted += other.accepted
+        self.draft_s += other.draft_s
+        self.pass_s += other.pass_s
+
     @property
     def tokens_per_pass(self) -> float:
         return (self.accepted + self.passes) / self.passes if self.passes else 0.0

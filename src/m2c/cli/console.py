@@ -8,9 +8,11 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+_PART_NBYTES = 1 << 20
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -72,7 +74,34 @@ def progress(label: str, total: int, *, unit: str, quiet: bool) -> Iterator[Call
 
 
 def read_stdin(limit: int) -> bytes:
-    """At most `limit` bytes of stdin, up to its end; Ctrl-C always ends the wait.
+    """At most `limit` bytes of stdin, up to its end; Ctrl-C always ends the wait."""
+    data = bytearray()
+    with contextlib.closing(_stdin_parts()) as parts:
+        for part in parts:
+            data += part
+            if len(data) >= limit:
+                break
+    return bytes(data[:limit])
+
+
+def stdin_lines(limit: int) -> Iterator[bytes]:
+    """Lines of stdin as they come, without their ends; Ctrl-C always ends the wait.
+
+    A line that is longer than `limit` bytes is yielded at some greater length, and is the last.
+    """
+    held = b""
+    with contextlib.closing(_stdin_parts()) as parts:
+        for part in parts:
+            *lines, held = (held + part).split(b"\n")
+            yield from lines
+            if len(held) > limit:
+                break
+    if held:
+        yield held
+
+
+def _stdin_parts() -> Generator[bytes]:
+    """What arrives on stdin, up to its end.
 
     A plain read can miss a signal that arrives just before it blocks: Python's handler then waits
     for the read, and the read for input. A pipe that the signal itself writes to closes that gap.
@@ -80,20 +109,18 @@ def read_stdin(limit: int) -> bytes:
     try:
         stdin = sys.stdin.fileno()
     except (OSError, ValueError):  # not a file of the system: nothing to wait for
-        return sys.stdin.buffer.read(limit)
+        yield sys.stdin.buffer.read()
+        return
     woken, waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     before = signal.set_wakeup_fd(waker)
-    parts, held = [], 0
     try:
-        while held < limit:
+        while True:
             ready, _, _ = select.select([stdin, woken], [], [])
-            part = os.read(stdin, limit - held) if stdin in ready else b""
+            part = os.read(stdin, _PART_NBYTES) if stdin in ready else b""
             if stdin in ready and not part:
-                break
-            parts.append(part)
-            held += len(part)
+                return
+            yield part
     finally:
         signal.set_wakeup_fd(before)
         os.close(woken)
         os.close(waker)
-    return b"".join(parts)

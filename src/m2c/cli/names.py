@@ -117,3 +117,10 @@ def _what_instead(text: str, ssd: Path | None) -> str:
     if alias_config(text) or path.suffix == ".gguf" or (path / "config.json").is_file():
         return f"pack that model (m2c profile {text} | m2c pack - --ssd DIR), or give --ssd DIR"
     return "give the path that m2c pack printed, or --ssd DIR"
+
+
+def require_unicode(*texts: str | None) -> None:
+    """Python carries bytes of the command line that are not UTF-8 as lone surrogates."""
+    for text in texts:
+        if text and any("\ud800" <= character <= "\udfff" for character in text):
+            raise UsageError(f"{ascii(text)[:60]} is not UTF-8 text", "convert it, e.g. with iconv")

@@ -72,3 +72,28 @@ Policy = Annotated[
         help="Neuron cache policy: pinned, atu, lru, lfu or ema [default: atu in HBM, else pinned]."
     ),
 ]
+Bundle = Annotated[
+    str | None,
+    typer.Argument(help="What m2c pack printed, or its name [default: the one packed last]."),
+]
+Temperature = Annotated[float, typer.Option("--temp", "--temperature", min=0, help="0 is greedy.")]
+TopK = Annotated[int, typer.Option(min=0, help="Keep the k best tokens; 0: all.")]
+TopP = Annotated[float, typer.Option(help="Keep this much probability.")]
+MinP = Annotated[float, typer.Option(help="Keep tokens above this share of the best.")]
+RepeatPenalty = Annotated[float, typer.Option(help="1 is none.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the sampling.")]
+Stop = Annotated[list[str] | None, typer.Option(help="Stop before this text.")]
+Exact = Annotated[
+    bool, typer.Option("--exact", help="Same as --mode exact: the checkpoint's own output.")
+]
+ExactPrecision = Annotated[
+    str, typer.Option(help="Precision that exact mode verifies at: fp16, int8 or int4.")
+]
+Draft = Annotated[
+    str | None,
+    typer.Option(
+        help="Bundle of a smaller model with the same vocabulary, whose drafts exact mode may "
+        "verify. It runs at INT4 and needs its memory within --dram."
+    ),
+]
+Depth = Annotated[int, typer.Option(min=1, max=64, help="Blocks read ahead.")]

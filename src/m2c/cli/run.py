@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from m2c.cli import options
-from m2c.cli.console import progress, say, write
+from m2c.cli.console import say, write
 from m2c.errors import M2CError, UsageError
 
 if TYPE_CHECKING:
     from m2c.bundle.bundle import Bundle
     from m2c.engine import Engine, RunOptions
     from m2c.generate import GenerationStats
-    from m2c.modes import Choice
     from m2c.tokenizer import Tokenizer
 
 _GIVE_ONE = 'give one with --prompt "..." or on stdin'
@@ -23,10 +22,7 @@ _MAX_PROMPT_NBYTES = 16 << 20
 
 
 def command(
-    bundle: Annotated[
-        str | None,
-        typer.Argument(help="What m2c pack printed, or its name [default: the one packed last]."),
-    ] = None,
+    bundle: options.Bundle = None,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="The prompt; - or nothing reads stdin.")
     ] = None,
@@ -35,18 +31,14 @@ def command(
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-n", min=1, help="Most tokens to generate.")
     ] = 256,
-    temperature: Annotated[
-        float, typer.Option("--temp", "--temperature", min=0, help="0 is greedy.")
-    ] = 0.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Keep the k best tokens; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Keep this much probability.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Keep tokens above this share of the best.")] = 0.0,
-    repeat_penalty: Annotated[float, typer.Option(help="1 is none.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text.")] = None,
-    exact: Annotated[
-        bool, typer.Option("--exact", help="Same as --mode exact: the checkpoint's own output.")
-    ] = False,
+    temperature: options.Temperature = 0.0,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 1.0,
+    min_p: options.MinP = 0.0,
+    repeat_penalty: options.RepeatPenalty = 1.0,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    exact: options.Exact = False,
     mode: Annotated[
         str | None,
         typer.Option(
@@ -54,16 +46,8 @@ def command(
             "is asked for]."
         ),
     ] = None,
-    exact_precision: Annotated[
-        str, typer.Option(help="Precision that exact mode verifies at: fp16, int8 or int4.")
-    ] = "fp16",
-    draft: Annotated[
-        str | None,
-        typer.Option(
-            help="Bundle of a smaller model with the same vocabulary, whose drafts exact mode may "
-            "verify. It runs at INT4 and needs its memory within --dram."
-        ),
-    ] = None,
+    exact_precision: options.ExactPrecision = "fp16",
+    draft: options.Draft = None,
     mix: options.Mix = None,
     drop: options.Drop = 0.0,
     dense: options.Dense = None,
@@ -73,7 +57,7 @@ def command(
     hbm: options.Hbm = None,
     device: options.Device = "cpu",
     policy: options.Policy = None,
-    depth: Annotated[int, typer.Option(min=1, max=64, help="Blocks read ahead.")] = 3,
+    depth: options.Depth = 3,
     ssd: options.Ssd = None,
     threads: options.Threads = None,
     kernel: options.Kernel = "auto",
@@ -98,8 +82,9 @@ def command(
     from dataclasses import replace
 
     from m2c.bundle.bundle import open_bundle
+    from m2c.cli.loading import expected_speed, open_engine, say_price, with_drop
     from m2c.cli.modes import asked_mode, opened_draft, with_mode
-    from m2c.cli.names import bundle_path, require_writable
+    from m2c.cli.names import bundle_path, require_unicode, require_writable
     from m2c.cli.runs import run_options
     from m2c.contents import tokenizer_of
     from m2c.sampling import Sampler, SamplingParams
@@ -116,12 +101,12 @@ def command(
             repeat_penalty=repeat_penalty, seed=seed,
         )
     )  # fmt: skip
-    _require_unicode(prompt, system, *(stop or []))
+    require_unicode(prompt, system, *(stop or []))
     for flag, path in (("--stats", stats), ("--trace", trace)):
         if path is not None:
             require_writable(path, flag)
     opened = open_bundle(bundle_path(bundle, ssd))
-    chosen = _with_drop(opened, chosen, drop)
+    chosen = with_drop(opened, chosen, drop)
     if draft is not None:
         chosen = replace(chosen, draft=opened_draft(draft, ssd, opened))
     if plan:
@@ -130,9 +115,9 @@ def command(
     tokenizer = tokenizer_of(opened)
     ids = _prompt_ids(opened, tokenizer, chosen, _read_prompt(prompt), system, raw)
     choice = with_mode(opened, chosen, mode, exact_precision)
-    _say_price(opened, drop, quiet)
-    with _open_engine(opened, tokenizer, choice.options, trace, quiet) as engine:
-        expected = 0.0 if quiet and stats is None else _expected(engine, choice, quiet)
+    say_price(opened, drop, quiet)
+    with open_engine(opened, tokenizer, choice.options, trace, quiet) as engine:
+        expected = 0.0 if quiet and stats is None else expected_speed(engine, choice, quiet)
         if temperature > 0 and seed is None and not quiet:
             say(f"m2c: seed {sampler.seed}")
         figures = _generate(engine, ids, sampler, max_tokens, stop or [], no_stream)
@@ -163,67 +148,6 @@ def _read_stdin() -> str:
         raise UsageError(
             f"stdin is not UTF-8 text (byte {error.start})", "convert it, e.g. with iconv"
         ) from None
-
-
-def _require_unicode(*texts: str | None) -> None:
-    """Python carries bytes of the command line that are not UTF-8 as lone surrogates."""
-    for text in texts:
-        if text and any("\ud800" <= character <= "\udfff" for character in text):
-            raise UsageError(f"{ascii(text)[:60]} is not UTF-8 text", "convert it, e.g. with iconv")
-
-
-def _with_drop(bundle: "Bundle", chosen: "RunOptions", drop: float) -> "RunOptions":
-    """--drop without --mix drops from the bundle's own mix."""
-    from dataclasses import replace
-
-    from m2c.model.mix import Mix
-
-    if not drop or chosen.mix is not None:
-        return chosen
-    return replace(chosen, mix=Mix.of_percent(bundle.manifest.mix.percent, drop=drop))
-
-
-def _say_price(bundle: "Bundle", drop: float, quiet: bool) -> None:
-    if not drop or quiet:
-        return
-    known = bundle.manifest.quality
-    mix = "/".join(str(part) for part in bundle.manifest.mix.percent)
-    measured = [d for d in range(10, 80, 10) if d >= drop and f"ffn_error_drop_{d}" in known]
-    if measured:
-        before, after = known["ffn_error_drop_0"], known[f"ffn_error_drop_{measured[0]}"]
-        say(
-            f"m2c: dropping up to {measured[0]} % raises the FFN output error from {before:.3f} to "
-            f"{after:.3f} (measured when packing, with mix {mix})"
-        )
-    else:
-        say(f"m2c: what dropping {drop:g} % costs was never measured: expect bad text")
-
-
-def _open_engine(
-    bundle: "Bundle", tokenizer: "Tokenizer", chosen: "RunOptions", trace: Path | None, quiet: bool
-) -> "Engine":
-    from m2c.cli.runs import tracing_engine
-    from m2c.engine import Engine
-
-    total = sum(index.header.payload_nbytes for index in bundle.shards.values())
-    with progress("load", total, unit="B", quiet=quiet) as advance:
-        if trace is None:
-            return Engine(bundle, chosen, progress=advance, tokenizer=tokenizer)
-        return tracing_engine(bundle, chosen, trace, advance, tokenizer)
-
-
-def _expected(engine: "Engine", choice: "Choice", quiet: bool) -> float:
-    """Tokens per second that the plan promises on this machine as it is now, said unless quiet."""
-    from m2c.cli.modes import alternatives, draft_words
-    from m2c.cli.runs import tps, where_weights_lie
-    from m2c.predict import expected_tps
-
-    expected = expected_tps(engine)
-    if not quiet:
-        words = f"{choice.mode} mode, expecting {tps(expected)} tok/s{alternatives(choice)}"
-        words += draft_words(choice)
-        say(f"m2c: {words}: {where_weights_lie(engine.plan)}")
-    return expected
 
 
 def _prompt_ids(

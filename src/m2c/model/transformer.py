@@ -45,6 +45,10 @@ class Weights(Protocol):
     def embed(self, ids: Ids) -> Tensor: ...
 
 
+class Stopped(Exception):
+    """A pass was broken off as somebody asked for it; the KV cache is as long as before."""
+
+
 class Transformer:
     """vectors: norms and biases, f32, by Hugging Face name. down_norms: [layers] of [neurons]."""
 
@@ -57,6 +61,8 @@ class Transformer:
         self.config = config
         self.kv = kv
         self.record = record
+        # asked between layers, where store and caches are consistent: a signal may come anywhere
+        self.stop_asked: Callable[[], bool] = lambda: False
         self._store = store
         self._mix = mix
         self._upgrade = upgrade
@@ -73,14 +79,18 @@ class Transformer:
         [tokens, vocab], f32.
 
         Every layer's weights are read once, however many tokens there are. Raises UsageError when
-        the context is full, BadInput when the logits are not finite.
+        the context is full, BadInput when the logits are not finite, Stopped when `stop_asked`.
         """
         self.kv.require_room(len(ids))
         x = self._store.embed(ids)
         if len(ids) <= _AT_ONCE and self._mix.is_uniform and self._store.holds_all:
+            if self.stop_asked():
+                raise Stopped
             x = run_stack(x, self._stack, self.kv.length, self._workers)
         else:
             for layer in range(self.config.num_hidden_layers):
+                if self.stop_asked():
+                    raise Stopped
                 x = self._layer(layer, x)
         self.kv.advance(len(ids))
         logits = self._logits(x if all_logits else x[-1:])

@@ -37,6 +37,13 @@ class StoreStats:
     link: LinkStats  # DRAM to HBM
     upgrades: dict[str, HitStats] = field(default_factory=dict)
 
+    def add(self, other: "StoreStats") -> None:
+        for mine, its in ((self.ssd, other.ssd), (self.link, other.link)):
+            mine.nbytes += its.nbytes
+            mine.busy_s += its.busy_s
+        for plane, hits in other.upgrades.items():
+            self.upgrades.setdefault(plane, HitStats()).add(hits)
+
 
 @dataclass
 class _Use:
