@@ -22,6 +22,7 @@ from m2c.bundle.files import atomic_file
 from m2c.errors import BadInput, M2CError, UnsupportedModel
 from m2c.model.checkpoint import Checkpoint, open_checkpoint
 from m2c.model.config import ModelConfig
+from m2c.model.families import FAMILIES
 from m2c.model.gguf_config import ROPE_DIVISORS, llama3_divisors
 
 
@@ -40,7 +41,7 @@ TYPES: Final = {
         torch.bfloat16, gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16
     ),
 }
-_ARCHITECTURES: Final = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}
+_ARCHITECTURES: Final = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
 
 
 def write_gguf(
@@ -54,15 +55,11 @@ def write_gguf(
     activation that GGUF cannot name, NoSpace or StorageError when the disk refuses.
     """
     config = checkpoint.config
-    if config.hidden_act != "silu":
-        raise UnsupportedModel(
-            f"{checkpoint.path}: GGUF has no word for {config.hidden_act} in {config.model_type}",
-            "use a checkpoint with the silu activation",
-        )
+    _refuse_unsayable(checkpoint)
     names = in_file_order(checkpoint.names())
     with atomic_file(out) as file:
         # the writer opens its file by name; that is the same file, synced and renamed afterwards
-        writer = gguf.GGUFWriter(file.name, config.model_type)
+        writer = gguf.GGUFWriter(file.name, FAMILIES[config.model_type].gguf)
         try:
             add_metadata(writer, config, checkpoint.name, TYPES[kind])
             if tokenizer is None:
@@ -77,6 +74,22 @@ def write_gguf(
                 writer.write_tensor_data(array)
         finally:
             writer.close()
+
+
+def _refuse_unsayable(checkpoint: Checkpoint) -> None:
+    """Raises UnsupportedModel for what the metadata of the architecture cannot express."""
+    config = checkpoint.config
+    arch = FAMILIES[config.model_type].gguf
+    if config.hidden_act != "silu":
+        raise UnsupportedModel(
+            f"{checkpoint.path}: GGUF has no word for {config.hidden_act} in {arch}",
+            "use a checkpoint with the silu activation",
+        )
+    if config.sliding_window:
+        raise UnsupportedModel(
+            f"{checkpoint.path}: GGUF has no word for a sliding window in {arch}",
+            "use a checkpoint whose attention sees everything",
+        )
 
 
 def in_file_order(names: Iterable[str]) -> list[str]:
@@ -127,7 +140,8 @@ def add_tensor_infos(
     writer: gguf.GGUFWriter, checkpoint: Checkpoint, names: Iterable[str], kind: MatrixType
 ) -> None:
     config = checkpoint.config
-    known = gguf.get_tensor_name_map(_ARCHITECTURES[config.model_type], config.num_hidden_layers)
+    arch = _ARCHITECTURES[FAMILIES[config.model_type].gguf]
+    known = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     f32, f16 = np.dtype(np.float32), np.dtype(np.float16)
     divisors = rope_divisors(config)
     if divisors is not None:
@@ -151,7 +165,10 @@ def arrays(checkpoint: Checkpoint, names: Iterable[str], kind: MatrixType) -> It
         yield divisors
     for name in names:
         tensor = checkpoint.read(name)
-        if config.model_type == "llama" and name.split(".")[-2] in ("q_proj", "k_proj"):
+        if FAMILIES[config.model_type].gguf == "llama" and name.split(".")[-2] in (
+            "q_proj",
+            "k_proj",
+        ):
             tensor = permute(tensor, config.head_dim)
         if tensor.ndim == 1:
             yield tensor.float().numpy()

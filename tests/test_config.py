@@ -20,6 +20,7 @@ from m2c.model.config import (
     ffn_names,
     parameter_count,
 )
+from m2c.model.families import MODEL_TYPES
 
 TINY: dict[str, Any] = {
     "model_type": "llama",
@@ -40,6 +41,8 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+SLIDES = {"model_type": "qwen2", "use_sliding_window": True}
+SLIDING, FULL = "sliding_attention", "full_attention"
 
 # numbers of weights in the published safetensors files
 PUBLISHED = {
@@ -114,7 +117,7 @@ def test_other_rope_forms() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"model_type": "mistral"},
+        {"model_type": "mixtral"},
         {"model_type": None},
         {"model_type": ["llama"]},
         {"hidden_act": "gelu"},
@@ -127,8 +130,7 @@ def test_other_rope_forms() -> None:
         {
             "model_type": "qwen2",
             "use_sliding_window": True,
-            "sliding_window": 32,
-            "max_window_layers": 1,
+            "layer_types": ["chunked_attention"] * 2,
         },
     ],
 )
@@ -136,20 +138,29 @@ def test_what_we_would_compute_wrongly_is_refused(change: dict[str, Any]) -> Non
     with pytest.raises(UnsupportedModel) as caught:
         ModelConfig.from_hf(TINY | change, file="some/config.json")
     assert "some/config.json" in caught.value.message
-    assert "llama and qwen2" in caught.value.hint
+    assert "llama, qwen2, mistral" in caught.value.hint.replace(" and ", ", ")
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "windows"),
     [
-        {"use_sliding_window": False, "sliding_window": 32, "max_window_layers": 1},
-        {"use_sliding_window": True, "sliding_window": 256, "max_window_layers": 1},
-        {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 2},
-        {"use_sliding_window": True, "sliding_window": None},
+        ({}, [None, None]),
+        ({"sliding_window": 32}, [None, None]),  # llama has none, whatever the file says
+        ({"model_type": "mistral"}, [4096, 4096]),
+        ({"model_type": "mistral", "sliding_window": 32}, [32, 32]),
+        ({"model_type": "mistral", "sliding_window": None}, [None, None]),
+        ({"model_type": "qwen2", "sliding_window": 32, "max_window_layers": 1}, [None, None]),
+        ({**SLIDES, "sliding_window": 32, "max_window_layers": 1}, [None, 32]),
+        ({**SLIDES, "sliding_window": 32}, [None, None]),  # max_window_layers is 28
+        ({**SLIDES, "sliding_window": None, "max_window_layers": 1}, [None, None]),
+        ({**SLIDES, "sliding_window": 9, "layer_types": [SLIDING, FULL]}, [9, None]),
     ],
 )
-def test_a_window_that_never_slides_is_fine(change: dict[str, Any]) -> None:
-    assert ModelConfig.from_hf(TINY | {"model_type": "qwen2"} | change).qkv_bias
+def test_windows(change: dict[str, Any], windows: list[int | None]) -> None:
+    config = ModelConfig.from_hf(TINY | change)
+    assert [config.window(layer) for layer in range(2)] == windows
+    assert ModelConfig.from_hf(config.to_hf()) == config
+    assert ModelConfig.from_dict(config.to_dict()) == config
 
 
 @pytest.mark.parametrize(
@@ -187,6 +198,11 @@ def test_a_window_that_never_slides_is_fine(change: dict[str, Any]) -> None:
         {"rope_scaling": {"rope_type": 3, "factor": 2.0}},
         {"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}},
         {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 0}},
+        {"model_type": "mistral", "sliding_window": 0},
+        {"model_type": "mistral", "sliding_window": "32"},
+        {**SLIDES, "layer_types": [SLIDING]},
+        {**SLIDES, "layer_types": SLIDING},
+        {**SLIDES, "max_window_layers": -1},
     ],
 )
 def test_wrong_types_and_ranges_are_refused(change: dict[str, Any]) -> None:
@@ -202,6 +218,17 @@ def test_manifest_form_is_strict() -> None:
         ModelConfig.from_dict({key: data[key] for key in data if key != "head_dim"})
     with pytest.raises(BadInput, match="'extra'"):
         ModelConfig.from_dict(data | {"extra": 1})
+    for odd in ({"sliding_window": 9}, {"sliding_window": 9, "sliding_layers": [1, 0]}):
+        with pytest.raises(BadInput, match="sliding"):
+            ModelConfig.from_dict(data | odd)
+
+
+def test_optional_facts_are_named_only_where_they_matter() -> None:
+    """Bundles and fingerprints of llama models are as they were before there were such facts."""
+    optional = ("sliding_window", "sliding_layers")
+    assert not ModelConfig.from_hf(TINY).to_dict().keys() & set(optional)
+    slides = ModelConfig.from_hf(TINY | {"model_type": "mistral"})
+    assert [slides.to_dict()[name] for name in optional] == [4096, [0, 1]]
 
 
 json_values = st.recursive(
@@ -211,10 +238,15 @@ json_values = st.recursive(
 )
 
 
-@given(st.sampled_from([*TINY, "rope_scaling", "rope_parameters", "head_dim"]), json_values)
-def test_any_value_of_any_field_is_accepted_or_refused_politely(key: str, value: Any) -> None:
+FIELDS = [*TINY, "rope_scaling", "rope_parameters", "head_dim", "sliding_window", "layer_types"]
+
+
+@given(st.sampled_from(MODEL_TYPES), st.sampled_from(FIELDS), json_values)
+def test_any_value_of_any_field_is_accepted_or_refused_politely(
+    family: str, key: str, value: Any
+) -> None:
     try:
-        config = ModelConfig.from_hf(TINY | {key: value})
+        config = ModelConfig.from_hf(TINY | {"model_type": family, key: value})
     except (BadInput, UnsupportedModel):
         return
     assert ModelConfig.from_hf(config.to_hf()) == config

@@ -46,7 +46,7 @@ class _Attention(ctypes.Structure):
         ("keys", _POINTER), ("values", _POINTER), ("cosines", _POINTER), ("sines", _POINTER),
         ("positions", ctypes.c_int64), ("start", ctypes.c_int64),
         ("heads", ctypes.c_int32), ("kv_heads", ctypes.c_int32), ("dim", ctypes.c_int32),
-        ("is_f16", ctypes.c_int32), ("scale", ctypes.c_float),
+        ("is_f16", ctypes.c_int32), ("scale", ctypes.c_float), ("window", ctypes.c_int64),
     )  # fmt: skip
 
 
@@ -199,7 +199,7 @@ def _attention(call: AttentionCall) -> _Attention:
         (_POINTER * 4)(*(None if b is None else b.data_ptr() for b in call.biases)),
         call.keys.data_ptr(), call.values.data_ptr(), call.cosines.data_ptr(),
         call.sines.data_ptr(), positions, 0, call.heads, kv_heads, dim,
-        call.keys.dtype == torch.float16, call.scale,
+        call.keys.dtype == torch.float16, call.scale, call.window or positions,
     )  # fmt: skip
 
 

@@ -33,3 +33,4 @@ class AttentionCall:
     sines: Tensor
     heads: int
     scale: float  # of the scores
+    window: int | None = None  # how many positions a token sees, its own included; None: all

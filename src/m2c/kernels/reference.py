@@ -129,8 +129,7 @@ def attention(
     q, k = rotate(made[0], *angles), rotate(made[1], *angles)
     call.keys[:, start:stop] = k.transpose(0, 1)
     call.values[:, start:stop] = made[2].transpose(0, 1)
-    keys, values = call.keys[:, :stop].float(), call.values[:, :stop].float()
-    mixed = _softmax_attention(q, keys, values, start, call.scale)
+    mixed = _softmax_attention(q, call, start)
     if inputs is not None:
         inputs += [normed, mixed]
     return x + _biased(matmul(mixed, call.projections[3], workers), call.biases[3])
@@ -140,20 +139,24 @@ def _biased(y: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias
 
 
-def _softmax_attention(q: Tensor, keys: Tensor, values: Tensor, start: int, scale: float) -> Tensor:
-    """q [tokens, heads, dim] over keys, values [kv_heads, positions, dim]: [tokens, heads * dim].
+def _softmax_attention(q: Tensor, call: AttentionCall, start: int) -> Tensor:
+    """q [tokens, heads, dim] over the keys and values of a call: [tokens, heads * dim].
 
-    Causal: the token at position start + t sees positions up to its own.
+    Causal: the token at position start + t sees positions up to its own, as many as its window.
     """
     tokens, heads, dim = q.shape
+    stop = start + tokens
+    window = call.window or stop
+    first = max(0, start + 1 - window)  # what the first token sees
+    keys, values = call.keys[:, first:stop].float(), call.values[:, first:stop].float()
     groups = keys.shape[0]
     # heads that share keys become rows of one product: broadcasting would copy the keys
     grouped = q.view(tokens, groups, -1, dim).permute(1, 2, 0, 3).reshape(groups, -1, dim)
-    scores = grouped @ keys.transpose(-1, -2) * scale  # [kv, shared * tokens, positions]
+    scores = grouped @ keys.transpose(-1, -2) * call.scale  # [kv, shared * tokens, positions]
     if tokens > 1:
-        positions = torch.arange(keys.shape[1], device=q.device)
-        own = start + torch.arange(tokens, device=q.device)
-        hidden = (positions > own[:, None]).repeat(heads // groups, 1)
+        positions = torch.arange(first, stop, device=q.device)
+        own = torch.arange(start, stop, device=q.device)[:, None]
+        hidden = ((positions > own) | (positions <= own - window)).repeat(heads // groups, 1)
         scores = scores.masked_fill(hidden, float("-inf"))
     mixed = (scores.softmax(dim=-1) @ values).view(groups, -1, tokens, dim)
     return mixed.permute(2, 0, 1, 3).reshape(tokens, heads * dim)

@@ -19,22 +19,25 @@ MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 @dataclass(frozen=True)
-class LayerVectors:
-    """Norms and biases of a layer, f32; a bias the model does not have is None."""
+class LayerFacts:
+    """What a layer is besides its matrices. Vectors are f32; what a model lacks is None."""
 
     attn_norm: Norm
     ffn_norm: Norm
     biases: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # of MATRICES
+    window: int | None  # how many positions a token sees
 
 
-def layer_vectors(tensors: Mapping[str, Tensor], layer: int, eps: float) -> LayerVectors:
-    """From f32 tensors under their Hugging Face names."""
+def layer_facts(config: ModelConfig, tensors: Mapping[str, Tensor], layer: int) -> LayerFacts:
+    """tensors: f32, under their Hugging Face names."""
+    eps = config.rms_norm_eps
     prefix = f"model.layers.{layer}."
     q, k, v, o = (tensors.get(f"{prefix}self_attn.{name}.bias") for name in MATRICES)
-    return LayerVectors(
+    return LayerFacts(
         Norm(tensors[prefix + "input_layernorm.weight"], eps),
         Norm(tensors[prefix + "post_attention_layernorm.weight"], eps),
         (q, k, v, o),
+        config.window(layer),
     )
 
 
@@ -65,13 +68,14 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
 
 
 def attention_call(
-    config: ModelConfig, vectors: LayerVectors, rows: Mapping[str, Rows], *, rotary: Rotary,
+    config: ModelConfig, facts: LayerFacts, rows: Mapping[str, Rows], *, rotary: Rotary,
     keys: Tensor, values: Tensor,
 ) -> AttentionCall:  # fmt: skip
     """keys, values: of this layer, [kv_heads, positions, head_dim]."""
     q, k, v, o = (rows[name] for name in MATRICES)
     return AttentionCall(
-        projections=(q, k, v, o), biases=vectors.biases, keys=keys, values=values,
+        projections=(q, k, v, o), biases=facts.biases, keys=keys, values=values,
         cosines=rotary.cosines, sines=rotary.sines,
         heads=config.num_attention_heads, scale=1 / math.sqrt(config.head_dim),
+        window=facts.window,
     )  # fmt: skip

@@ -14,7 +14,8 @@ from typing import Any, Final, Protocol
 import torch
 
 from m2c.errors import BadInput, UnsupportedModel
-from m2c.model.config import SUPPORTED, ModelConfig, expected_tensors
+from m2c.model.config import ModelConfig, expected_tensors
+from m2c.model.families import SUPPORTED
 from m2c.model.gguf_file import GgufFile
 from m2c.model.hf_folder import HfFolder
 from m2c.model.ranged_file import RangedFile

@@ -13,9 +13,12 @@ from typing import Any, Final
 import numpy as np
 
 from m2c.errors import BadInput, UnsupportedModel
-from m2c.model.config import MODEL_TYPES, SUPPORTED, ModelConfig
+from m2c.model.config import ModelConfig
+from m2c.model.families import FAMILIES, MODEL_TYPES, SUPPORTED
 
 ROPE_DIVISORS: Final = "rope_freqs.weight"
+# the family that an architecture is taken for: the first of those that share it
+ARCHITECTURES: Final = {FAMILIES[name].gguf: name for name in reversed(MODEL_TYPES)}
 _EOS_KEYS: Final = ("eos", "eot", "eom")  # any of them ends a turn
 
 
@@ -31,10 +34,11 @@ def config_from_metadata(
     Raises UnsupportedModel for another architecture or rope, BadInput for wrong values.
     """
     arch = metadata.get("general.architecture")
-    if arch not in MODEL_TYPES:
+    if not isinstance(arch, str) or arch not in ARCHITECTURES:
         message = f"{file}: the architecture {str(arch)[:80]!r} is not supported"
         raise UnsupportedModel(message, SUPPORTED)
-    keys = _Keys(metadata, str(arch), file)
+    keys = _Keys(metadata, arch, file)
+    family = FAMILIES[ARCHITECTURES[arch]]
     if keys.get("expert_count", 0):
         raise UnsupportedModel(f"{file}: a mixture of experts is not supported", SUPPORTED)
     heads, head_dim = _heads(keys)
@@ -43,7 +47,7 @@ def config_from_metadata(
     vocab = len(tokens) if isinstance(tokens, list) else keys.get("vocab_size")
     biased = "model.layers.0.self_attn.q_proj.bias" in names
     data = {
-        "model_type": arch,
+        "model_type": ARCHITECTURES[arch],
         "hidden_size": keys.get("embedding_length"),
         "intermediate_size": keys.get("feed_forward_length"),
         "num_hidden_layers": keys.get("block_count"),
@@ -57,11 +61,12 @@ def config_from_metadata(
         "rope_scaling": _scaling(keys, rope_divisors, head_dim, theta),
         "max_position_embeddings": keys.get("context_length"),
         "tie_word_embeddings": "lm_head.weight" not in names,
-        # as config.json can say it: llama has all four biases or none, qwen2 always three
-        "qkv_bias": arch == "qwen2" or biased,
-        "o_bias": arch == "llama" and biased,
+        # as config.json can say it: all four biases or none, or what the family always has
+        "qkv_bias": biased,
+        "o_bias": biased,
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_ids": _eos(metadata),
+        **family.facts,
     }
     return ModelConfig.from_dict(data, file=file)
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from m2c.errors import BadInput, UnsupportedModel
+from m2c.model.families import SUPPORTED
 from m2c.model.gguf_config import ROPE_DIVISORS, config_from_metadata
 from m2c.model.gguf_header import TensorInfo, read_header
 from m2c.model.ranged_file import RangedFile, check_rows
@@ -119,7 +120,7 @@ def _rename(tensors: Mapping[str, TensorInfo], path: Path) -> dict[str, TensorIn
         if hf_name is None:
             raise UnsupportedModel(
                 f"{path}: the tensor {name[:80]!r} belongs to no model this version runs",
-                "use a llama or qwen2 model without experts, adapters or extra norms",
+                SUPPORTED,
             )
         if len(info.shape) == 1 and info.type_name not in _STORED:
             raise BadInput(f"{path}: the vector {name[:80]!r} is quantized")
@@ -128,7 +129,7 @@ def _rename(tensors: Mapping[str, TensorInfo], path: Path) -> dict[str, TensorIn
 
 
 def hf_tensor_name(name: str) -> str | None:
-    """The Hugging Face name of a GGUF tensor; None if no llama or qwen2 model has such a tensor."""
+    """The Hugging Face name of a GGUF tensor; None if no model we run has such a tensor."""
     if name in _TOP_NAMES:
         return _TOP_NAMES[name]
     match = _LAYER.fullmatch(name)

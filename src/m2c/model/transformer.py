@@ -17,7 +17,7 @@ from m2c.kernels.dispatch import attention, matmul_rows
 from m2c.kernels.operands import AttentionCall, Norm
 from m2c.kernels.rows import Rows
 from m2c.kernels.workers import Workers
-from m2c.model.attention import MATRICES, Rotary, attention_call, layer_vectors
+from m2c.model.attention import MATRICES, Rotary, attention_call, layer_facts
 from m2c.model.config import ModelConfig
 from m2c.model.ffn import mixed_ffn, uniform_ffn
 from m2c.model.kv import KvCache
@@ -54,9 +54,9 @@ class Transformer:
         self._mix = mix
         self._upgrade = upgrade
         self._workers = workers
-        eps = config.rms_norm_eps
-        self._layers = [layer_vectors(vectors, i, eps) for i in range(config.num_hidden_layers)]
-        self._norm = Norm(vectors["model.norm.weight"], eps)
+        layers = range(config.num_hidden_layers)
+        self._layers = [layer_facts(config, vectors, layer) for layer in layers]
+        self._norm = Norm(vectors["model.norm.weight"], config.rms_norm_eps)
         self._down_norms = down_norms
         self._calls: dict[int, AttentionCall] = {}
         self._rotary = Rotary(config, kv.ctx_size, store.device)
@@ -85,19 +85,19 @@ class Transformer:
         return logits if all_logits else logits[0]
 
     def _layer(self, layer: int, x: Tensor) -> Tensor:
-        vectors, act = self._layers[layer], self.config.hidden_act
+        facts, act = self._layers[layer], self.config.hidden_act
         for rows in self._store.uses("dense", layer):
             call = self._attention_call(layer, rows)
-            x = attention(x, call, self.kv.length, self._workers, norm=vectors.attn_norm)
+            x = attention(x, call, self.kv.length, self._workers, norm=facts.attn_norm)
         neurons = (rows[FFN] for rows in self._store.uses("neurons", layer))
         if self._mix.is_uniform:
-            return uniform_ffn(x, neurons, norm=vectors.ffn_norm, act=act, workers=self._workers)
+            return uniform_ffn(x, neurons, norm=facts.ffn_norm, act=act, workers=self._workers)
         single = x.shape[0] == 1
         record = self.record if single else None
         for floor in neurons:  # one block: a mix needs all scores before it can choose
             fetch = partial(self._fetch, layer, floor, single)
             x = mixed_ffn(
-                x, floor, self._down_norms[layer], norm=vectors.ffn_norm, act=act, mix=self._mix,
+                x, floor, self._down_norms[layer], norm=facts.ffn_norm, act=act, mix=self._mix,
                 fetch=fetch, workers=self._workers,
                 record=None if record is None else partial(record, layer),
             )  # fmt: skip

@@ -19,6 +19,7 @@ struct attention {
     int64_t start; /* position of the first token */
     int32_t heads, kv_heads, dim, is_f16;
     float scale; /* of the scores */
+    int64_t window; /* how many positions a token sees, its own included */
 };
 
 struct attend_call {
@@ -117,9 +118,11 @@ static void heads_part(void *context, int part, int parts)
     for (int64_t i; next_piece(&c->pieces, &i);) {
         /* heads that share keys follow each other, and so do their tokens */
         int head = (int)(i / c->tokens), t = (int)(i % c->tokens);
-        size_t from = (size_t)(head / (a->heads / a->kv_heads)) * a->positions * a->dim * item;
+        int64_t stop = a->start + t + 1, first = stop > a->window ? stop - a->window : 0;
+        int64_t group = head / (a->heads / a->kv_heads);
+        size_t from = (size_t)(group * a->positions + first) * a->dim * item;
         size_t at = ((size_t)t * a->heads + head) * a->dim;
-        int seen = (int)(a->start + t + 1);
+        int seen = (int)(stop - first);
         struct cached keys = { (char *)a->keys + from, a->is_f16 };
         struct cached values = { (char *)a->values + from, a->is_f16 };
         c->use->scores(scores, c->made[0] + at, keys, seen, a->dim);
