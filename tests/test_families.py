@@ -40,8 +40,13 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "mistral": {"model_type": "mistral", "sliding_window": None, "rope_theta": 1e6},
     "mistral-windows": {"model_type": "mistral", "sliding_window": 5, "head_dim": 24},
+    "qwen3": {"model_type": "qwen3", "head_dim": 32, "tie_word_embeddings": True},
+    "qwen3-windows-biases": {
+        "model_type": "qwen3", "head_dim": 16, "use_sliding_window": True, "sliding_window": 5,
+        "max_window_layers": 2, "attention_bias": True,
+    },
 }  # fmt: skip
-IN_GGUF = ["mistral"]
+IN_GGUF = ["mistral", "qwen3"]
 WITHOUT_GGUF = ["mistral-windows", "qwen2-windows"]
 
 

@@ -195,7 +195,13 @@ def test_two_instruction_sets_side_by_side() -> None:
 
 
 # what the attention of some families does besides
-EXTRAS: dict[str, dict[str, Any]] = {"": {}, "window": {"window": 3}}
+EXTRAS: dict[str, dict[str, Any]] = {
+    "": {},
+    "window": {"window": 3},
+    "head norms": {
+        "qk_norms": (Norm(torch.linspace(0.5, 2, 20), 1e-5), Norm(torch.linspace(-1, 1, 20), 1e-5))
+    },
+}
 
 
 def as_calls(kind: str, *, kv: torch.dtype, bias: bool, extras: str = "") -> AttentionCall:

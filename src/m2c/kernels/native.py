@@ -47,6 +47,7 @@ class _Attention(ctypes.Structure):
         ("positions", ctypes.c_int64), ("start", ctypes.c_int64),
         ("heads", ctypes.c_int32), ("kv_heads", ctypes.c_int32), ("dim", ctypes.c_int32),
         ("is_f16", ctypes.c_int32), ("scale", ctypes.c_float), ("window", ctypes.c_int64),
+        ("head_norms", _POINTER * 2), ("eps", ctypes.c_float),
     )  # fmt: skip
 
 
@@ -200,6 +201,8 @@ def _attention(call: AttentionCall) -> _Attention:
         call.keys.data_ptr(), call.values.data_ptr(), call.cosines.data_ptr(),
         call.sines.data_ptr(), positions, 0, call.heads, kv_heads, dim,
         call.keys.dtype == torch.float16, call.scale, call.window or positions,
+        (_POINTER * 2)(*(None if n is None else n.weight.data_ptr() for n in call.qk_norms)),
+        max((n.eps for n in call.qk_norms if n is not None), default=0.0),
     )  # fmt: skip
 
 

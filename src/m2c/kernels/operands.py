@@ -33,4 +33,5 @@ class AttentionCall:
     sines: Tensor
     heads: int
     scale: float  # of the scores
+    qk_norms: tuple[Norm | None, Norm | None] = (None, None)  # of every head, before it is turned
     window: int | None = None  # how many positions a token sees, its own included; None: all

@@ -126,7 +126,7 @@ def attention(
         for rows, bias in zip(call.projections[:3], call.biases[:3], strict=True)
     ]
     angles = call.cosines[start:stop], call.sines[start:stop]
-    q, k = rotate(made[0], *angles), rotate(made[1], *angles)
+    q, k = (rotate(apply_norm(made[i], call.qk_norms[i]), *angles) for i in range(2))
     call.keys[:, start:stop] = k.transpose(0, 1)
     call.values[:, start:stop] = made[2].transpose(0, 1)
     mixed = _softmax_attention(q, call, start)

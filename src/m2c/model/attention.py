@@ -25,18 +25,26 @@ class LayerFacts:
     attn_norm: Norm
     ffn_norm: Norm
     biases: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # of MATRICES
+    qk_norms: tuple[Norm | None, Norm | None]
     window: int | None  # how many positions a token sees
 
 
 def layer_facts(config: ModelConfig, tensors: Mapping[str, Tensor], layer: int) -> LayerFacts:
     """tensors: f32, under their Hugging Face names."""
-    eps = config.rms_norm_eps
     prefix = f"model.layers.{layer}."
+
+    def norm(name: str) -> Norm:
+        return Norm(tensors[f"{prefix}{name}.weight"], config.rms_norm_eps)
+
+    def head_norm(name: str) -> Norm | None:
+        return norm(f"self_attn.{name}_norm") if config.qk_norm else None
+
     q, k, v, o = (tensors.get(f"{prefix}self_attn.{name}.bias") for name in MATRICES)
     return LayerFacts(
-        Norm(tensors[prefix + "input_layernorm.weight"], eps),
-        Norm(tensors[prefix + "post_attention_layernorm.weight"], eps),
+        norm("input_layernorm"),
+        norm("post_attention_layernorm"),
         (q, k, v, o),
+        (head_norm("q"), head_norm("k")),
         config.window(layer),
     )
 
@@ -77,5 +85,5 @@ def attention_call(
         projections=(q, k, v, o), biases=facts.biases, keys=keys, values=values,
         cosines=rotary.cosines, sines=rotary.sines,
         heads=config.num_attention_heads, scale=1 / math.sqrt(config.head_dim),
-        window=facts.window,
+        window=facts.window, qk_norms=facts.qk_norms,
     )  # fmt: skip

@@ -77,6 +77,7 @@ class ModelConfig:
     # that a bundle and a fingerprint of a family without them never change.
     sliding_window: int | None = None  # positions that a sliding layer sees, its own included
     sliding_layers: tuple[int, ...] = ()
+    qk_norm: bool = False  # an RMS norm of every head of q and k, before they are rotated
 
     @classmethod
     def from_hf(cls, data: Mapping[str, Any], *, file: str = "config.json") -> "ModelConfig":
@@ -128,6 +129,7 @@ class ModelConfig:
             eos_token_ids=read.tokens("eos_token_ids", vocab),
             sliding_window=window,
             sliding_layers=sliding,
+            qk_norm=read.flag("qk_norm", False),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -208,6 +210,9 @@ def _vectors(config: ModelConfig, prefix: str) -> Iterator[tuple[str, tuple[int]
         yield prefix + "self_attn.v_proj.bias", (kv,)
     if config.o_bias:
         yield prefix + "self_attn.o_proj.bias", (config.hidden_size,)
+    if config.qk_norm:
+        yield prefix + "self_attn.q_norm.weight", (config.head_dim,)
+        yield prefix + "self_attn.k_norm.weight", (config.head_dim,)
 
 
 def parameter_count(config: ModelConfig) -> int:

@@ -39,7 +39,12 @@ FAMILIES: Final[Mapping[str, Family]] = {
         "MistralForCausalLM", "llama", {"qkv_bias": False, "o_bias": False},
         {"sliding_window": 4096}, "all",
     ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM", "qwen3", {"qk_norm": True},
+        {"head_dim": 128, "sliding_window": 4096, "max_window_layers": 28}, "listed",
+    ),
 }  # fmt: skip
+_UNSAID: Final = ("qk_norm",)  # facts of a family that have no key in config.json
 MODEL_TYPES: Final = tuple(FAMILIES)
 HIDDEN_ACTS: Final = ("silu", "relu")
 ROPE_TYPES: Final = ("linear", "llama3")
@@ -103,6 +108,8 @@ def hf_of_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     bias, _ = data.pop("qkv_bias"), data.pop("o_bias")
     if "qkv_bias" not in family.facts:
         data["attention_bias"] = bias
+    for name in _UNSAID:
+        del data[name]
     sliding = set(data.pop("sliding_layers"))
     if family.windows == "listed":
         layers = range(data["num_hidden_layers"])

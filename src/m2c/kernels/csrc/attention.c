@@ -20,6 +20,8 @@ struct attention {
     int32_t heads, kv_heads, dim, is_f16;
     float scale; /* of the scores */
     int64_t window; /* how many positions a token sees, its own included */
+    const float *head_norms[2]; /* [dim]: RMS norms of every head of q and of k, or NULL */
+    float eps; /* of these */
 };
 
 struct attend_call {
@@ -63,6 +65,18 @@ static void rotate(float *x, const float *cosines, const float *sines, int dim)
     }
 }
 
+/* heads of q (which = 0) or k made ready: normed, then turned */
+static void turn(const struct attention *a, int which, float *heads, int count, int64_t position)
+{
+    const float *cosines = a->cosines + position * (a->dim / 2);
+    const float *sines = a->sines + position * (a->dim / 2);
+    for (float *x = heads; x < heads + (size_t)count * a->dim; x += a->dim) {
+        if (a->head_norms[which])
+            rms_norm(x, a->head_norms[which], a->eps, a->dim, x);
+        rotate(x, cosines, sines, a->dim);
+    }
+}
+
 static void keep(const struct attend_call *c, void *cache, int head, int64_t position,
                  const float *from)
 {
@@ -80,13 +94,11 @@ static void place_part(void *context, int part, int parts)
     const struct attention *a = c->a;
     (void)part, (void)parts;
     for (int64_t t; next_piece(&c->pieces, &t);) {
-        const float *cosines = a->cosines + (a->start + t) * (a->dim / 2);
-        const float *sines = a->sines + (a->start + t) * (a->dim / 2);
-        for (int head = 0; head < a->heads; head++)
-            rotate(c->made[0] + ((size_t)t * a->heads + head) * a->dim, cosines, sines, a->dim);
+        size_t kv = (size_t)t * a->kv_heads * a->dim;
+        turn(a, 0, c->made[0] + (size_t)t * a->heads * a->dim, a->heads, a->start + t);
+        turn(a, 1, c->made[1] + kv, a->kv_heads, a->start + t);
         for (int head = 0; head < a->kv_heads; head++) {
-            size_t at = ((size_t)t * a->kv_heads + head) * a->dim;
-            rotate(c->made[1] + at, cosines, sines, a->dim);
+            size_t at = kv + (size_t)head * a->dim;
             keep(c, a->keys, head, a->start + t, c->made[1] + at);
             keep(c, a->values, head, a->start + t, c->made[2] + at);
         }

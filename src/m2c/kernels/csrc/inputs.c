@@ -46,7 +46,7 @@ int finish(struct kernels *k, int failed)
     return failed ? failed : 2 * damaged;
 }
 
-static void norm_token(const float *x, const float *weights, float eps, int length, float *to)
+void rms_norm(const float *x, const float *weights, float eps, int length, float *to)
 {
     float sums[16] = { 0 };
     int j = 0;
@@ -128,7 +128,7 @@ static void prepare_part(void *context, int part, int parts)
     for (int64_t t; next_piece(&c->pieces, &t);) {
         const float *x = g->x + (size_t)t * g->length;
         if (g->norm) {
-            norm_token(x, g->norm, g->eps, g->length, c->normed + (size_t)t * g->length);
+            rms_norm(x, g->norm, g->eps, g->length, c->normed + (size_t)t * g->length);
             x = c->normed + (size_t)t * g->length;
         }
         if (c->values)

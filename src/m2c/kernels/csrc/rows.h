@@ -120,6 +120,8 @@ int room_for(struct kernels *k, const struct rows *rows);
 struct rows rows_from(struct kernels *k, int part, const struct rows *rows, int64_t start,
                       int64_t stop);
 
+/* to[j] = x[j] / root mean square of x * weights[j]; `to` may be x */
+void rms_norm(const float *x, const float *weights, float eps, int length, float *to);
 /* The activations normed, and rounded to int8 when rows have codes. 0, or 1 without memory. */
 int prepare(struct kernels *k, const struct given *given, int kind, struct inputs *in);
 /* The same activations from token t on. */
