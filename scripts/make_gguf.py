@@ -20,10 +20,11 @@ import torch
 
 from m2c.bundle.files import atomic_file
 from m2c.errors import BadInput, M2CError, UnsupportedModel
-from m2c.model.checkpoint import Checkpoint, open_checkpoint
+from m2c.model.checkpoint import Checkpoint, open_checkpoint, read_stored
 from m2c.model.config import ModelConfig
 from m2c.model.families import FAMILIES
 from m2c.model.gguf_config import ROPE_DIVISORS, llama3_divisors
+from m2c.model.places import stored_tensors
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,9 @@ TYPES: Final = {
 _ARCHITECTURES: Final = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
 
 
+_WINDOWED: Final = ("phi3",)  # whose metadata has a word for the window
+
+
 def write_gguf(
     checkpoint: Checkpoint, out: Path, *, kind: str = "f16", tokenizer: Path | None = None
 ) -> None:
@@ -56,7 +60,7 @@ def write_gguf(
     """
     config = checkpoint.config
     _refuse_unsayable(checkpoint)
-    names = in_file_order(checkpoint.names())
+    names = in_file_order(stored_tensors(config))
     with atomic_file(out) as file:
         # the writer opens its file by name; that is the same file, synced and renamed afterwards
         writer = gguf.GGUFWriter(file.name, FAMILIES[config.model_type].gguf)
@@ -85,7 +89,7 @@ def _refuse_unsayable(checkpoint: Checkpoint) -> None:
             f"{checkpoint.path}: GGUF has no word for {config.hidden_act} in {arch}",
             "use a checkpoint with the silu activation",
         )
-    if config.sliding_window:
+    if config.sliding_window and arch not in _WINDOWED:
         raise UnsupportedModel(
             f"{checkpoint.path}: GGUF has no word for a sliding window in {arch}",
             "use a checkpoint whose attention sees everything",
@@ -118,6 +122,8 @@ def add_metadata(writer: gguf.GGUFWriter, config: ModelConfig, name: str, kind: 
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_vocab_size(config.vocab_size)
+    if config.sliding_window:
+        writer.add_sliding_window(config.sliding_window)
     scaling = config.rope_scaling
     if scaling and scaling.rope_type == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
@@ -139,7 +145,7 @@ def copy_tokenizer(writer: gguf.GGUFWriter, source: Path) -> None:
 def add_tensor_infos(
     writer: gguf.GGUFWriter, checkpoint: Checkpoint, names: Iterable[str], kind: MatrixType
 ) -> None:
-    config = checkpoint.config
+    config, shapes = checkpoint.config, stored_tensors(checkpoint.config)
     arch = _ARCHITECTURES[FAMILIES[config.model_type].gguf]
     known = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     f32, f16 = np.dtype(np.float32), np.dtype(np.float16)
@@ -150,7 +156,7 @@ def add_tensor_infos(
         renamed = known.get_name(name, try_suffixes=(".weight", ".bias"))
         if renamed is None:
             raise UnsupportedModel(f"{checkpoint.path}: GGUF has no name for {name}")
-        shape = checkpoint.shape(name)
+        shape = shapes[name]
         dtype = f16 if len(shape) > 1 else f32
         raw = kind.ggml if len(shape) > 1 else gguf.GGMLQuantizationType.F32
         nbytes = int(np.prod(shape)) * dtype.itemsize
@@ -164,7 +170,7 @@ def arrays(checkpoint: Checkpoint, names: Iterable[str], kind: MatrixType) -> It
     if divisors is not None:
         yield divisors
     for name in names:
-        tensor = checkpoint.read(name)
+        tensor = read_stored(checkpoint, name)
         if FAMILIES[config.model_type].gguf == "llama" and name.split(".")[-2] in (
             "q_proj",
             "k_proj",

@@ -45,8 +45,10 @@ MODELS: dict[str, dict[str, Any]] = {
         "model_type": "qwen3", "head_dim": 16, "use_sliding_window": True, "sliding_window": 5,
         "max_window_layers": 2, "attention_bias": True,
     },
+    "phi3": {"model_type": "phi3", "tie_word_embeddings": False},
+    "phi3-windows": {"model_type": "phi3", "sliding_window": 5, "num_key_value_heads": 1},
 }  # fmt: skip
-IN_GGUF = ["mistral", "qwen3"]
+IN_GGUF = ["mistral", "qwen3", "phi3", "phi3-windows"]
 WITHOUT_GGUF = ["mistral-windows", "qwen2-windows"]
 
 

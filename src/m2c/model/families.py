@@ -27,6 +27,7 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     # which layers slide: "none", "all", or "listed" by layer_types or else by max_window_layers
     windows: str = "none"
+    fused: bool = False  # q, k and v are stored as one matrix, gate and up as another
 
 
 FAMILIES: Final[Mapping[str, Family]] = {
@@ -42,6 +43,10 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "qwen3": Family(
         "Qwen3ForCausalLM", "qwen3", {"qk_norm": True},
         {"head_dim": 128, "sliding_window": 4096, "max_window_layers": 28}, "listed",
+    ),
+    "phi3": Family(
+        "Phi3ForCausalLM", "phi3", {"qkv_bias": False, "o_bias": False}, {"rms_norm_eps": 1e-5},
+        "all", fused=True,
     ),
 }  # fmt: skip
 _UNSAID: Final = ("qk_norm",)  # facts of a family that have no key in config.json

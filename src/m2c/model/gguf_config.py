@@ -14,7 +14,7 @@ import numpy as np
 
 from m2c.errors import BadInput, UnsupportedModel
 from m2c.model.config import ModelConfig
-from m2c.model.families import FAMILIES, MODEL_TYPES, SUPPORTED
+from m2c.model.families import FAMILIES, MODEL_TYPES, SUPPORTED, Family
 
 ROPE_DIVISORS: Final = "rope_freqs.weight"
 # the family that an architecture is taken for: the first of those that share it
@@ -66,6 +66,7 @@ def config_from_metadata(
         "o_bias": biased,
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_ids": _eos(metadata),
+        **_windows(keys, family),
         **family.facts,
     }
     return ModelConfig.from_dict(data, file=file)
@@ -99,6 +100,14 @@ def _heads(keys: _Keys) -> tuple[int, int]:
             message = f"{keys.file}: {keys.arch}.{key} differs from the head size {head_dim}"
             raise UnsupportedModel(message, SUPPORTED)
     return heads, head_dim
+
+
+def _windows(keys: _Keys, family: Family) -> dict[str, Any]:
+    """Converters write the window of families in which layers slide by a rule, not by a list."""
+    window = keys.get("attention.sliding_window", 0)
+    if family.windows in ("none", "listed") or not window:
+        return {}
+    return {"sliding_window": window, "sliding_layers": list(range(keys.positive("block_count")))}
 
 
 def _eos(metadata: Mapping[str, Any]) -> list[Any]:

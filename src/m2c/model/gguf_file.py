@@ -37,6 +37,7 @@ _LAYER_NAMES: Final = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_FUSED_NAMES: Final = {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
 _LAYER = re.compile(r"blk\.(0|[1-9]\d{0,3})\.(\w+)\.(weight|bias)", re.ASCII)
 _SPLIT = re.compile(r"-\d{5}-of-(\d{5})\.gguf", re.ASCII)
 _STORED: Final = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -53,7 +54,8 @@ class GgufFile:
         self.header_nbytes = header.nbytes
         self.metadata: dict[str, Any] = header.metadata
         _refuse_split(path, header.metadata)
-        self.tensors: Mapping[str, TensorInfo] = _rename(header.tensors, path)
+        arch = header.metadata.get("general.architecture")
+        self.tensors: Mapping[str, TensorInfo] = _rename(header.tensors, path, arch)
         self.config = config_from_metadata(
             header.metadata,
             self.tensors.keys(),
@@ -113,12 +115,12 @@ def unpermute(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
     return pairs.transpose(1, 2).reshape(rows.shape)
 
 
-def _rename(tensors: Mapping[str, TensorInfo], path: Path) -> dict[str, TensorInfo]:
+def _rename(tensors: Mapping[str, TensorInfo], path: Path, arch: Any) -> dict[str, TensorInfo]:
     found = {}
     for name, info in tensors.items():
         if name == ROPE_DIVISORS:
             continue
-        hf_name = hf_tensor_name(name)
+        hf_name = hf_tensor_name(name, arch)
         if hf_name is None:
             raise UnsupportedModel(
                 f"{path}: the tensor {name[:80]!r} belongs to no model this version runs",
@@ -130,14 +132,15 @@ def _rename(tensors: Mapping[str, TensorInfo], path: Path) -> dict[str, TensorIn
     return found
 
 
-def hf_tensor_name(name: str) -> str | None:
+def hf_tensor_name(name: str, arch: Any = "llama") -> str | None:
     """The Hugging Face name of a GGUF tensor; None if no model we run has such a tensor."""
     if name in _TOP_NAMES:
         return _TOP_NAMES[name]
     match = _LAYER.fullmatch(name)
-    if not match or match[2] not in _LAYER_NAMES:
+    names = _LAYER_NAMES | (_FUSED_NAMES if arch == "phi3" else {})
+    if not match or match[2] not in names:
         return None
-    return f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}.{match[3]}"
+    return f"model.layers.{match[1]}.{names[match[2]]}.{match[3]}"
 
 
 def _refuse_split(path: Path, metadata: Mapping[str, Any]) -> None:
