@@ -28,7 +28,7 @@ from m2c.errors import BadInput, M2CError
 from m2c.model.aliases import ALIASES
 from m2c.model.checkpoint import open_checkpoint, read_stored
 from m2c.model.config import ModelConfig
-from m2c.model.places import stored_tensors
+from m2c.model.places import norm_offset, stored_tensors
 from m2c.tokenizer_gguf import build_from_gguf, build_tokenizer_config
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
@@ -70,10 +70,11 @@ def write_checkpoint(
         write_tokenizer(directory, vocab_size)
 
     def tensor(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        return random_tensor(
+        drawn = random_tensor(
             name, shape, facts.num_hidden_layers, dtype=DTYPES[dtype],
             distribution=distribution, seed=seed,
         )  # fmt: skip
+        return drawn.sub_(norm_offset(facts, name))
 
     shapes = stored_tensors(facts)
     groups = by_layer(shapes)
@@ -196,6 +197,7 @@ def export_gguf(
         tensor = read_stored(checkpoint, name)
         if dither and tensor.ndim > 1:
             tensor = dithered(tensor.float(), generator)
+        tensor = tensor - norm_offset(checkpoint.config, name)
         return tensor.to(DTYPES[dtype]).contiguous()
 
     generator = torch.Generator().manual_seed(seed)

@@ -22,7 +22,7 @@ from m2c.bundle.files import atomic_file
 from m2c.errors import BadInput, M2CError, UnsupportedModel
 from m2c.model.checkpoint import Checkpoint, open_checkpoint, read_stored
 from m2c.model.config import ModelConfig
-from m2c.model.families import FAMILIES
+from m2c.model.families import FAMILIES, by_pattern
 from m2c.model.gguf_config import ROPE_DIVISORS, llama3_divisors
 from m2c.model.places import stored_tensors
 
@@ -45,7 +45,7 @@ TYPES: Final = {
 _ARCHITECTURES: Final = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
 
 
-_WINDOWED: Final = ("phi3",)  # whose metadata has a word for the window
+_WINDOWED: Final = ("phi3", "gemma2", "gemma3")  # whose metadata has a word for the window
 
 
 def write_gguf(
@@ -84,15 +84,24 @@ def _refuse_unsayable(checkpoint: Checkpoint) -> None:
     """Raises UnsupportedModel for what the metadata of the architecture cannot express."""
     config = checkpoint.config
     arch = FAMILIES[config.model_type].gguf
-    if config.hidden_act != "silu":
+    family = FAMILIES[config.model_type]
+    if config.hidden_act != family.defaults.get(family.act_key, "silu"):
         raise UnsupportedModel(
             f"{checkpoint.path}: GGUF has no word for {config.hidden_act} in {arch}",
-            "use a checkpoint with the silu activation",
+            "use a checkpoint with the usual activation of its family",
         )
-    if config.sliding_window and arch not in _WINDOWED:
+    usual = by_pattern(config.num_hidden_layers, family.pattern) if family.pattern else None
+    if config.sliding_window and (
+        arch not in _WINDOWED or usual not in (None, list(config.sliding_layers))
+    ):
         raise UnsupportedModel(
-            f"{checkpoint.path}: GGUF has no word for a sliding window in {arch}",
+            f"{checkpoint.path}: GGUF has no word for these sliding windows in {arch}",
             "use a checkpoint whose attention sees everything",
+        )
+    if config.query_pre_attn_scalar not in (None, config.head_dim):
+        raise UnsupportedModel(
+            f"{checkpoint.path}: GGUF has no word for query_pre_attn_scalar in {arch}",
+            "use a checkpoint where it is the size of a head",
         )
 
 
@@ -124,6 +133,12 @@ def add_metadata(writer: gguf.GGUFWriter, config: ModelConfig, name: str, kind: 
     writer.add_vocab_size(config.vocab_size)
     if config.sliding_window:
         writer.add_sliding_window(config.sliding_window)
+    if config.attn_logit_softcapping:
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+    if config.final_logit_softcapping:
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    if config.local_rope_theta:
+        writer.add_rope_freq_base_swa(config.local_rope_theta)
     scaling = config.rope_scaling
     if scaling and scaling.rope_type == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)

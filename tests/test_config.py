@@ -223,6 +223,45 @@ def test_manifest_form_is_strict() -> None:
             ModelConfig.from_dict(data | odd)
 
 
+GEMMA3 = {key: TINY[key] for key in ("hidden_size", "num_hidden_layers", "intermediate_size")}
+
+
+def test_what_a_multimodal_gemma_leaves_out() -> None:
+    """config.json of gemma-3-4b-it names only what differs from the class it was saved with."""
+    text = {**GEMMA3, "model_type": "gemma3_text", "sliding_window": 1024,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}  # fmt: skip
+    config = ModelConfig.from_hf(
+        {"model_type": "gemma3", "text_config": text, "eos_token_id": [1, 106]}
+    )
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (8, 4, 256)
+    assert (config.vocab_size, config.max_position_embeddings) == (262208, 131072)
+    assert (config.rope_theta, config.local_rope_theta) == (1e6, 1e4)
+    assert config.rope_scaling == RopeScaling("linear", 8.0)
+    assert (config.sliding_layers, config.sliding_window) == ((0, 1), 1024)
+    assert config.tie_word_embeddings
+    assert config.eos_token_ids == (1, 106)
+    assert ModelConfig.from_hf(config.to_hf()) == config
+    for change in (
+        {"text_config": None},
+        {"text_config": text, "quantization_config": {}},
+        {"text_config": {**text, "use_bidirectional_attention": True}},
+        {"text_config": {**text, "rope_parameters": {SLIDING: {"rope_type": "linear"}}}},
+    ):
+        with pytest.raises((BadInput, UnsupportedModel)):
+            ModelConfig.from_hf({"model_type": "gemma3", **change})
+
+
+@pytest.mark.parametrize(
+    "spelled", [{"sliding_window_pattern": 2}, {"layer_types": [SLIDING, FULL]}]
+)
+def test_spellings_of_the_pattern(spelled: dict[str, Any]) -> None:
+    config = ModelConfig.from_hf(
+        TINY | {"model_type": "gemma3_text", "rope_local_base_freq": 500.0} | spelled
+    )
+    assert (config.sliding_layers, config.local_rope_theta) == ((0,), 500.0)
+    assert ModelConfig.from_hf(TINY | {"model_type": "gemma2"}).sliding_layers == (0,)
+
+
 def test_optional_facts_are_named_only_where_they_matter() -> None:
     """Bundles and fingerprints of llama models are as they were before there were such facts."""
     optional = ("sliding_window", "sliding_layers")
@@ -238,7 +277,19 @@ json_values = st.recursive(
 )
 
 
-FIELDS = [*TINY, "rope_scaling", "rope_parameters", "head_dim", "sliding_window", "layer_types"]
+FIELDS = [
+    *TINY,
+    "rope_scaling",
+    "rope_parameters",
+    "head_dim",
+    "sliding_window",
+    "layer_types",
+    "attn_logit_softcapping",
+    "query_pre_attn_scalar",
+    "sliding_window_pattern",
+    "rope_local_base_freq",
+    "text_config",
+]
 
 
 @given(st.sampled_from(MODEL_TYPES), st.sampled_from(FIELDS), json_values)

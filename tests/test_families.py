@@ -5,16 +5,20 @@ and fuses its tensors is theirs, not ours.
 """
 
 import importlib.util
+import json
+import shutil
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
 from running import MIXES, decode, options_for, same, smallest_dram
+from safetensors.torch import load_file, save_file
 from tiny_models import job_for, make_checkpoint_script, profile_folder, run_pack
 
 from m2c.bundle.bundle import Bundle, open_bundle
@@ -33,6 +37,7 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2, "vocab_size": 300, "max_position_embeddings": 256,
     "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
 }  # fmt: skip
+SLIDING, FULL = "sliding_attention", "full_attention"
 MODELS: dict[str, dict[str, Any]] = {
     "qwen2-windows": {
         "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 5,
@@ -47,9 +52,18 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "phi3": {"model_type": "phi3", "tie_word_embeddings": False},
     "phi3-windows": {"model_type": "phi3", "sliding_window": 5, "num_key_value_heads": 1},
+    "gemma2": {"model_type": "gemma2", "head_dim": 16, "query_pre_attn_scalar": 16,
+        "sliding_window": 5, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    "gemma3": {"model_type": "gemma3_text", "head_dim": 32, "query_pre_attn_scalar": 32,
+        "sliding_window": 5, "num_hidden_layers": 7},
+    "gemma3-odd": {"model_type": "gemma3_text", "head_dim": 16, "query_pre_attn_scalar": 24,
+        "sliding_window": 5, "layer_types": [FULL, SLIDING, SLIDING],
+        "attn_logit_softcapping": 1.0, "rope_parameters": {
+            SLIDING: {"rope_type": "default", "rope_theta": 500.0},
+            FULL: {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e5}}},
 }  # fmt: skip
-IN_GGUF = ["mistral", "qwen3", "phi3", "phi3-windows"]
-WITHOUT_GGUF = ["mistral-windows", "qwen2-windows"]
+IN_GGUF = ["mistral", "qwen3", "phi3", "phi3-windows", "gemma2", "gemma3"]
+WITHOUT_GGUF = ["mistral-windows", "qwen2-windows", "gemma3-odd"]
 
 
 @cache
@@ -176,6 +190,47 @@ def test_gguf_of_the_same_weights_gives_the_same_tokens(made: Made, tmp_path: Pa
 def test_what_gguf_cannot_say_is_not_written(made: Made, tmp_path: Path) -> None:
     with pytest.raises(make_gguf_script().UnsupportedModel, match="sliding window"):
         make_gguf_script().write_gguf(open_checkpoint(made.checkpoint), tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize("made", ["gemma3"], indirect=True)
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_the_language_model_of_a_multimodal_checkpoint(
+    made: Made, prefix: str, tmp_path: Path
+) -> None:
+    plain = open_checkpoint(made.checkpoint)
+    shutil.copytree(made.checkpoint, tmp_path / "whole")
+    path = tmp_path / "whole" / "model.safetensors"
+    tensors = {k.replace("model.", prefix, 1): v for k, v in load_file(path).items()}
+    save_file({**tensors, "vision_tower.weight": torch.zeros(3)}, path)
+    text = json.loads((made.checkpoint / "config.json").read_text())
+    whole = {"model_type": "gemma3", "text_config": text, "vision_config": {"hidden_size": 3}}
+    (tmp_path / "whole" / "config.json").write_text(json.dumps(whole))
+    checkpoint = open_checkpoint(tmp_path / "whole")
+    assert checkpoint.config == plain.config
+    assert all(torch.equal(checkpoint.read(name), plain.read(name)) for name in plain.names())
+
+
+@pytest.mark.parametrize("made", ["gemma2", "phi3"], indirect=True)
+def test_a_gguf_exported_as_a_folder_is_the_same_checkpoint(made: Made, tmp_path: Path) -> None:
+    """Fused matrices are put together again, and norms lose the one that GGUF adds."""
+    source = open_checkpoint(made.checkpoint)
+    tokens = ["a", "b", "ab", *(f"t{i}" for i in range(3, 300))]
+    metadata = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2",
+                "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": ["a b"],
+                "tokenizer.ggml.token_type": [1] * 300}  # fmt: skip
+    writer = gguf.GGUFWriter(tmp_path / "tokens.gguf", "llama")
+    for name, value in metadata.items():
+        writer.add_key_value(name, value, gguf.GGUFValueType.get_type(value))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    make_gguf_script().write_gguf(
+        source, tmp_path / "a.gguf", kind="bf16", tokenizer=tmp_path / "tokens.gguf"
+    )
+    make_checkpoint_script().export_gguf(tmp_path / "back", tmp_path / "a.gguf", dtype="bf16")
+    back = open_checkpoint(tmp_path / "back")
+    assert all(torch.equal(back.read(name), source.read(name)) for name in source.names())
 
 
 def test_every_family_is_here_or_among_the_tests_of_the_model() -> None:

@@ -81,7 +81,7 @@ def test_parity_with_the_reference(
     x = inputs(tokens, length)
     met = as_int8(x, row)
     close(kernels.matmul_rows(x, row), reference.matmul_rows(met, row, workers))
-    for act in ("silu", "relu"):
+    for act in ("silu", "relu", "gelu_pytorch_tanh", "fatrelu:0.2"):
         close(kernels.gate_up(x, neurons, act), reference.gate_up(met, neurons, act, workers))
     activations = inputs(tokens, count, seed=1)
     total = torch.zeros_like(x)
@@ -195,9 +195,12 @@ def test_two_instruction_sets_side_by_side() -> None:
 
 
 # what the attention of some families does besides
+UNIT = Norm(torch.ones(72), 1e-5)
 EXTRAS: dict[str, dict[str, Any]] = {
     "": {},
     "window": {"window": 3},
+    "softcap": {"softcap": 0.4, "scale": 0.1},
+    "out norm": {"out_norm": UNIT},
     "head norms": {
         "qk_norms": (Norm(torch.linspace(0.5, 2, 20), 1e-5), Norm(torch.linspace(-1, 1, 20), 1e-5))
     },
@@ -216,7 +219,7 @@ def as_calls(kind: str, *, kv: torch.dtype, bias: bool, extras: str = "") -> Att
     return AttentionCall(
         projections=(q, k, v, make_rows(kind, hidden, 1, heads * dim)), biases=tuple(biases),
         keys=keys, values=values, cosines=angles.cos(), sines=angles.sin(), heads=heads,
-        scale=0.005, **EXTRAS[extras],
+        **{"scale": 0.005, **EXTRAS[extras]},
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from m2c.errors import BadInput
 from m2c.kernels.reference import apply_norm, attention, down, gate_up, rms_norm
 from m2c.kernels.rows import ExactRows
 from m2c.kernels.workers import Workers
-from m2c.model.attention import LayerFacts, Rotary, attention_call, layer_facts
+from m2c.model.attention import LayerFacts, Rotary, attention_call, embedded, layer_facts
 from m2c.model.checkpoint import Checkpoint
 from m2c.model.config import ModelConfig
 from m2c.model.mix import scores_of
@@ -80,7 +80,7 @@ def _embed(checkpoint: Checkpoint, ids: list[int]) -> Tensor:
     rows = {i: checkpoint.read(EMBED, i, i + 1)[0].float() for i in set(ids)}
     states = torch.stack([rows[i] for i in ids])
     require_finite(states, checkpoint, EMBED)
-    return states
+    return embedded(checkpoint.config, states)
 
 
 def _run_layer(
@@ -96,7 +96,7 @@ def _run_layer(
     ffn_input = apply_norm(x, facts.ffn_norm)
     activations = gate_up(ffn_input, rows["ffn"], config.hidden_act, workers)
     tally.count(inputs[0], inputs[1], ffn_input, activations)
-    return x + down(activations, rows["ffn"], workers)
+    return x + apply_norm(down(activations, rows["ffn"], workers), facts.ffn_out_norm)
 
 
 class _Tally:

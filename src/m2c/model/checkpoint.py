@@ -18,7 +18,7 @@ from m2c.model.config import ModelConfig, expected_tensors
 from m2c.model.families import SUPPORTED
 from m2c.model.gguf_file import GgufFile
 from m2c.model.hf_folder import HfFolder
-from m2c.model.places import places, stored_tensors
+from m2c.model.places import norm_offset, places, stored_tensors
 from m2c.model.ranged_file import RangedFile, check_rows
 
 _PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt")
@@ -102,9 +102,12 @@ class HfCheckpoint:
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         place = self._places[name]
         stop = check_rows(name, start, stop, self._shapes[name][0])
-        return self._folder.read(
+        rows = self._folder.read(
             self._stored[place.stored], place.start + start, place.start + stop
         )
+        # in f32, as the models themselves add it
+        offset = norm_offset(self.config, name)
+        return rows.float() + offset if offset else rows
 
     def fingerprint(self) -> str:
         shards = sorted(self._folder.shards.items())

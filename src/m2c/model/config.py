@@ -78,6 +78,12 @@ class ModelConfig:
     sliding_window: int | None = None  # positions that a sliding layer sees, its own included
     sliding_layers: tuple[int, ...] = ()
     qk_norm: bool = False  # an RMS norm of every head of q and k, before they are rotated
+    post_norms: bool = False  # an RMS norm of what attention and FFN give, before it is added
+    scale_embeddings: bool = False  # by the root of hidden_size
+    local_rope_theta: float | None = None  # of sliding layers, which then have no rope_scaling
+    query_pre_attn_scalar: int | None = None  # in place of head_dim in the scale of scores
+    attn_logit_softcapping: float | None = None  # scores s become cap * tanh(s / cap)
+    final_logit_softcapping: float | None = None
 
     @classmethod
     def from_hf(cls, data: Mapping[str, Any], *, file: str = "config.json") -> "ModelConfig":
@@ -130,6 +136,12 @@ class ModelConfig:
             sliding_window=window,
             sliding_layers=sliding,
             qk_norm=read.flag("qk_norm", False),
+            post_norms=read.flag("post_norms", False),
+            scale_embeddings=read.flag("scale_embeddings", False),
+            local_rope_theta=read.maybe_number("local_rope_theta", 1.0, 1e12),
+            query_pre_attn_scalar=read.maybe_integer("query_pre_attn_scalar", 1, 2**20),
+            attn_logit_softcapping=read.maybe_number("attn_logit_softcapping", 1e-3, 1e6),
+            final_logit_softcapping=read.maybe_number("final_logit_softcapping", 1e-3, 1e6),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -156,8 +168,7 @@ class ModelConfig:
 
 def _sliding(read: Fields, layers: int) -> tuple[int | None, tuple[int, ...]]:
     """sliding_window and sliding_layers, both or none."""
-    absent = read.data.get("sliding_window") is None
-    window = None if absent else read.integer("sliding_window", 1, 2**31 - 1)
+    window = read.maybe_integer("sliding_window", 1, 2**31 - 1)
     sliding = read.integers("sliding_layers", 0, layers - 1)
     if (window is None) != (not sliding):
         raise BadInput(f"{read.file}: sliding_window and sliding_layers do not belong together")
@@ -203,6 +214,9 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def _vectors(config: ModelConfig, prefix: str) -> Iterator[tuple[str, tuple[int]]]:
     yield prefix + "input_layernorm.weight", (config.hidden_size,)
     yield prefix + "post_attention_layernorm.weight", (config.hidden_size,)
+    if config.post_norms:
+        yield prefix + "pre_feedforward_layernorm.weight", (config.hidden_size,)
+        yield prefix + "post_feedforward_layernorm.weight", (config.hidden_size,)
     if config.qkv_bias:
         kv = config.num_key_value_heads * config.head_dim
         yield prefix + "self_attn.q_proj.bias", (config.num_attention_heads * config.head_dim,)

@@ -34,6 +34,14 @@ class Fields:
             self._refuse(key, value, f"a number from {low:g} to {high:g}")
         return float(value)
 
+    def maybe_integer(self, key: str, low: int, high: int) -> int | None:
+        """As `integer`, or None when absent."""
+        return None if self.data.get(key) is None else self.integer(key, low, high)
+
+    def maybe_number(self, key: str, low: float, high: float) -> float | None:
+        """As `number`, or None when absent."""
+        return None if self.data.get(key) is None else self.number(key, low, high)
+
     def flag(self, key: str, default: bool | None = None) -> bool:
         """true or false; `default` when absent. Raises BadInput."""
         value = self.data.get(key)
@@ -82,7 +90,7 @@ class Fields:
 
     def token(self, key: str, vocab_size: int) -> int | None:
         """A token id, or None when absent. Raises BadInput."""
-        return None if self.data.get(key) is None else self.integer(key, 0, vocab_size - 1)
+        return self.maybe_integer(key, 0, vocab_size - 1)
 
     def tokens(self, key: str, vocab_size: int) -> tuple[int, ...]:
         """A list of at most 256 token ids, without repeats. Raises BadInput."""

@@ -219,6 +219,7 @@ def _workspace_nbytes(config: ModelConfig, shape: RunShape) -> int:
     tokens = batch_tokens(config)
     batch = tokens * 4 * (8 * config.intermediate_size + 8 * config.hidden_size)
     attend = 2 * 4 * config.head_dim * shape.ctx_size  # rotary tables
+    attend *= 1 if config.local_rope_theta is None else 2
     if shape.native:
         kernels = max(8 * MiB, shape.threads * 128 * 4 * (config.hidden_size + 128))
         attend += 4 * shape.threads * shape.ctx_size

@@ -37,7 +37,13 @@ _LAYER_NAMES: Final = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_GEMMA_NAMES: Final = {
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
 _FUSED_NAMES: Final = {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
+_OTHER_NAMES: Final = {"phi3": _FUSED_NAMES, "gemma2": _GEMMA_NAMES, "gemma3": _GEMMA_NAMES}
 _LAYER = re.compile(r"blk\.(0|[1-9]\d{0,3})\.(\w+)\.(weight|bias)", re.ASCII)
 _SPLIT = re.compile(r"-\d{5}-of-(\d{5})\.gguf", re.ASCII)
 _STORED: Final = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -137,7 +143,7 @@ def hf_tensor_name(name: str, arch: Any = "llama") -> str | None:
     if name in _TOP_NAMES:
         return _TOP_NAMES[name]
     match = _LAYER.fullmatch(name)
-    names = _LAYER_NAMES | (_FUSED_NAMES if arch == "phi3" else {})
+    names = _LAYER_NAMES | _OTHER_NAMES.get(str(arch), {})
     if not match or match[2] not in names:
         return None
     return f"model.layers.{match[1]}.{names[match[2]]}.{match[3]}"

@@ -43,6 +43,12 @@ def stored_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return found
 
 
+def norm_offset(config: ModelConfig, name: str) -> float:
+    """What safetensors files of the family leave out of a norm's weights; GGUF files do not."""
+    one_less = FAMILIES[config.model_type].one_less_norms and name.endswith("norm.weight")
+    return 1.0 if one_less else 0.0
+
+
 def _stored_name(config: ModelConfig, name: str) -> str:
     if not FAMILIES[config.model_type].fused:
         return name

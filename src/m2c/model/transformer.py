@@ -15,9 +15,10 @@ from torch import Tensor
 from m2c.errors import BadInput
 from m2c.kernels.dispatch import attention, matmul_rows
 from m2c.kernels.operands import AttentionCall, Norm
+from m2c.kernels.reference import soft_capped
 from m2c.kernels.rows import Rows
 from m2c.kernels.workers import Workers
-from m2c.model.attention import MATRICES, Rotary, attention_call, layer_facts
+from m2c.model.attention import MATRICES, Rotary, attention_call, embedded, layer_facts
 from m2c.model.config import ModelConfig
 from m2c.model.ffn import mixed_ffn, uniform_ffn
 from m2c.model.kv import KvCache
@@ -69,7 +70,7 @@ class Transformer:
         the context is full, BadInput when the logits are not finite.
         """
         self.kv.require_room(len(ids))
-        x = self._store.embed(ids)
+        x = embedded(self.config, self._store.embed(ids))
         for layer in range(self.config.num_hidden_layers):
             x = self._layer(layer, x)
         self.kv.advance(len(ids))
@@ -80,6 +81,8 @@ class Transformer:
             for head in rows.values()
         ]
         logits = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        if self.config.final_logit_softcapping is not None:
+            logits = soft_capped(logits, self.config.final_logit_softcapping)
         if not bool(torch.isfinite(logits).all()):
             raise BadInput("the model's output is not finite", "check the bundle with m2c check")
         return logits if all_logits else logits[0]
@@ -91,14 +94,17 @@ class Transformer:
             x = attention(x, call, self.kv.length, self._workers, norm=facts.attn_norm)
         neurons = (rows[FFN] for rows in self._store.uses("neurons", layer))
         if self._mix.is_uniform:
-            return uniform_ffn(x, neurons, norm=facts.ffn_norm, act=act, workers=self._workers)
+            return uniform_ffn(
+                x, neurons, norm=facts.ffn_norm, act=act, workers=self._workers,
+                out_norm=facts.ffn_out_norm,
+            )  # fmt: skip
         single = x.shape[0] == 1
         record = self.record if single else None
         for floor in neurons:  # one block: a mix needs all scores before it can choose
             fetch = partial(self._fetch, layer, floor, single)
             x = mixed_ffn(
                 x, floor, self._down_norms[layer], norm=facts.ffn_norm, act=act, mix=self._mix,
-                fetch=fetch, workers=self._workers,
+                fetch=fetch, workers=self._workers, out_norm=facts.ffn_out_norm,
                 record=None if record is None else partial(record, layer),
             )  # fmt: skip
         return x

@@ -21,7 +21,9 @@ struct attention {
     float scale; /* of the scores */
     int64_t window; /* how many positions a token sees, its own included */
     const float *head_norms[2]; /* [dim]: RMS norms of every head of q and of k, or NULL */
-    float eps; /* of these */
+    const float *out_norm; /* [hidden]: RMS norm of what is added to the residual stream, or NULL */
+    float eps; /* of these norms */
+    float softcap; /* the scores are squeezed to within -softcap and softcap; 0: not */
 };
 
 struct attend_call {
@@ -33,6 +35,7 @@ struct attend_call {
     float *scores; /* [threads, positions] */
     float *mixed; /* [tokens, heads, dim] */
     float *x; /* [tokens, hidden]: the residual stream */
+    float *out; /* where the output goes: x, or memory of its own if it is normed first */
     int tokens;
     struct pieces pieces;
 };
@@ -105,11 +108,13 @@ static void place_part(void *context, int part, int parts)
     }
 }
 
-static void softmax(float *scores, int count, float scale)
+static void softmax(float *scores, int count, float scale, float cap)
 {
     float largest = -INFINITY, total = 0;
     for (int p = 0; p < count; p++) {
         scores[p] *= scale;
+        if (cap)
+            scores[p] = tanhf(scores[p] / cap) * cap;
         largest = scores[p] > largest ? scores[p] : largest;
     }
     for (int p = 0; p < count; p++) {
@@ -138,7 +143,7 @@ static void heads_part(void *context, int part, int parts)
         struct cached keys = { (char *)a->keys + from, a->is_f16 };
         struct cached values = { (char *)a->values + from, a->is_f16 };
         c->use->scores(scores, c->made[0] + at, keys, seen, a->dim);
-        softmax(scores, seen, a->scale);
+        softmax(scores, seen, a->scale, a->softcap);
         c->use->mixed(c->mixed + at, scores, values, seen, a->dim);
     }
 }
@@ -150,8 +155,8 @@ static void output_part(void *context, int part, int parts)
     (void)parts;
     for (int64_t i; next_piece(&c->pieces, &i);) {
         int64_t start = i * c->pieces.size, stop = start + c->pieces.size;
-        product(c->k, part, r, c->in, start, stop < r->count ? stop : r->count, c->a->biases[3], 1,
-                c->x, r->count);
+        product(c->k, part, r, c->in, start, stop < r->count ? stop : r->count, c->a->biases[3],
+                c->out == c->x, c->out, r->count);
     }
 }
 
@@ -171,7 +176,8 @@ int m2c_attention(struct kernels *k, const struct given *given, const struct att
     struct inputs in;
     int64_t made = 0;
     size_t tokens = (size_t)given->tokens, wide = (size_t)a->heads * a->dim;
-    struct attend_call c = { .k = k, .use = k->use, .a = a, .in = &in, .x = x, .tokens = given->tokens };
+    struct attend_call c = { .k = k, .use = k->use, .a = a, .in = &in, .x = x, .out = x,
+                             .tokens = given->tokens };
     int failed = prepare(k, given, a->projections[0]->kind, &in);
     for (int i = 0; i < 3 && !failed; i++) {
         made += a->projections[i]->count;
@@ -182,7 +188,9 @@ int m2c_attention(struct kernels *k, const struct given *given, const struct att
         failed = room_for(k, a->projections[i]);
     c.scores = scratch_take(k, pool_threads(k->pool) * a->positions * sizeof(float));
     c.mixed = scratch_take(k, tokens * wide * sizeof(float));
-    failed = failed || !c.scores || !c.mixed;
+    if (a->out_norm)
+        c.out = scratch_take(k, tokens * a->projections[3]->count * sizeof(float));
+    failed = failed || !c.scores || !c.mixed || !c.out;
     if (!failed) {
         run(k, &c, project_part, pieces_of(k, made));
         run(k, &c, place_part, (struct pieces){ 0, given->tokens, 1 });
@@ -192,5 +200,9 @@ int m2c_attention(struct kernels *k, const struct given *given, const struct att
     }
     if (!failed)
         run(k, &c, output_part, pieces_of(k, a->projections[3]->count));
+    if (!failed && a->out_norm) {
+        struct given out = { c.out, a->out_norm, a->eps, given->tokens, given->length };
+        add_normed(k, &out, x);
+    }
     return finish(k, failed);
 }

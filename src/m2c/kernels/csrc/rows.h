@@ -49,6 +49,13 @@ struct given {
     int32_t tokens, length;
 };
 
+/* What the gate goes through. Mirrored by kernels/native.py. */
+struct activation {
+    int32_t kind;
+    float threshold; /* of ACT_RELU: what is not above it gives zero */
+};
+enum { ACT_SILU, ACT_RELU, ACT_GELU_TANH };
+
 /* Pieces of one call, handed out to whoever is free: `size` things each. */
 struct pieces {
     atomic_long next;
@@ -122,6 +129,8 @@ struct rows rows_from(struct kernels *k, int part, const struct rows *rows, int6
 
 /* to[j] = x[j] / root mean square of x * weights[j]; `to` may be x */
 void rms_norm(const float *x, const float *weights, float eps, int length, float *to);
+/* out [tokens, length] += norm(x) */
+void add_normed(struct kernels *k, const struct given *given, float *out);
 /* The activations normed, and rounded to int8 when rows have codes. 0, or 1 without memory. */
 int prepare(struct kernels *k, const struct given *given, int kind, struct inputs *in);
 /* The same activations from token t on. */
