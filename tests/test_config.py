@@ -67,6 +67,7 @@ PUBLISHED = {
     "smollm2-360m": 361_821_120,
     "smollm2-1.7b": 1_711_376_384,
     "prosparse-llama2-7b": 6_738_415_616,
+    "prosparse-llama2-13b": 13_015_864_320,
 }
 
 
@@ -260,6 +261,19 @@ def test_spellings_of_the_pattern(spelled: dict[str, Any]) -> None:
     )
     assert (config.sliding_layers, config.local_rope_theta) == ((0,), 500.0)
     assert ModelConfig.from_hf(TINY | {"model_type": "gemma2"}).sliding_layers == (0,)
+
+
+def test_the_threshold_of_fatrelu() -> None:
+    fat = TINY | {"model_type": "sparsellama", "hidden_act": "fatrelu"}
+    config = ModelConfig.from_hf(fat | {"hidden_act_param": 0.01})
+    assert config.activation == "fatrelu:0.01"
+    assert ModelConfig.from_hf(config.to_hf()) == config
+    assert ModelConfig.from_hf(TINY | {"hidden_act_param": 0.01}).activation == "silu"
+    for threshold in (None, -0.1, "0.01"):
+        with pytest.raises(BadInput, match="hidden_act_param"):
+            ModelConfig.from_hf(fat | {"hidden_act_param": threshold})
+    with pytest.raises(BadInput, match="fatrelu alone"):
+        ModelConfig.from_dict(ModelConfig.from_hf(TINY).to_dict() | {"hidden_act_param": 0.01})
 
 
 def test_optional_facts_are_named_only_where_they_matter() -> None:

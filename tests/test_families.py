@@ -9,6 +9,7 @@ import json
 import shutil
 from dataclasses import replace
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,10 +24,14 @@ from tiny_models import job_for, make_checkpoint_script, profile_folder, run_pac
 
 from m2c.bundle.bundle import Bundle, open_bundle
 from m2c.engine import Engine
+from m2c.generate import generate_step, prefill
 from m2c.kernels.native import LIBRARY
 from m2c.model.checkpoint import open_checkpoint
 from m2c.model.families import FAMILIES
 from m2c.model.mix import Mix
+from m2c.modes import exact_options
+from m2c.sampling import Sampler, SamplingParams
+from m2c.speculate import Speculator
 
 transformers = pytest.importorskip("transformers")
 
@@ -37,6 +42,7 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2, "vocab_size": 300, "max_position_embeddings": 256,
     "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
 }  # fmt: skip
+FAT = 0.3
 SLIDING, FULL = "sliding_attention", "full_attention"
 MODELS: dict[str, dict[str, Any]] = {
     "qwen2-windows": {
@@ -52,6 +58,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "phi3": {"model_type": "phi3", "tie_word_embeddings": False},
     "phi3-windows": {"model_type": "phi3", "sliding_window": 5, "num_key_value_heads": 1},
+    "sparsellama": {"model_type": "llama", "hidden_act": "relu"},
     "gemma2": {"model_type": "gemma2", "head_dim": 16, "query_pre_attn_scalar": 16,
         "sliding_window": 5, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
     "gemma3": {"model_type": "gemma3_text", "head_dim": 32, "query_pre_attn_scalar": 32,
@@ -63,7 +70,7 @@ MODELS: dict[str, dict[str, Any]] = {
             FULL: {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e5}}},
 }  # fmt: skip
 IN_GGUF = ["mistral", "qwen3", "phi3", "phi3-windows", "gemma2", "gemma3"]
-WITHOUT_GGUF = ["mistral-windows", "qwen2-windows", "gemma3-odd"]
+WITHOUT_GGUF = ["mistral-windows", "qwen2-windows", "gemma3-odd", "sparsellama"]
 
 
 @cache
@@ -84,6 +91,9 @@ class Made:
         config = {**SIZES, **MODELS[name]}
         self.facts = transformers.AutoConfig.for_model(**config, attn_implementation="eager")
         model = transformers.AutoModelForCausalLM.from_config(self.facts).eval()
+        if name == "sparsellama":  # which transformers does not have
+            for layer in model.model.layers:
+                layer.mlp.act_fn = torch.nn.Threshold(FAT, 0.0)
         generator = torch.Generator().manual_seed(0)
         for key, weight in model.named_parameters():
             # norms near what they are born with, matrices that keep activations near 1
@@ -95,6 +105,10 @@ class Made:
         # not model.bfloat16(): that would round the rotary frequencies too
         stored = {key: weight.bfloat16() for key, weight in model.state_dict().items()}
         model.save_pretrained(self.checkpoint, state_dict=stored)
+        if name == "sparsellama":
+            fat = {"model_type": name, "hidden_act": "fatrelu", "hidden_act_param": FAT}
+            path = self.checkpoint / "config.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | fat))
         make_checkpoint_script().write_tokenizer(self.checkpoint, 300)
         with torch.no_grad():
             self.logits = model(torch.from_numpy(IDS.astype(np.int64))[None]).logits[0]
@@ -152,6 +166,21 @@ def test_tiers_do_not_change_a_bit(made: Made) -> None:
 
 
 @every_model
+@pytest.mark.skipif(not LIBRARY.exists(), reason="exact mode needs the native kernels")
+def test_exact_mode_gives_the_tokens_of_one_by_one_decoding(made: Made) -> None:
+    options = exact_options(options_for(MIXES["0/25/75"], ctx_size=64), "fp16")
+    ids, greedy = IDS.tolist(), Sampler(SamplingParams())
+    with Engine(made.bundle, replace(options, speculate=False)) as engine:
+        expected = list(islice(generate_step(engine.model, ids, greedy), 32))
+    with Engine(made.bundle, options) as engine:
+        assert engine.draft is not None
+        speculator = Speculator(engine.model, engine.draft, greedy)
+        found = list(speculator.tokens(prefill(engine.model, ids), ids, 32))
+        assert speculator.figures.passes < 32
+    assert found == expected
+
+
+@every_model
 def test_low_precisions_stay_close(made: Made) -> None:
     """A fact that one path forgets would show here, with both sets of kernels."""
     for kernel in ("auto", "torch"):
@@ -163,6 +192,8 @@ def test_low_precisions_stay_close(made: Made) -> None:
 def test_our_config_json_is_theirs(made: Made) -> None:
     """What m2c writes for a GGUF file, transformers reads as the same model."""
     config = open_checkpoint(made.checkpoint).config
+    if config.model_type == "sparsellama":
+        pytest.skip("transformers does not have it")
     written = config.to_hf()
     theirs = transformers.AutoConfig.for_model(**written)
     for key in ("sliding_window", "layer_types", "head_dim", "rope_parameters"):
@@ -188,7 +219,7 @@ def test_gguf_of_the_same_weights_gives_the_same_tokens(made: Made, tmp_path: Pa
 
 @pytest.mark.parametrize("made", WITHOUT_GGUF, indirect=True)
 def test_what_gguf_cannot_say_is_not_written(made: Made, tmp_path: Path) -> None:
-    with pytest.raises(make_gguf_script().UnsupportedModel, match="sliding window"):
+    with pytest.raises(make_gguf_script().UnsupportedModel, match="GGUF has no word"):
         make_gguf_script().write_gguf(open_checkpoint(made.checkpoint), tmp_path / "a.gguf")
 
 
@@ -234,5 +265,5 @@ def test_a_gguf_exported_as_a_folder_is_the_same_checkpoint(made: Made, tmp_path
 
 
 def test_every_family_is_here_or_among_the_tests_of_the_model() -> None:
-    tested = {model["model_type"] for model in MODELS.values()} | {"llama", "qwen2"}
+    tested = {model["model_type"] for model in MODELS.values()} | {"llama", "sparsellama"}
     assert tested == set(FAMILIES)

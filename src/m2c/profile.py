@@ -94,7 +94,7 @@ def _run_layer(
     call = attention_call(config, facts, rows, rotary=rotary, keys=keys, values=values)
     x = attention(x, call, 0, workers, norm=facts.attn_norm, inputs=inputs)
     ffn_input = apply_norm(x, facts.ffn_norm)
-    activations = gate_up(ffn_input, rows["ffn"], config.hidden_act, workers)
+    activations = gate_up(ffn_input, rows["ffn"], config.activation, workers)
     tally.count(inputs[0], inputs[1], ffn_input, activations)
     return x + apply_norm(down(activations, rows["ffn"], workers), facts.ffn_out_norm)
 

@@ -84,6 +84,7 @@ class ModelConfig:
     query_pre_attn_scalar: int | None = None  # in place of head_dim in the scale of scores
     attn_logit_softcapping: float | None = None  # scores s become cap * tanh(s / cap)
     final_logit_softcapping: float | None = None
+    hidden_act_param: float | None = None  # of fatrelu: what is not above it becomes zero
 
     @classmethod
     def from_hf(cls, data: Mapping[str, Any], *, file: str = "config.json") -> "ModelConfig":
@@ -142,6 +143,7 @@ class ModelConfig:
             query_pre_attn_scalar=read.maybe_integer("query_pre_attn_scalar", 1, 2**20),
             attn_logit_softcapping=read.maybe_number("attn_logit_softcapping", 1e-3, 1e6),
             final_logit_softcapping=read.maybe_number("final_logit_softcapping", 1e-3, 1e6),
+            hidden_act_param=_threshold(read),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -154,6 +156,13 @@ class ModelConfig:
         """As a config.json that other programs read too; `from_hf` gives this config back."""
         return hf_of_facts(self._facts())
 
+    @property
+    def activation(self) -> str:
+        """As kernels call it: `kernels.operands.activation_of`."""
+        if self.hidden_act_param is None:
+            return self.hidden_act
+        return f"{self.hidden_act}:{self.hidden_act_param!r}"
+
     def window(self, layer: int) -> int | None:
         """How many positions a token sees in this layer, its own included; None: all."""
         return self.sliding_window if layer in self.sliding_layers else None
@@ -164,6 +173,14 @@ class ModelConfig:
         facts = asdict(self) | {name: list(getattr(self, name)) for name in lists}
         scaling = None if self.rope_scaling is None else self.rope_scaling.to_dict()
         return facts | {"rope_scaling": scaling}
+
+
+def _threshold(read: Fields) -> float | None:
+    if read.data.get("hidden_act") == "fatrelu":
+        return read.number("hidden_act_param", 0.0, 1e6)
+    if read.data.get("hidden_act_param") is not None:
+        raise BadInput(f"{read.file}: hidden_act_param belongs to fatrelu alone")
+    return None
 
 
 def _sliding(read: Fields, layers: int) -> tuple[int | None, tuple[int, ...]]:

@@ -41,6 +41,7 @@ _GEMMA: Final = {
 }  # fmt: skip
 FAMILIES: Final[Mapping[str, Family]] = {
     "llama": Family("LlamaForCausalLM", "llama"),
+    "sparsellama": Family("SparseLlamaForCausalLM", "llama"),  # ProSparse: llama with FATReLU
     "qwen2": Family(
         "Qwen2ForCausalLM", "qwen2", {"qkv_bias": True, "o_bias": False},
         {"sliding_window": 4096, "max_window_layers": 28}, "listed",
@@ -87,7 +88,7 @@ _SAID_BY_SOME: Final = (
 )  # fmt: skip
 _OUTER: Final = ("bos_token_id", "eos_token_id", "quantization_config", "tie_word_embeddings")
 MODEL_TYPES: Final = tuple(FAMILIES)
-HIDDEN_ACTS: Final = ("silu", "relu", "gelu_pytorch_tanh")
+HIDDEN_ACTS: Final = ("silu", "relu", "gelu_pytorch_tanh", "fatrelu")
 ROPE_TYPES: Final = ("linear", "llama3")
 SUPPORTED: Final = (
     f"this version runs {', '.join(MODEL_TYPES[:-1])} and {MODEL_TYPES[-1]} models with "
@@ -127,6 +128,10 @@ def facts_of_hf(data: Mapping[str, Any], file: str) -> dict[str, Any]:
         "head_dim": value("head_dim", hidden // heads),
         "vocab_size": value("vocab_size"),
         "hidden_act": value(family.act_key, "silu"),
+        # the threshold of fatrelu; other activations have none, whatever the file says
+        "hidden_act_param": value("hidden_act_param")
+        if data.get(family.act_key) == "fatrelu"
+        else None,
         "rms_norm_eps": value("rms_norm_eps", 1e-6),
         "rope_theta": theta,
         "rope_scaling": scaling,
@@ -154,6 +159,8 @@ def hf_of_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     for name in (*_UNSAID, *(name for name in _SAID_BY_SOME if name not in family.defaults)):
         del data[name]
     data[family.act_key] = data["hidden_act"]
+    if data["hidden_act_param"] is None:
+        del data["hidden_act_param"]
     if "local_rope_theta" in data:
         data["rope_local_base_freq"] = data.pop("local_rope_theta")
     sliding = set(data.pop("sliding_layers"))

@@ -88,7 +88,7 @@ class Transformer:
         return logits if all_logits else logits[0]
 
     def _layer(self, layer: int, x: Tensor) -> Tensor:
-        facts, act = self._layers[layer], self.config.hidden_act
+        facts, act = self._layers[layer], self.config.activation
         for rows in self._store.uses("dense", layer):
             call = self._attention_call(layer, rows)
             x = attention(x, call, self.kv.length, self._workers, norm=facts.attn_norm)
