@@ -199,7 +199,7 @@ UNIT = Norm(torch.ones(72), 1e-5)
 EXTRAS: dict[str, dict[str, Any]] = {
     "": {},
     "window": {"window": 3},
-    "softcap": {"softcap": 0.4, "scale": 0.1},
+    "softcap": {"softcap": 1.0},
     "out norm": {"out_norm": UNIT},
     "head norms": {
         "qk_norms": (Norm(torch.linspace(0.5, 2, 20), 1e-5), Norm(torch.linspace(-1, 1, 20), 1e-5))
@@ -219,7 +219,7 @@ def as_calls(kind: str, *, kv: torch.dtype, bias: bool, extras: str = "") -> Att
     return AttentionCall(
         projections=(q, k, v, make_rows(kind, hidden, 1, heads * dim)), biases=tuple(biases),
         keys=keys, values=values, cosines=angles.cos(), sines=angles.sin(), heads=heads,
-        **{"scale": 0.005, **EXTRAS[extras]},
+        scale=0.005, **EXTRAS[extras],
     )  # fmt: skip
 
 

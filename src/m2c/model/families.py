@@ -92,7 +92,8 @@ HIDDEN_ACTS: Final = ("silu", "relu", "gelu_pytorch_tanh", "fatrelu")
 ROPE_TYPES: Final = ("linear", "llama3")
 SUPPORTED: Final = (
     f"this version runs {', '.join(MODEL_TYPES[:-1])} and {MODEL_TYPES[-1]} models with "
-    f"{' or '.join(HIDDEN_ACTS)} activation and default, linear or llama3 rope"
+    f"{', '.join(HIDDEN_ACTS[:-1])} or {HIDDEN_ACTS[-1]} activation and default, linear or llama3 "
+    "rope"
 )
 
 
