@@ -26,8 +26,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from m2c.data import calibration_text
 from m2c.errors import BadInput, M2CError
 from m2c.model.aliases import ALIASES
-from m2c.model.checkpoint import open_checkpoint
-from m2c.model.config import ModelConfig, expected_tensors
+from m2c.model.checkpoint import open_checkpoint, read_stored
+from m2c.model.config import ModelConfig
+from m2c.model.places import norm_offset, stored_tensors
 from m2c.tokenizer_gguf import build_from_gguf, build_tokenizer_config
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
@@ -69,12 +70,13 @@ def write_checkpoint(
         write_tokenizer(directory, vocab_size)
 
     def tensor(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        return random_tensor(
+        drawn = random_tensor(
             name, shape, facts.num_hidden_layers, dtype=DTYPES[dtype],
             distribution=distribution, seed=seed,
         )  # fmt: skip
+        return drawn.sub_(norm_offset(facts, name))
 
-    shapes = expected_tensors(facts)
+    shapes = stored_tensors(facts)
     groups = by_layer(shapes)
     shards = ({name: tensor(name, shapes[name]) for name in names} for names in groups)
     write_shards(directory, shards, len(groups))
@@ -192,13 +194,14 @@ def export_gguf(
     (directory / "tokenizer_config.json").write_bytes(build_tokenizer_config(metadata))
 
     def tensor(name: str) -> torch.Tensor:
-        tensor = checkpoint.read(name)
+        tensor = read_stored(checkpoint, name)
         if dither and tensor.ndim > 1:
             tensor = dithered(tensor.float(), generator)
+        tensor = tensor - norm_offset(checkpoint.config, name)
         return tensor.to(DTYPES[dtype]).contiguous()
 
     generator = torch.Generator().manual_seed(seed)
-    groups = by_layer(checkpoint.names())
+    groups = by_layer(stored_tensors(checkpoint.config))
     shards = ({name: tensor(name) for name in names} for names in groups)
     write_shards(directory, shards, len(groups))
 

@@ -20,9 +20,11 @@ import torch
 
 from m2c.bundle.files import atomic_file
 from m2c.errors import BadInput, M2CError, UnsupportedModel
-from m2c.model.checkpoint import Checkpoint, open_checkpoint
+from m2c.model.checkpoint import Checkpoint, open_checkpoint, read_stored
 from m2c.model.config import ModelConfig
+from m2c.model.families import FAMILIES, by_pattern
 from m2c.model.gguf_config import ROPE_DIVISORS, llama3_divisors
+from m2c.model.places import stored_tensors
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,10 @@ TYPES: Final = {
         torch.bfloat16, gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16
     ),
 }
-_ARCHITECTURES: Final = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}
+_ARCHITECTURES: Final = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+
+
+_WINDOWED: Final = ("phi3", "gemma2", "gemma3")  # whose metadata has a word for the window
 
 
 def write_gguf(
@@ -54,15 +59,11 @@ def write_gguf(
     activation that GGUF cannot name, NoSpace or StorageError when the disk refuses.
     """
     config = checkpoint.config
-    if config.hidden_act != "silu":
-        raise UnsupportedModel(
-            f"{checkpoint.path}: GGUF has no word for {config.hidden_act} in {config.model_type}",
-            "use a checkpoint with the silu activation",
-        )
-    names = in_file_order(checkpoint.names())
+    _refuse_unsayable(checkpoint)
+    names = in_file_order(stored_tensors(config))
     with atomic_file(out) as file:
         # the writer opens its file by name; that is the same file, synced and renamed afterwards
-        writer = gguf.GGUFWriter(file.name, config.model_type)
+        writer = gguf.GGUFWriter(file.name, FAMILIES[config.model_type].gguf)
         try:
             add_metadata(writer, config, checkpoint.name, TYPES[kind])
             if tokenizer is None:
@@ -77,6 +78,31 @@ def write_gguf(
                 writer.write_tensor_data(array)
         finally:
             writer.close()
+
+
+def _refuse_unsayable(checkpoint: Checkpoint) -> None:
+    """Raises UnsupportedModel for what the metadata of the architecture cannot express."""
+    config = checkpoint.config
+    arch = FAMILIES[config.model_type].gguf
+    family = FAMILIES[config.model_type]
+    if config.hidden_act != family.defaults.get(family.act_key, "silu"):
+        raise UnsupportedModel(
+            f"{checkpoint.path}: GGUF has no word for {config.hidden_act} in {arch}",
+            "use a checkpoint with the usual activation of its family",
+        )
+    usual = by_pattern(config.num_hidden_layers, family.pattern) if family.pattern else None
+    if config.sliding_window and (
+        arch not in _WINDOWED or usual not in (None, list(config.sliding_layers))
+    ):
+        raise UnsupportedModel(
+            f"{checkpoint.path}: GGUF has no word for these sliding windows in {arch}",
+            "use a checkpoint whose attention sees everything",
+        )
+    if config.query_pre_attn_scalar not in (None, config.head_dim):
+        raise UnsupportedModel(
+            f"{checkpoint.path}: GGUF has no word for query_pre_attn_scalar in {arch}",
+            "use a checkpoint where it is the size of a head",
+        )
 
 
 def in_file_order(names: Iterable[str]) -> list[str]:
@@ -105,6 +131,14 @@ def add_metadata(writer: gguf.GGUFWriter, config: ModelConfig, name: str, kind: 
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_vocab_size(config.vocab_size)
+    if config.sliding_window:
+        writer.add_sliding_window(config.sliding_window)
+    if config.attn_logit_softcapping:
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+    if config.final_logit_softcapping:
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    if config.local_rope_theta:
+        writer.add_rope_freq_base_swa(config.local_rope_theta)
     scaling = config.rope_scaling
     if scaling and scaling.rope_type == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
@@ -126,8 +160,9 @@ def copy_tokenizer(writer: gguf.GGUFWriter, source: Path) -> None:
 def add_tensor_infos(
     writer: gguf.GGUFWriter, checkpoint: Checkpoint, names: Iterable[str], kind: MatrixType
 ) -> None:
-    config = checkpoint.config
-    known = gguf.get_tensor_name_map(_ARCHITECTURES[config.model_type], config.num_hidden_layers)
+    config, shapes = checkpoint.config, stored_tensors(checkpoint.config)
+    arch = _ARCHITECTURES[FAMILIES[config.model_type].gguf]
+    known = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     f32, f16 = np.dtype(np.float32), np.dtype(np.float16)
     divisors = rope_divisors(config)
     if divisors is not None:
@@ -136,7 +171,7 @@ def add_tensor_infos(
         renamed = known.get_name(name, try_suffixes=(".weight", ".bias"))
         if renamed is None:
             raise UnsupportedModel(f"{checkpoint.path}: GGUF has no name for {name}")
-        shape = checkpoint.shape(name)
+        shape = shapes[name]
         dtype = f16 if len(shape) > 1 else f32
         raw = kind.ggml if len(shape) > 1 else gguf.GGMLQuantizationType.F32
         nbytes = int(np.prod(shape)) * dtype.itemsize
@@ -150,8 +185,11 @@ def arrays(checkpoint: Checkpoint, names: Iterable[str], kind: MatrixType) -> It
     if divisors is not None:
         yield divisors
     for name in names:
-        tensor = checkpoint.read(name)
-        if config.model_type == "llama" and name.split(".")[-2] in ("q_proj", "k_proj"):
+        tensor = read_stored(checkpoint, name)
+        if FAMILIES[config.model_type].gguf == "llama" and name.split(".")[-2] in (
+            "q_proj",
+            "k_proj",
+        ):
             tensor = permute(tensor, config.head_dim)
         if tensor.ndim == 1:
             yield tensor.float().numpy()

@@ -20,6 +20,7 @@ from m2c.model.config import (
     ffn_names,
     parameter_count,
 )
+from m2c.model.families import MODEL_TYPES
 
 TINY: dict[str, Any] = {
     "model_type": "llama",
@@ -40,6 +41,8 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+SLIDES = {"model_type": "qwen2", "use_sliding_window": True}
+SLIDING, FULL = "sliding_attention", "full_attention"
 
 # numbers of weights in the published safetensors files
 PUBLISHED = {
@@ -70,8 +73,8 @@ PUBLISHED = {
     "qwen2.5-coder-7b": 7_615_616_512,
     "qwen2.5-coder-14b": 14_770_033_664,
     "qwen2.5-coder-32b": 32_763_876_352,
-    "prosparse-llama2-13b": 13_015_864_320,
     "prosparse-llama2-7b": 6_738_415_616,
+    "prosparse-llama2-13b": 13_015_864_320,
 }
 
 
@@ -122,7 +125,7 @@ def test_other_rope_forms() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"model_type": "mistral"},
+        {"model_type": "mixtral"},
         {"model_type": None},
         {"model_type": ["llama"]},
         {"hidden_act": "gelu"},
@@ -135,8 +138,7 @@ def test_other_rope_forms() -> None:
         {
             "model_type": "qwen2",
             "use_sliding_window": True,
-            "sliding_window": 32,
-            "max_window_layers": 1,
+            "layer_types": ["chunked_attention"] * 2,
         },
     ],
 )
@@ -144,20 +146,29 @@ def test_what_we_would_compute_wrongly_is_refused(change: dict[str, Any]) -> Non
     with pytest.raises(UnsupportedModel) as caught:
         ModelConfig.from_hf(TINY | change, file="some/config.json")
     assert "some/config.json" in caught.value.message
-    assert "llama and qwen2" in caught.value.hint
+    assert "llama, qwen2, mistral" in caught.value.hint.replace(" and ", ", ")
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "windows"),
     [
-        {"use_sliding_window": False, "sliding_window": 32, "max_window_layers": 1},
-        {"use_sliding_window": True, "sliding_window": 256, "max_window_layers": 1},
-        {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 2},
-        {"use_sliding_window": True, "sliding_window": None},
+        ({}, [None, None]),
+        ({"sliding_window": 32}, [None, None]),  # llama has none, whatever the file says
+        ({"model_type": "mistral"}, [4096, 4096]),
+        ({"model_type": "mistral", "sliding_window": 32}, [32, 32]),
+        ({"model_type": "mistral", "sliding_window": None}, [None, None]),
+        ({"model_type": "qwen2", "sliding_window": 32, "max_window_layers": 1}, [None, None]),
+        ({**SLIDES, "sliding_window": 32, "max_window_layers": 1}, [None, 32]),
+        ({**SLIDES, "sliding_window": 32}, [None, None]),  # max_window_layers is 28
+        ({**SLIDES, "sliding_window": None, "max_window_layers": 1}, [None, None]),
+        ({**SLIDES, "sliding_window": 9, "layer_types": [SLIDING, FULL]}, [9, None]),
     ],
 )
-def test_a_window_that_never_slides_is_fine(change: dict[str, Any]) -> None:
-    assert ModelConfig.from_hf(TINY | {"model_type": "qwen2"} | change).qkv_bias
+def test_windows(change: dict[str, Any], windows: list[int | None]) -> None:
+    config = ModelConfig.from_hf(TINY | change)
+    assert [config.window(layer) for layer in range(2)] == windows
+    assert ModelConfig.from_hf(config.to_hf()) == config
+    assert ModelConfig.from_dict(config.to_dict()) == config
 
 
 @pytest.mark.parametrize(
@@ -195,6 +206,11 @@ def test_a_window_that_never_slides_is_fine(change: dict[str, Any]) -> None:
         {"rope_scaling": {"rope_type": 3, "factor": 2.0}},
         {"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}},
         {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 0}},
+        {"model_type": "mistral", "sliding_window": 0},
+        {"model_type": "mistral", "sliding_window": "32"},
+        {**SLIDES, "layer_types": [SLIDING]},
+        {**SLIDES, "layer_types": SLIDING},
+        {**SLIDES, "max_window_layers": -1},
     ],
 )
 def test_wrong_types_and_ranges_are_refused(change: dict[str, Any]) -> None:
@@ -210,6 +226,69 @@ def test_manifest_form_is_strict() -> None:
         ModelConfig.from_dict({key: data[key] for key in data if key != "head_dim"})
     with pytest.raises(BadInput, match="'extra'"):
         ModelConfig.from_dict(data | {"extra": 1})
+    for odd in ({"sliding_window": 9}, {"sliding_window": 9, "sliding_layers": [1, 0]}):
+        with pytest.raises(BadInput, match="sliding"):
+            ModelConfig.from_dict(data | odd)
+
+
+GEMMA3 = {key: TINY[key] for key in ("hidden_size", "num_hidden_layers", "intermediate_size")}
+
+
+def test_what_a_multimodal_gemma_leaves_out() -> None:
+    """config.json of gemma-3-4b-it names only what differs from the class it was saved with."""
+    text = {**GEMMA3, "model_type": "gemma3_text", "sliding_window": 1024,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}  # fmt: skip
+    config = ModelConfig.from_hf(
+        {"model_type": "gemma3", "text_config": text, "eos_token_id": [1, 106]}
+    )
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (8, 4, 256)
+    assert (config.vocab_size, config.max_position_embeddings) == (262208, 131072)
+    assert (config.rope_theta, config.local_rope_theta) == (1e6, 1e4)
+    assert config.rope_scaling == RopeScaling("linear", 8.0)
+    assert (config.sliding_layers, config.sliding_window) == ((0, 1), 1024)
+    assert config.tie_word_embeddings
+    assert config.eos_token_ids == (1, 106)
+    assert ModelConfig.from_hf(config.to_hf()) == config
+    for change in (
+        {"text_config": None},
+        {"text_config": text, "quantization_config": {}},
+        {"text_config": {**text, "use_bidirectional_attention": True}},
+        {"text_config": {**text, "rope_parameters": {SLIDING: {"rope_type": "linear"}}}},
+    ):
+        with pytest.raises((BadInput, UnsupportedModel)):
+            ModelConfig.from_hf({"model_type": "gemma3", **change})
+
+
+@pytest.mark.parametrize(
+    "spelled", [{"sliding_window_pattern": 2}, {"layer_types": [SLIDING, FULL]}]
+)
+def test_spellings_of_the_pattern(spelled: dict[str, Any]) -> None:
+    config = ModelConfig.from_hf(
+        TINY | {"model_type": "gemma3_text", "rope_local_base_freq": 500.0} | spelled
+    )
+    assert (config.sliding_layers, config.local_rope_theta) == ((0,), 500.0)
+    assert ModelConfig.from_hf(TINY | {"model_type": "gemma2"}).sliding_layers == (0,)
+
+
+def test_the_threshold_of_fatrelu() -> None:
+    fat = TINY | {"model_type": "sparsellama", "hidden_act": "fatrelu"}
+    config = ModelConfig.from_hf(fat | {"hidden_act_param": 0.01})
+    assert config.activation == "fatrelu:0.01"
+    assert ModelConfig.from_hf(config.to_hf()) == config
+    assert ModelConfig.from_hf(TINY | {"hidden_act_param": 0.01}).activation == "silu"
+    for threshold in (None, -0.1, "0.01"):
+        with pytest.raises(BadInput, match="hidden_act_param"):
+            ModelConfig.from_hf(fat | {"hidden_act_param": threshold})
+    with pytest.raises(BadInput, match="fatrelu alone"):
+        ModelConfig.from_dict(ModelConfig.from_hf(TINY).to_dict() | {"hidden_act_param": 0.01})
+
+
+def test_optional_facts_are_named_only_where_they_matter() -> None:
+    """Bundles and fingerprints of llama models are as they were before there were such facts."""
+    optional = ("sliding_window", "sliding_layers")
+    assert not ModelConfig.from_hf(TINY).to_dict().keys() & set(optional)
+    slides = ModelConfig.from_hf(TINY | {"model_type": "mistral"})
+    assert [slides.to_dict()[name] for name in optional] == [4096, [0, 1]]
 
 
 json_values = st.recursive(
@@ -219,10 +298,27 @@ json_values = st.recursive(
 )
 
 
-@given(st.sampled_from([*TINY, "rope_scaling", "rope_parameters", "head_dim"]), json_values)
-def test_any_value_of_any_field_is_accepted_or_refused_politely(key: str, value: Any) -> None:
+FIELDS = [
+    *TINY,
+    "rope_scaling",
+    "rope_parameters",
+    "head_dim",
+    "sliding_window",
+    "layer_types",
+    "attn_logit_softcapping",
+    "query_pre_attn_scalar",
+    "sliding_window_pattern",
+    "rope_local_base_freq",
+    "text_config",
+]
+
+
+@given(st.sampled_from(MODEL_TYPES), st.sampled_from(FIELDS), json_values)
+def test_any_value_of_any_field_is_accepted_or_refused_politely(
+    family: str, key: str, value: Any
+) -> None:
     try:
-        config = ModelConfig.from_hf(TINY | {key: value})
+        config = ModelConfig.from_hf(TINY | {"model_type": family, key: value})
     except (BadInput, UnsupportedModel):
         return
     assert ModelConfig.from_hf(config.to_hf()) == config

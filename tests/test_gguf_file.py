@@ -157,7 +157,7 @@ def test_linear_rope(tmp_path: Path) -> None:
         ("llama", {"rope.dimension_count": 32}, {}),
         ("llama", {"split.count": 2}, {}),
         ("llama", {}, {"blk.0.ffn_gate_exps.weight": np.zeros((2, 2), np.float32)}),
-        ("llama", {}, {"blk.0.attn_q_norm.weight": np.zeros(2, np.float32)}),
+        ("llama", {}, {"blk.0.attn_sinks.weight": np.zeros(2, np.float32)}),
     ],
 )
 def test_unsupported_models(tmp_path: Path, arch: str, meta: Any, more: Any) -> None:

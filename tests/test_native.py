@@ -1,6 +1,7 @@
 """The C kernels against the torch reference, for every instruction set this machine has."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,7 +81,7 @@ def test_parity_with_the_reference(
     x = inputs(tokens, length)
     met = as_int8(x, row)
     close(kernels.matmul_rows(x, row), reference.matmul_rows(met, row, workers))
-    for act in ("silu", "relu"):
+    for act in ("silu", "relu", "gelu_pytorch_tanh", "fatrelu:0.2"):
         close(kernels.gate_up(x, neurons, act), reference.gate_up(met, neurons, act, workers))
     activations = inputs(tokens, count, seed=1)
     total = torch.zeros_like(x)
@@ -193,7 +194,21 @@ def test_two_instruction_sets_side_by_side() -> None:
     second.close()
 
 
-def as_calls(kernels: NativeKernels, kind: str, *, kv: torch.dtype, bias: bool) -> AttentionCall:
+# what the attention of some families does besides
+UNIT = Norm(torch.ones(72), 1e-5)
+EXTRAS: dict[str, dict[str, Any]] = {
+    "": {},
+    "window": {"window": 3},
+    "softcap": {"softcap": 1.0},
+    "out norm": {"out_norm": UNIT},
+    "head norms": {
+        "qk_norms": (Norm(torch.linspace(0.5, 2, 20), 1e-5), Norm(torch.linspace(-1, 1, 20), 1e-5))
+    },
+}
+
+
+def as_calls(kind: str, *, kv: torch.dtype, bias: bool, extras: str = "") -> AttentionCall:
+    """extras: a key of EXTRAS."""
     heads, kv_heads, dim, hidden, positions = 6, 2, 20, 72, 50
     counts = (heads * dim, kv_heads * dim, kv_heads * dim)
     q, k, v = (make_rows(kind, count, 1, hidden) for count in counts)
@@ -204,18 +219,18 @@ def as_calls(kernels: NativeKernels, kind: str, *, kv: torch.dtype, bias: bool) 
     return AttentionCall(
         projections=(q, k, v, make_rows(kind, hidden, 1, heads * dim)), biases=tuple(biases),
         keys=keys, values=values, cosines=angles.cos(), sines=angles.sin(), heads=heads,
-        scale=0.005,
+        scale=0.005, **EXTRAS[extras],
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("kv", [torch.float16, torch.float32])
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("bias", "extras"), [(True, ""), *((False, name) for name in EXTRAS)])
 def test_attention_equals_the_reference(
-    kernels: NativeKernels, workers: Workers, kind: str, kv: torch.dtype, bias: bool
+    kernels: NativeKernels, workers: Workers, kind: str, kv: torch.dtype, bias: bool, extras: str
 ) -> None:
     norm = Norm(inputs(1, 72, seed=9)[0], 1e-5)
-    ours, theirs = (as_calls(kernels, kind, kv=kv, bias=bias) for _ in range(2))
+    ours, theirs = (as_calls(kind, kv=kv, bias=bias, extras=extras) for _ in range(2))
     x, start = inputs(7, 72), 0
     for tokens in (4, 1, 2):
         part = x[start : start + tokens]
@@ -229,13 +244,14 @@ def test_attention_equals_the_reference(
     assert not ours.keys[:, 7:].any()
 
 
+@pytest.mark.parametrize("extras", EXTRAS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_attention_of_a_batch_is_that_of_each_token(kind: str) -> None:
+def test_attention_of_a_batch_is_that_of_each_token(kind: str, extras: str) -> None:
     norm, x = Norm(torch.ones(72), 1e-5), inputs(40, 72)
     found = []
     for threads, tokens in ((1, 1), (2, 3), (3, 40)):
         kernels = NativeKernels("auto", threads)
-        call = as_calls(kernels, kind, kv=torch.float16, bias=True)
+        call = as_calls(kind, kv=torch.float16, bias=True, extras=extras)
         out = x.clone()
         for start in range(0, 40, tokens):
             part = out[start : start + tokens]

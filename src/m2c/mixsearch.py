@@ -86,7 +86,7 @@ def search_by_error(
         ) as native:  # decodes fast, where it was built
             exact = exact_weights(rows, native)
         differences, truth = _layer_errors(
-            x, rows, exact, norms, act=config.hidden_act, mixes=mixes, workers=workers
+            x, rows, exact, norms, act=config.activation, mixes=mixes, workers=workers
         )
         # layers differ in the size of their output: each counts by its relative error
         errors += differences / max(truth, 1e-30)

@@ -20,7 +20,7 @@ from m2c.errors import BadInput
 from m2c.kernels.reference import apply_norm, attention, down, gate_up, rms_norm
 from m2c.kernels.rows import ExactRows
 from m2c.kernels.workers import Workers
-from m2c.model.attention import LayerVectors, Rotary, attention_call, layer_vectors
+from m2c.model.attention import LayerFacts, Rotary, attention_call, embedded, layer_facts
 from m2c.model.checkpoint import Checkpoint
 from m2c.model.config import ModelConfig
 from m2c.model.mix import scores_of
@@ -53,7 +53,7 @@ def profile(
     for layer in range(config.num_hidden_layers):
         rows = layer_rows(checkpoint, layer)
         tally = _Tally(config, rows["ffn"])
-        own = layer_vectors(vectors, layer, config.rms_norm_eps)
+        own = layer_facts(config, vectors, layer)
         for i, x in enumerate(states):
             states[i] = _run_layer(x, rows, own, tally, config, rotary, workers)
         if not all(bool(torch.isfinite(x).all()) for x in states):
@@ -85,23 +85,23 @@ def _embed(checkpoint: Checkpoint, ids: list[int]) -> Tensor:
     rows = {i: checkpoint.read(EMBED, i, i + 1)[0].float() for i in set(ids)}
     states = torch.stack([rows[i] for i in ids])
     require_finite(states, checkpoint, EMBED)
-    return states
+    return embedded(checkpoint.config, states)
 
 
 def _run_layer(
-    x: Tensor, rows: dict[str, ExactRows], vectors: LayerVectors, tally: "_Tally",
+    x: Tensor, rows: dict[str, ExactRows], facts: LayerFacts, tally: "_Tally",
     config: ModelConfig, rotary: Rotary, workers: Workers,
 ) -> Tensor:  # fmt: skip
     """One sequence [tokens, hidden] through one layer, counted in `tally`."""
 
     inputs: list[Tensor] = []
     keys, values = torch.empty((2, config.num_key_value_heads, len(x), config.head_dim))
-    call = attention_call(config, vectors, rows, rotary=rotary, keys=keys, values=values)
-    x = attention(x, call, 0, workers, norm=vectors.attn_norm, inputs=inputs)
-    ffn_input = apply_norm(x, vectors.ffn_norm)
-    activations = gate_up(ffn_input, rows["ffn"], config.hidden_act, workers)
+    call = attention_call(config, facts, rows, rotary=rotary, keys=keys, values=values)
+    x = attention(x, call, 0, workers, norm=facts.attn_norm, inputs=inputs)
+    ffn_input = apply_norm(x, facts.ffn_norm)
+    activations = gate_up(ffn_input, rows["ffn"], config.activation, workers)
     tally.count(inputs[0], inputs[1], ffn_input, activations)
-    return x + down(activations, rows["ffn"], workers)
+    return x + apply_norm(down(activations, rows["ffn"], workers), facts.ffn_out_norm)
 
 
 class _Tally:

@@ -77,6 +77,15 @@ def rank(
     return workers.native.rank(activations, norms, best)
 
 
+def add_normed(x: Tensor, y: Tensor, norm: Norm, workers: Workers) -> Tensor:
+    """x + norm(y), both [tokens, hidden] f32."""
+    if workers.native is None or x.device.type != "cpu":
+        return x + reference.apply_norm(y, norm)
+    out = x.clone()
+    workers.native.add_normed(y, norm, into=out)
+    return out
+
+
 def attention(
     x: Tensor, call: AttentionCall, start: int, workers: Workers, *, norm: Norm
 ) -> Tensor:

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from m2c.errors import BadInput, UsageError
-from m2c.kernels.operands import AttentionCall, LayerCall, Norm, Stack
+from m2c.kernels.operands import AttentionCall, LayerCall, Norm, Stack, activation_of
 from m2c.kernels.rows import EXACT_DTYPES, ExactFrames, ExactRows, PackedRows, Rows
 
 CHOICES: Final = ("auto", "torch", "scalar", "avx2", "avx512")
 LIBRARY: Final = Path(__file__).parent / "csrc" / "libm2c.so"
 _POINTER = ctypes.c_void_p
+_ACT_KINDS: Final = {"silu": 0, "relu": 1, "fatrelu": 1, "gelu_pytorch_tanh": 2}
 _DAMAGED: Final = 2
 _WIDE: Final = (torch.bfloat16, torch.float16)
 
@@ -40,13 +41,19 @@ class _Given(ctypes.Structure):
     )  # fmt: skip
 
 
+class _Activation(ctypes.Structure):
+    _fields_ = (("kind", ctypes.c_int32), ("threshold", ctypes.c_float))
+
+
 class _Attention(ctypes.Structure):
     _fields_ = (
         ("projections", _POINTER * 4), ("biases", _POINTER * 4),
         ("keys", _POINTER), ("values", _POINTER), ("cosines", _POINTER), ("sines", _POINTER),
         ("positions", ctypes.c_int64), ("start", ctypes.c_int64),
         ("heads", ctypes.c_int32), ("kv_heads", ctypes.c_int32), ("dim", ctypes.c_int32),
-        ("is_f16", ctypes.c_int32), ("scale", ctypes.c_float),
+        ("is_f16", ctypes.c_int32), ("scale", ctypes.c_float), ("window", ctypes.c_int64),
+        ("head_norms", _POINTER * 2), ("out_norm", _POINTER), ("eps", ctypes.c_float),
+        ("softcap", ctypes.c_float),
     )  # fmt: skip
 
 
@@ -54,7 +61,7 @@ class _Layer(ctypes.Structure):
     _fields_ = (
         ("attention", _POINTER), ("attn_norm", _POINTER), ("neurons", _POINTER),
         ("ffn_norm", _POINTER), ("attn_eps", ctypes.c_float), ("ffn_eps", ctypes.c_float),
-        ("is_relu", ctypes.c_int32),
+        ("act", _Activation),
     )  # fmt: skip
 
 
@@ -115,8 +122,8 @@ class NativeKernels:
 
     def gate_up(self, x: Tensor, rows: Rows, act: str, *, norm: Norm | None = None) -> Tensor:
         out = torch.empty((x.shape[0], len(rows)))
-        x, relu = x.contiguous(), ctypes.c_int32(act == "relu")
-        self._run(self._library.m2c_gate_up, _given(x, norm), _rows(rows), relu, _at(out))
+        x = x.contiguous()
+        self._run(self._library.m2c_gate_up, _given(x, norm), _rows(rows), _act(act), _at(out))
         return out
 
     def down(self, activations: Tensor, rows: Rows, *, into: Tensor) -> None:
@@ -134,10 +141,17 @@ class NativeKernels:
         kept: [tokens, rows], receives the activations.
         A call with a multiple of CHUNK rows, continued by another, gives the bits of one call.
         """
-        x, relu = x.contiguous(), ctypes.c_int32(act == "relu")
+        x = x.contiguous()
         mask = None if mask is None else mask.contiguous()
         optional = _maybe(mask), _maybe(kept)
-        self._run(self._library.m2c_ffn, _given(x, norm), _rows(rows), relu, *optional, _at(into))
+        self._run(
+            self._library.m2c_ffn, _given(x, norm), _rows(rows), _act(act), *optional, _at(into)
+        )
+
+    def add_normed(self, x: Tensor, norm: Norm, *, into: Tensor) -> None:
+        """Add norm(x) to `into`, both [tokens, hidden]."""
+        x = x.contiguous()
+        self._run(self._library.m2c_add_normed, _given(x, norm), _at(into))
 
     def rank(self, activations: Tensor, norms: Tensor, best: list[tuple[int, int]]) -> Tensor:
         """Levels i8 [tokens, neurons]: for each (count, level) in turn, the `count` neurons with
@@ -214,15 +228,24 @@ def _takes(rows: Rows) -> bool:
 
 
 def _given(x: Tensor, norm: Norm | None) -> _Given:
-    weight, eps = (None, 0.0) if norm is None else (norm.weight.data_ptr(), norm.eps)
-    return _Given(x.data_ptr(), weight, eps, x.shape[0], x.shape[1])
+    eps = 0.0 if norm is None else norm.eps
+    return _Given(x.data_ptr(), _weight(norm), eps, x.shape[0], x.shape[1])
+
+
+def _weight(norm: Norm | None) -> int | None:
+    return None if norm is None else norm.weight.data_ptr()
+
+
+def _act(act: str) -> _Activation:
+    name, threshold = activation_of(act)
+    return _Activation(_ACT_KINDS[name], threshold)
 
 
 def _layer(layer: LayerCall) -> _Layer:
     return _Layer(
         ctypes.addressof(_attention(layer.attention)), layer.attn_norm.weight.data_ptr(),
         ctypes.addressof(_rows(layer.neurons)), layer.ffn_norm.weight.data_ptr(),
-        layer.attn_norm.eps, layer.ffn_norm.eps, layer.act == "relu",
+        layer.attn_norm.eps, layer.ffn_norm.eps, _act(layer.act),
     )  # fmt: skip
 
 
@@ -236,12 +259,16 @@ def _attention(call: AttentionCall) -> _Attention:
 
 def _make_attention(call: AttentionCall) -> _Attention:
     kv_heads, positions, dim = call.keys.shape
+    norms = (norm for norm in (*call.qk_norms, call.out_norm) if norm is not None)
+    eps = max((norm.eps for norm in norms), default=0.0)
     return _Attention(
         (_POINTER * 4)(*(ctypes.addressof(_rows(rows)) for rows in call.projections)),
         (_POINTER * 4)(*(None if b is None else b.data_ptr() for b in call.biases)),
         call.keys.data_ptr(), call.values.data_ptr(), call.cosines.data_ptr(),
         call.sines.data_ptr(), positions, 0, call.heads, kv_heads, dim,
-        call.keys.dtype == torch.float16, call.scale,
+        call.keys.dtype == torch.float16, call.scale, call.window or positions,
+        (_POINTER * 2)(*(_weight(norm) for norm in call.qk_norms)), _weight(call.out_norm), eps,
+        call.softcap or 0.0,
     )  # fmt: skip
 
 

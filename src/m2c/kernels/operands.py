@@ -18,6 +18,12 @@ class Norm:
     eps: float
 
 
+def activation_of(act: str) -> tuple[str, float]:
+    """Name and threshold of an activation: "silu", "gelu_pytorch_tanh", "relu", "fatrelu:0.01"."""
+    name, _, threshold = act.partition(":")
+    return name, float(threshold or 0)
+
+
 @dataclass(frozen=True)
 class AttentionCall:
     """One layer's attention, whatever the tokens. Tensors are f32 unless said.
@@ -33,6 +39,10 @@ class AttentionCall:
     sines: Tensor
     heads: int
     scale: float  # of the scores
+    qk_norms: tuple[Norm | None, Norm | None] = (None, None)  # of every head, before it is turned
+    out_norm: Norm | None = None  # of what is added to the residual stream
+    softcap: float | None = None  # scores s become softcap * tanh(s / softcap)
+    window: int | None = None  # how many positions a token sees, its own included; None: all
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,30 @@ lie in. Knows nothing about layers, caches or files.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m2c.kernels.operands import AttentionCall, Norm
+from m2c.kernels.operands import AttentionCall, Norm, activation_of
 from m2c.kernels.rows import Rows
 from m2c.kernels.workers import Workers
 
 CHUNK: Final = 256
-ACTIVATIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {"silu": F.silu, "relu": F.relu}
+
+
+def activation(act: str) -> Callable[[Tensor], Tensor]:
+    """The function that `act` names."""
+    name, threshold = activation_of(act)
+    known: dict[str, Callable[[Tensor], Tensor]] = {
+        "silu": F.silu,
+        "relu": F.relu,
+        "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+        "fatrelu": partial(F.threshold, threshold=threshold, value=0.0),
+    }
+    return known[name]
 
 
 def matmul_rows(x: Tensor, rows: Rows, workers: Workers) -> Tensor:
@@ -32,11 +44,11 @@ def matmul_rows(x: Tensor, rows: Rows, workers: Workers) -> Tensor:
 
 def gate_up(x: Tensor, rows: Rows, act: str, workers: Workers) -> Tensor:
     """act(x . gate) * (x . up) of every neuron: x [tokens, hidden] f32 to [tokens, rows] f32."""
-    activation = ACTIVATIONS[act]
+    function = activation(act)
 
     def piece(i: int) -> Tensor:
         values = rows.values(*_bounds(i, rows), first=0, last=2).to(x.device)
-        return activation(F.linear(x, values[:, 0])) * F.linear(x, values[:, 1])
+        return function(F.linear(x, values[:, 0])) * F.linear(x, values[:, 1])
 
     return torch.cat(workers.map(piece, _chunks(rows)), dim=1)
 
@@ -69,12 +81,12 @@ def gather_ffn(
     mask: [tokens, rows] f32 or None, multiplies each neuron's activation: with several tokens in
     one pass, a neuron may be active for some of them only.
     """
-    activation = ACTIVATIONS[act]
+    function = activation(act)
 
     def piece(i: int) -> Tensor:
         start, stop = _bounds(i, rows)
         values = rows.values(start, stop).to(x.device)
-        hidden = activation(F.linear(x, values[:, 0])) * F.linear(x, values[:, 1])
+        hidden = function(F.linear(x, values[:, 0])) * F.linear(x, values[:, 1])
         if mask is not None:
             hidden = hidden * mask[:, start:stop]
         return hidden @ values[:, 2]
@@ -103,6 +115,10 @@ def apply_norm(x: Tensor, norm: Norm | None) -> Tensor:
     return x if norm is None else rms_norm(x, norm.weight, norm.eps)
 
 
+def soft_capped(x: Tensor, cap: float) -> Tensor:
+    return (x / cap).tanh() * cap
+
+
 def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """x [tokens, heads, dim] turned by the angles of its tokens [tokens, dim / 2]."""
     cosines, sines = cosines[:, None], sines[:, None]
@@ -126,34 +142,40 @@ def attention(
         for rows, bias in zip(call.projections[:3], call.biases[:3], strict=True)
     ]
     angles = call.cosines[start:stop], call.sines[start:stop]
-    q, k = rotate(made[0], *angles), rotate(made[1], *angles)
+    q, k = (rotate(apply_norm(made[i], call.qk_norms[i]), *angles) for i in range(2))
     call.keys[:, start:stop] = k.transpose(0, 1)
     call.values[:, start:stop] = made[2].transpose(0, 1)
-    keys, values = call.keys[:, :stop].float(), call.values[:, :stop].float()
-    mixed = _softmax_attention(q, keys, values, start, call.scale)
+    mixed = _softmax_attention(q, call, start)
     if inputs is not None:
         inputs += [normed, mixed]
-    return x + _biased(matmul(mixed, call.projections[3], workers), call.biases[3])
+    out = _biased(matmul(mixed, call.projections[3], workers), call.biases[3])
+    return x + apply_norm(out, call.out_norm)
 
 
 def _biased(y: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias
 
 
-def _softmax_attention(q: Tensor, keys: Tensor, values: Tensor, start: int, scale: float) -> Tensor:
-    """q [tokens, heads, dim] over keys, values [kv_heads, positions, dim]: [tokens, heads * dim].
+def _softmax_attention(q: Tensor, call: AttentionCall, start: int) -> Tensor:
+    """q [tokens, heads, dim] over the keys and values of a call: [tokens, heads * dim].
 
-    Causal: the token at position start + t sees positions up to its own.
+    Causal: the token at position start + t sees positions up to its own, as many as its window.
     """
     tokens, heads, dim = q.shape
+    stop = start + tokens
+    window = call.window or stop
+    first = max(0, start + 1 - window)  # what the first token sees
+    keys, values = call.keys[:, first:stop].float(), call.values[:, first:stop].float()
     groups = keys.shape[0]
     # heads that share keys become rows of one product: broadcasting would copy the keys
     grouped = q.view(tokens, groups, -1, dim).permute(1, 2, 0, 3).reshape(groups, -1, dim)
-    scores = grouped @ keys.transpose(-1, -2) * scale  # [kv, shared * tokens, positions]
+    scores = grouped @ keys.transpose(-1, -2) * call.scale  # [kv, shared * tokens, positions]
+    if call.softcap is not None:
+        scores = soft_capped(scores, call.softcap)
     if tokens > 1:
-        positions = torch.arange(keys.shape[1], device=q.device)
-        own = start + torch.arange(tokens, device=q.device)
-        hidden = (positions > own[:, None]).repeat(heads // groups, 1)
+        positions = torch.arange(first, stop, device=q.device)
+        own = torch.arange(start, stop, device=q.device)[:, None]
+        hidden = ((positions > own) | (positions <= own - window)).repeat(heads // groups, 1)
         scores = scores.masked_fill(hidden, float("-inf"))
     mixed = (scores.softmax(dim=-1) @ values).view(groups, -1, tokens, dim)
     return mixed.permute(2, 0, 1, 3).reshape(tokens, heads * dim)

@@ -44,6 +44,12 @@ _LLAMA2: Final = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_PROSPARSE: Final = {
+    **_LLAMA2,
+    "model_type": "sparsellama",
+    "hidden_act": "fatrelu",
+    "hidden_act_param": 0.01,
+}
 _LLAMA3: Final = {
     "model_type": "llama",
     "hidden_act": "silu",
@@ -139,9 +145,9 @@ ALIASES: Final[Mapping[str, Alias]] = {
     "smollm2-360m": _model("HuggingFaceTB/SmolLM2-360M-Instruct", _SMOLLM2, (960, 2560, 32, 15, 5)),
     "smollm2-1.7b": _model("HuggingFaceTB/SmolLM2-1.7B-Instruct", _SMOLLM2,
                            (2048, 8192, 24, 32, 32), rope_theta=130000.0),
-    "prosparse-llama2-7b": _model("SparseLLM/prosparse-llama-2-7b", _LLAMA2,
-                                  (4096, 11008, 32, 32, 32), hidden_act="relu"),
-    "prosparse-llama2-13b": _model("SparseLLM/prosparse-llama-2-13b", _LLAMA2,
-                                   (5120, 13824, 40, 40, 40), hidden_act="relu"),
+    "prosparse-llama2-7b":
+        _model("SparseLLM/prosparse-llama-2-7b", _PROSPARSE, (4096, 11008, 32, 32, 32)),
+    "prosparse-llama2-13b":
+        _model("SparseLLM/prosparse-llama-2-13b", _PROSPARSE, (5120, 13824, 40, 40, 40)),
 }
 # fmt: on

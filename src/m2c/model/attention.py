@@ -19,38 +19,74 @@ MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 @dataclass(frozen=True)
-class LayerVectors:
-    """Norms and biases of a layer, f32; a bias the model does not have is None."""
+class LayerFacts:
+    """What a layer is besides its matrices. Vectors are f32; what a model lacks is None."""
 
     attn_norm: Norm
     ffn_norm: Norm
     biases: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # of MATRICES
+    qk_norms: tuple[Norm | None, Norm | None]
+    attn_out_norm: Norm | None
+    ffn_out_norm: Norm | None
+    window: int | None  # how many positions a token sees
+    local_rope: bool
 
 
-def layer_vectors(tensors: Mapping[str, Tensor], layer: int, eps: float) -> LayerVectors:
-    """From f32 tensors under their Hugging Face names."""
+def layer_facts(config: ModelConfig, tensors: Mapping[str, Tensor], layer: int) -> LayerFacts:
+    """tensors: f32, under their Hugging Face names."""
     prefix = f"model.layers.{layer}."
+
+    def norm(name: str) -> Norm:
+        return Norm(tensors[f"{prefix}{name}.weight"], config.rms_norm_eps)
+
+    heads = (norm("self_attn.q_norm"), norm("self_attn.k_norm")) if config.qk_norm else (None, None)
+    after = config.post_norms
+    window = config.window(layer)
     q, k, v, o = (tensors.get(f"{prefix}self_attn.{name}.bias") for name in MATRICES)
-    return LayerVectors(
-        Norm(tensors[prefix + "input_layernorm.weight"], eps),
-        Norm(tensors[prefix + "post_attention_layernorm.weight"], eps),
-        (q, k, v, o),
+    return LayerFacts(
+        attn_norm=norm("input_layernorm"),
+        # with norms after attention and FFN, the name of the one before the FFN is another
+        ffn_norm=norm("pre_feedforward_layernorm" if after else "post_attention_layernorm"),
+        biases=(q, k, v, o),
+        qk_norms=heads,
+        attn_out_norm=norm("post_attention_layernorm") if after else None,
+        ffn_out_norm=norm("post_feedforward_layernorm") if after else None,
+        window=window,
+        local_rope=window is not None and config.local_rope_theta is not None,
     )
+
+
+def embedded(config: ModelConfig, rows: Tensor) -> Tensor:
+    """Rows of the embedding matrix [tokens, hidden] f32 as the first layer takes them."""
+    return rows * math.sqrt(config.hidden_size) if config.scale_embeddings else rows
 
 
 class Rotary:
     """cos and sin tables [positions, head_dim / 2] f32."""
 
     def __init__(self, config: ModelConfig, positions: int, device: torch.device) -> None:
-        at = torch.arange(positions, device=device, dtype=torch.float32)
-        angles = at[:, None] * rope_frequencies(config).to(device)
-        self.cosines, self.sines = angles.cos(), angles.sin()
+        self._at = torch.arange(positions, device=device, dtype=torch.float32)
+        self._tables = self._made(rope_frequencies(config))
+        if config.local_rope_theta is not None:
+            self._local = self._made(_frequencies(config.local_rope_theta, config.head_dim))
+
+    def tables(self, *, local: bool) -> tuple[Tensor, Tensor]:
+        """cosines and sines; local: of layers that slide, where they have their own."""
+        return self._local if local else self._tables
+
+    def _made(self, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+        angles = self._at[:, None] * frequencies.to(self._at.device)
+        return angles.cos(), angles.sin()
+
+
+def _frequencies(theta: float, head_dim: int) -> Tensor:
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    return 1.0 / theta**exponent
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
     """Radians per position [head_dim / 2] f32, stretched as the config says (Llama 3: by band)."""
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    plain = 1.0 / config.rope_theta**exponent
+    plain = _frequencies(config.rope_theta, config.head_dim)
     scaling = config.rope_scaling
     if scaling is None:
         return plain
@@ -65,13 +101,16 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
 
 
 def attention_call(
-    config: ModelConfig, vectors: LayerVectors, rows: Mapping[str, Rows], *, rotary: Rotary,
+    config: ModelConfig, facts: LayerFacts, rows: Mapping[str, Rows], *, rotary: Rotary,
     keys: Tensor, values: Tensor,
 ) -> AttentionCall:  # fmt: skip
     """keys, values: of this layer, [kv_heads, positions, head_dim]."""
     q, k, v, o = (rows[name] for name in MATRICES)
+    cosines, sines = rotary.tables(local=facts.local_rope)
     return AttentionCall(
-        projections=(q, k, v, o), biases=vectors.biases, keys=keys, values=values,
-        cosines=rotary.cosines, sines=rotary.sines,
-        heads=config.num_attention_heads, scale=1 / math.sqrt(config.head_dim),
+        projections=(q, k, v, o), biases=facts.biases, keys=keys, values=values,
+        cosines=cosines, sines=sines, heads=config.num_attention_heads,
+        scale=1 / math.sqrt(config.query_pre_attn_scalar or config.head_dim),
+        window=facts.window, qk_norms=facts.qk_norms, out_norm=facts.attn_out_norm,
+        softcap=config.attn_logit_softcapping,
     )  # fmt: skip

@@ -14,10 +14,12 @@ from typing import Any, Final, Protocol
 import torch
 
 from m2c.errors import BadInput, UnsupportedModel
-from m2c.model.config import SUPPORTED, ModelConfig, expected_tensors
+from m2c.model.config import ModelConfig, expected_tensors
+from m2c.model.families import SUPPORTED
 from m2c.model.gguf_file import GgufFile
 from m2c.model.hf_folder import HfFolder
-from m2c.model.ranged_file import RangedFile
+from m2c.model.places import norm_offset, places, stored_tensors
+from m2c.model.ranged_file import RangedFile, check_rows
 
 _PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt")
 _STORED: Final = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
@@ -62,6 +64,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return GgufCheckpoint(path)
 
 
+def read_stored(checkpoint: Checkpoint, stored: str) -> torch.Tensor:
+    """A tensor as checkpoints of this family store it; what is stored as one is put together."""
+    where = places(checkpoint.config)
+    return torch.cat([checkpoint.read(name) for name in where if where[name].stored == stored])
+
+
 class HfCheckpoint:
     """A folder with config.json and one or more safetensors files."""
 
@@ -72,9 +80,10 @@ class HfCheckpoint:
         if not self._folder.shards and (pickles := self._folder.matching(_PICKLES)):
             raise _pickled(pickles[0])
         self.config = self._folder.config
-        self._shapes = expected_tensors(self.config)
-        self._stored = self._folder.stored_names(self._shapes)
-        for name, shape in self._shapes.items():
+        self._shapes, self._places = expected_tensors(self.config), places(self.config)
+        wanted = stored_tensors(self.config)
+        self._stored = self._folder.stored_names(wanted)
+        for name, shape in wanted.items():
             entry = self._folder.entry(self._stored[name])
             _check_shape(path, name, entry.shape, shape)
             if entry.dtype not in _STORED:
@@ -88,10 +97,17 @@ class HfCheckpoint:
         return self._shapes[name]
 
     def stored_type(self, name: str) -> str:
-        return _STORED[self._folder.entry(self._stored[name]).dtype]
+        return _STORED[self._folder.entry(self._stored[self._places[name].stored]).dtype]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        return self._folder.read(self._stored[name], start, stop)
+        place = self._places[name]
+        stop = check_rows(name, start, stop, self._shapes[name][0])
+        rows = self._folder.read(
+            self._stored[place.stored], place.start + start, place.start + stop
+        )
+        # in f32, as the models themselves add it
+        offset = norm_offset(self.config, name)
+        return rows.float() + offset if offset else rows
 
     def fingerprint(self) -> str:
         shards = sorted(self._folder.shards.items())
@@ -113,13 +129,14 @@ class GgufCheckpoint:
         self.name = path.stem
         self._gguf = GgufFile(path)
         self.config = self._gguf.config
-        self._shapes = expected_tensors(self.config)
-        for name, shape in self._shapes.items():
+        self._shapes, self._places = expected_tensors(self.config), places(self.config)
+        wanted = stored_tensors(self.config)
+        for name, shape in wanted.items():
             if name not in self._gguf.tensors:
                 raise _missing(path, name)
             _check_shape(path, name, self._gguf.tensors[name].shape, shape)
         # GGUF has no leftovers: a tensor we have no place for would change the result
-        if extra := self._gguf.tensors.keys() - self._shapes.keys():
+        if extra := self._gguf.tensors.keys() - wanted.keys():
             raise UnsupportedModel(f"{path}: the tensor {min(extra)} is unexpected", SUPPORTED)
 
     def names(self) -> Collection[str]:
@@ -129,10 +146,12 @@ class GgufCheckpoint:
         return self._shapes[name]
 
     def stored_type(self, name: str) -> str:
-        return _STORED.get(self._gguf.tensors[name].type_name, "quantized")
+        return _STORED.get(self._gguf.tensors[self._places[name].stored].type_name, "quantized")
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        return self._gguf.read(name, start, stop)
+        place = self._places[name]
+        stop = check_rows(name, start, stop, self._shapes[name][0])
+        return self._gguf.read(place.stored, place.start + start, place.start + stop)
 
     def fingerprint(self) -> str:
         # without the file's name: people rename GGUF files

@@ -6,21 +6,20 @@ Knows nothing about files, weights or torch.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from math import prod
-from typing import Any, Final
+from typing import Any
 
-from m2c.errors import BadInput, UnsupportedModel
-from m2c.model.fields import Fields
-
-MODEL_TYPES: Final = ("llama", "qwen2")
-HIDDEN_ACTS: Final = ("silu", "relu")
-ROPE_TYPES: Final = ("linear", "llama3")
-SUPPORTED: Final = (
-    f"this version runs {' and '.join(MODEL_TYPES)} models with {' or '.join(HIDDEN_ACTS)} "
-    "activation, full attention and default, linear or llama3 rope"
+from m2c.errors import BadInput
+from m2c.model.families import (
+    HIDDEN_ACTS,
+    MODEL_TYPES,
+    ROPE_TYPES,
+    SUPPORTED,
+    facts_of_hf,
+    hf_of_facts,
 )
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+from m2c.model.fields import Fields
 
 
 @dataclass(frozen=True)
@@ -74,6 +73,18 @@ class ModelConfig:
     o_bias: bool
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    # What sets some families apart. A manifest names these only where they are not as here, so
+    # that a bundle and a fingerprint of a family without them never change.
+    sliding_window: int | None = None  # positions that a sliding layer sees, its own included
+    sliding_layers: tuple[int, ...] = ()
+    qk_norm: bool = False  # an RMS norm of every head of q and k, before they are rotated
+    post_norms: bool = False  # an RMS norm of what attention and FFN give, before it is added
+    scale_embeddings: bool = False  # by the root of hidden_size
+    local_rope_theta: float | None = None  # of sliding layers, which then have no rope_scaling
+    query_pre_attn_scalar: int | None = None  # in place of head_dim in the scale of scores
+    attn_logit_softcapping: float | None = None  # scores s become cap * tanh(s / cap)
+    final_logit_softcapping: float | None = None
+    hidden_act_param: float | None = None  # of fatrelu: what is not above it becomes zero
 
     @classmethod
     def from_hf(cls, data: Mapping[str, Any], *, file: str = "config.json") -> "ModelConfig":
@@ -82,14 +93,15 @@ class ModelConfig:
         Raises UnsupportedModel for a model this version would compute wrongly, BadInput for a
         value of a wrong type or range.
         """
-        _refuse_unsupported(data, file)
-        return cls.from_dict(_from_hf_keys(data, file), file=file)
+        return cls.from_dict(facts_of_hf(data, file), file=file)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, file: str = "manifest") -> "ModelConfig":
-        """Inverse of `to_dict`: exactly its keys. Raises BadInput, UnsupportedModel."""
-        names = {field.name for field in fields(cls)}
-        if odd := sorted(names.symmetric_difference(data)):
+        """Inverse of `to_dict`: no other keys. Raises BadInput, UnsupportedModel."""
+        needed = {field.name for field in fields(cls) if field.default is MISSING}
+        if odd := sorted(
+            (needed - set(data)) | (set(data) - {field.name for field in fields(cls)})
+        ):
             raise BadInput(f"{file}: the model config lacks or does not know {odd[0][:80]!r}")
         read = Fields(data, file)
         heads = read.integer("num_attention_heads", 1, 2**12)
@@ -100,12 +112,14 @@ class ModelConfig:
         if head_dim % 2:
             raise BadInput(f"{file}: head_dim {head_dim} is odd, rotary embedding needs pairs")
         vocab = read.integer("vocab_size", 1, 2**22)
+        layers = read.integer("num_hidden_layers", 1, 4096)
+        window, sliding = _sliding(read, layers)
         scaling = read.mapping("rope_scaling")
         return cls(
             model_type=read.choice("model_type", MODEL_TYPES, SUPPORTED),
             hidden_size=read.integer("hidden_size", 1, 2**17),
             intermediate_size=read.integer("intermediate_size", 1, 2**20),
-            num_hidden_layers=read.integer("num_hidden_layers", 1, 4096),
+            num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
@@ -120,105 +134,62 @@ class ModelConfig:
             o_bias=read.flag("o_bias"),
             bos_token_id=read.token("bos_token_id", vocab),
             eos_token_ids=read.tokens("eos_token_ids", vocab),
+            sliding_window=window,
+            sliding_layers=sliding,
+            qk_norm=read.flag("qk_norm", False),
+            post_norms=read.flag("post_norms", False),
+            scale_embeddings=read.flag("scale_embeddings", False),
+            local_rope_theta=read.maybe_number("local_rope_theta", 1.0, 1e12),
+            query_pre_attn_scalar=read.maybe_integer("query_pre_attn_scalar", 1, 2**20),
+            attn_logit_softcapping=read.maybe_number("attn_logit_softcapping", 1e-3, 1e6),
+            final_logit_softcapping=read.maybe_number("final_logit_softcapping", 1e-3, 1e6),
+            hidden_act_param=_threshold(read),
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, for a manifest."""
-        scaling = None if self.rope_scaling is None else self.rope_scaling.to_dict()
-        return asdict(self) | {
-            "rope_scaling": scaling,
-            "eos_token_ids": list(self.eos_token_ids),
-        }
+        """JSON-ready, for a manifest: optional fields only where they differ from their default."""
+        facts = self._facts()
+        usual = {field.name for field in fields(self) if getattr(self, field.name) == field.default}
+        return {name: value for name, value in facts.items() if name not in usual}
 
     def to_hf(self) -> dict[str, Any]:
         """As a config.json that other programs read too; `from_hf` gives this config back."""
-        data = self.to_dict()
-        eos = data.pop("eos_token_ids")
-        data["eos_token_id"] = eos if len(eos) > 1 else (eos[0] if eos else None)
-        del data["qkv_bias"], data["o_bias"]
-        if self.model_type == "llama":
-            data["attention_bias"] = self.qkv_bias
-        return {"architectures": [_ARCHITECTURES[self.model_type]], **data}
+        return hf_of_facts(self._facts())
+
+    @property
+    def activation(self) -> str:
+        """As kernels call it: `kernels.operands.activation_of`."""
+        if self.hidden_act_param is None:
+            return self.hidden_act
+        return f"{self.hidden_act}:{self.hidden_act_param!r}"
+
+    def window(self, layer: int) -> int | None:
+        """How many positions a token sees in this layer, its own included; None: all."""
+        return self.sliding_window if layer in self.sliding_layers else None
+
+    def _facts(self) -> dict[str, Any]:
+        """All fields, JSON-ready."""
+        lists = {"eos_token_ids", "sliding_layers"}
+        facts = asdict(self) | {name: list(getattr(self, name)) for name in lists}
+        scaling = None if self.rope_scaling is None else self.rope_scaling.to_dict()
+        return facts | {"rope_scaling": scaling}
 
 
-def _refuse_unsupported(data: Mapping[str, Any], file: str) -> None:
-    model_type = data.get("model_type")
-    reason = ""
-    if model_type not in MODEL_TYPES:
-        reason = f"model_type {str(model_type)[:80]!r}"
-    elif data.get("quantization_config") is not None:
-        reason = "a quantized checkpoint (quantization_config)"
-    elif data.get("mlp_bias"):
-        reason = "mlp_bias"
-    elif model_type == "qwen2" and _slides(data, file):
-        reason = "sliding-window attention"
-    if reason:
-        raise UnsupportedModel(f"{file}: {reason} is not supported", SUPPORTED)
+def _threshold(read: Fields) -> float | None:
+    if read.data.get("hidden_act") == "fatrelu":
+        return read.number("hidden_act_param", 0.0, 1e6)
+    if read.data.get("hidden_act_param") is not None:
+        raise BadInput(f"{read.file}: hidden_act_param belongs to fatrelu alone")
+    return None
 
 
-def _slides(data: Mapping[str, Any], file: str) -> bool:
-    """Whether some layer would see less than the whole context."""
-    read = Fields(data, file)
-    if not read.flag("use_sliding_window", False) or data.get("sliding_window") is None:
-        return False
-    window = read.integer("sliding_window", 1, 2**31 - 1)
-    context = read.integer("max_position_embeddings", 1, 2**31 - 1)
-    full_layers = read.integer("max_window_layers", 0, 2**31 - 1)
-    return window < context and full_layers < read.integer("num_hidden_layers", 1, 4096)
-
-
-def _from_hf_keys(data: Mapping[str, Any], file: str) -> dict[str, Any]:
-    """The same facts under the names of our fields, with the defaults that HF applies."""
-    read = Fields(data, file)
-    hidden = read.integer("hidden_size", 1, 2**17)
-    heads = read.integer("num_attention_heads", 1, 2**12)
-    if data.get("head_dim") is None and hidden % heads:
-        raise BadInput(f"{file}: hidden_size {hidden} is not a multiple of {heads} heads")
-    llama = data["model_type"] == "llama"
-    bias = read.flag("attention_bias", False) if llama else True
-    theta, scaling = _rope(data, file)
-
-    def value(key: str, default: Any = None) -> Any:
-        return default if data.get(key) is None else data[key]
-
-    eos = value("eos_token_id", [])
-    return {
-        "model_type": data["model_type"],
-        "hidden_size": hidden,
-        "intermediate_size": value("intermediate_size"),
-        "num_hidden_layers": value("num_hidden_layers"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": value("num_key_value_heads", heads),
-        "head_dim": value("head_dim", hidden // heads),
-        "vocab_size": value("vocab_size"),
-        "hidden_act": value("hidden_act", "silu"),
-        "rms_norm_eps": value("rms_norm_eps", 1e-6),
-        "rope_theta": theta,
-        "rope_scaling": scaling,
-        "max_position_embeddings": value("max_position_embeddings"),
-        "tie_word_embeddings": value("tie_word_embeddings", False),
-        "qkv_bias": bias,
-        "o_bias": bias and llama,
-        "bos_token_id": value("bos_token_id"),
-        "eos_token_ids": eos if isinstance(eos, list) else [eos],
-    }
-
-
-def _rope(data: Mapping[str, Any], file: str) -> tuple[Any, dict[str, Any] | None]:
-    """rope_theta and rope_scaling, from either the old pair of keys or `rope_parameters`."""
-    read = Fields(data, file)
-    new = read.mapping("rope_parameters")
-    rope = dict(new if new is not None else read.mapping("rope_scaling") or {})
-    theta = rope.pop("rope_theta", None)
-    if theta is None:
-        theta = data.get("rope_theta")
-    partial = rope.get("partial_rotary_factor", data.get("partial_rotary_factor"))
-    nested = any(isinstance(value, dict) for value in rope.values())
-    if nested or partial not in (None, 1.0):
-        raise UnsupportedModel(f"{file}: partial or per-layer rope is not supported", SUPPORTED)
-    rope_type = rope.get("rope_type", rope.get("type", "default"))  # "type" until mid 2024
-    scaling = None if rope_type == "default" else {**rope, "rope_type": rope_type}
-    return (10000.0 if theta is None else theta), scaling
+def _sliding(read: Fields, layers: int) -> tuple[int | None, tuple[int, ...]]:
+    """sliding_window and sliding_layers, both or none."""
+    window = read.maybe_integer("sliding_window", 1, 2**31 - 1)
+    sliding = read.integers("sliding_layers", 0, layers - 1)
+    if (window is None) != (not sliding):
+        raise BadInput(f"{read.file}: sliding_window and sliding_layers do not belong together")
+    return window, sliding
 
 
 def dense_matrices(config: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -260,6 +231,9 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def _vectors(config: ModelConfig, prefix: str) -> Iterator[tuple[str, tuple[int]]]:
     yield prefix + "input_layernorm.weight", (config.hidden_size,)
     yield prefix + "post_attention_layernorm.weight", (config.hidden_size,)
+    if config.post_norms:
+        yield prefix + "pre_feedforward_layernorm.weight", (config.hidden_size,)
+        yield prefix + "post_feedforward_layernorm.weight", (config.hidden_size,)
     if config.qkv_bias:
         kv = config.num_key_value_heads * config.head_dim
         yield prefix + "self_attn.q_proj.bias", (config.num_attention_heads * config.head_dim,)
@@ -267,6 +241,9 @@ def _vectors(config: ModelConfig, prefix: str) -> Iterator[tuple[str, tuple[int]
         yield prefix + "self_attn.v_proj.bias", (kv,)
     if config.o_bias:
         yield prefix + "self_attn.o_proj.bias", (config.hidden_size,)
+    if config.qk_norm:
+        yield prefix + "self_attn.q_norm.weight", (config.head_dim,)
+        yield prefix + "self_attn.k_norm.weight", (config.head_dim,)
 
 
 def parameter_count(config: ModelConfig) -> int:

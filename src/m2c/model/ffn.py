@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from m2c.kernels.dispatch import down, gather_ffn, rank, scored_ffn
+from m2c.kernels.dispatch import add_normed, down, gather_ffn, rank, scored_ffn
 from m2c.kernels.operands import Norm
 from m2c.kernels.rows import Rows
 from m2c.kernels.workers import Workers
@@ -27,26 +27,40 @@ Fetch = Callable[[str, Ids], Rows]
 
 
 def uniform_ffn(
-    x: Tensor, parts: Iterable[Rows], *, norm: Norm, act: str, workers: Workers
-) -> Tensor:
-    """x [tokens, hidden] f32 plus the FFN's output for norm(x), all neurons as they come."""
-    out = x.clone()
+    x: Tensor, parts: Iterable[Rows], *, norm: Norm, act: str, workers: Workers,
+    out_norm: Norm | None = None,
+) -> Tensor:  # fmt: skip
+    """x [tokens, hidden] f32 plus the FFN's output for norm(x), all neurons as they come.
+
+    out_norm: of the output, before it is added.
+    """
+    out = _begin(x, out_norm)
     for part in parts:
         gather_ffn(x, part, act, workers, norm=norm, into=out)
-    return out
+    return _end(x, out, out_norm, workers)
+
+
+def _begin(x: Tensor, out_norm: Norm | None) -> Tensor:
+    """What neurons are added to: what comes in, unless their sum is normed first."""
+    return x.clone() if out_norm is None else torch.zeros_like(x)
+
+
+def _end(x: Tensor, out: Tensor, out_norm: Norm | None, workers: Workers) -> Tensor:
+    return out if out_norm is None else add_normed(x, out, out_norm, workers)
 
 
 def mixed_ffn(
     x: Tensor, floor: Rows, down_norm: Tensor, *, norm: Norm, act: str, mix: Mix, fetch: Fetch,
-    workers: Workers, record: Callable[[str, Ids], None] | None = None,
+    workers: Workers, out_norm: Norm | None = None,
+    record: Callable[[str, Ids], None] | None = None,
 ) -> Tensor:  # fmt: skip
-    """x [tokens, hidden] f32 plus the FFN's output for norm(x), same shape.
+    """As `uniform_ffn`, with a precision per neuron.
 
     floor: every neuron of the layer. down_norm: [neurons] f32. `fetch(plane, ids)` returns the
     neurons `ids` (ascending) at `plane`; with one token it is called once per plane, and `record`
     is told the ids (traces).
     """
-    out = x.clone()
+    out = _begin(x, out_norm)
     activations = scored_ffn(x, floor, act, workers, norm=norm, into=out)
     levels = rank(activations, down_norm, mix.ranks(len(floor)), workers)
     # all were added at the floor, in one pass over memory: take back those that do not stay there
@@ -66,7 +80,7 @@ def mixed_ffn(
             part = ids[start : start + FETCH]
             mask = chosen[:, torch.from_numpy(part.astype(np.int64)).to(x.device)].to(x.dtype)
             gather_ffn(x, fetch(plane, part), act, workers, mask=mask, norm=norm, into=out)
-    return out
+    return _end(x, out, out_norm, workers)
 
 
 def _positions(chosen: Tensor) -> Ids:

@@ -34,6 +34,14 @@ class Fields:
             self._refuse(key, value, f"a number from {low:g} to {high:g}")
         return float(value)
 
+    def maybe_integer(self, key: str, low: int, high: int) -> int | None:
+        """As `integer`, or None when absent."""
+        return None if self.data.get(key) is None else self.integer(key, low, high)
+
+    def maybe_number(self, key: str, low: float, high: float) -> float | None:
+        """As `number`, or None when absent."""
+        return None if self.data.get(key) is None else self.number(key, low, high)
+
     def flag(self, key: str, default: bool | None = None) -> bool:
         """true or false; `default` when absent. Raises BadInput."""
         value = self.data.get(key)
@@ -60,9 +68,29 @@ class Fields:
             raise UnsupportedModel(message, supported)
         return value
 
+    def choices(self, key: str, allowed: tuple[str, ...], count: int, supported: str) -> list[str]:
+        """A list of `count` of `allowed`. Raises as `choice`."""
+        value = self.data.get(key)
+        if not isinstance(value, list) or len(value) != count:
+            self._refuse(key, value, f"a list of {count} strings")
+        one = (Fields({key: item}, self.file, self.where) for item in value)
+        return [item.choice(key, allowed, supported) for item in one]
+
+    def integers(self, key: str, low: int, high: int) -> tuple[int, ...]:
+        """A list of rising integers in [low, high]; empty when absent. Raises BadInput."""
+        value = self.data.get(key)
+        if value is None:
+            return ()
+        if not isinstance(value, list | tuple):
+            self._refuse(key, value, "a list of integers")
+        found = [Fields({key: item}, self.file).integer(key, low, high) for item in value]
+        if found != sorted(set(found)):
+            self._refuse(key, value, "a rising list of integers")
+        return tuple(found)
+
     def token(self, key: str, vocab_size: int) -> int | None:
         """A token id, or None when absent. Raises BadInput."""
-        return None if self.data.get(key) is None else self.integer(key, 0, vocab_size - 1)
+        return self.maybe_integer(key, 0, vocab_size - 1)
 
     def tokens(self, key: str, vocab_size: int) -> tuple[int, ...]:
         """A list of at most 256 token ids, without repeats. Raises BadInput."""

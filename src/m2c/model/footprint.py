@@ -14,7 +14,7 @@ from m2c.bundle.bundle import Bundle
 from m2c.bundle.planes import RecordLayout
 from m2c.bundle.shard import BLOCK, PLANES, align
 from m2c.kernels.reference import CHUNK
-from m2c.model.config import ModelConfig, dense_matrices
+from m2c.model.config import ModelConfig, dense_matrices, expected_tensors
 from m2c.model.ffn import FETCH
 from m2c.model.kv import kv_nbytes
 from m2c.model.mix import Mix
@@ -221,6 +221,7 @@ def _workspace_nbytes(config: ModelConfig, shape: RunShape) -> int:
     tokens = batch_tokens(config)
     batch = tokens * 4 * (8 * config.intermediate_size + 8 * config.hidden_size)
     attend = 2 * 4 * config.head_dim * shape.ctx_size  # rotary tables
+    attend *= 1 if config.local_rope_theta is None else 2
     if shape.native:
         kernels = max(8 * MiB, shape.threads * 128 * 4 * (config.hidden_size + 128))
         attend += 4 * shape.threads * shape.ctx_size
@@ -248,10 +249,9 @@ def _workspace_nbytes(config: ModelConfig, shape: RunShape) -> int:
 
 
 def _vectors_nbytes(config: ModelConfig) -> int:
-    per_layer = 2 * config.hidden_size + config.intermediate_size
-    heads = config.num_attention_heads + 2 * config.num_key_value_heads
-    per_layer += heads * config.head_dim * config.qkv_bias + config.hidden_size * config.o_bias
-    return 4 * (config.num_hidden_layers * per_layer + config.hidden_size)
+    """Norms and biases, and the norms of all down columns."""
+    vectors = sum(shape[0] for shape in expected_tensors(config).values() if len(shape) == 1)
+    return 4 * (vectors + config.num_hidden_layers * config.intermediate_size)
 
 
 def _bundle_sizes(bundle: Bundle, kind: str, name: int | str) -> _Sizes:

@@ -13,9 +13,12 @@ from typing import Any, Final
 import numpy as np
 
 from m2c.errors import BadInput, UnsupportedModel
-from m2c.model.config import MODEL_TYPES, SUPPORTED, ModelConfig
+from m2c.model.config import ModelConfig
+from m2c.model.families import FAMILIES, MODEL_TYPES, SUPPORTED, Family, by_pattern
 
 ROPE_DIVISORS: Final = "rope_freqs.weight"
+# the family that an architecture is taken for: the first of those that share it
+ARCHITECTURES: Final = {FAMILIES[name].gguf: name for name in reversed(MODEL_TYPES)}
 _EOS_KEYS: Final = ("eos", "eot", "eom")  # any of them ends a turn
 
 
@@ -31,19 +34,20 @@ def config_from_metadata(
     Raises UnsupportedModel for another architecture or rope, BadInput for wrong values.
     """
     arch = metadata.get("general.architecture")
-    if arch not in MODEL_TYPES:
+    if not isinstance(arch, str) or arch not in ARCHITECTURES:
         message = f"{file}: the architecture {str(arch)[:80]!r} is not supported"
         raise UnsupportedModel(message, SUPPORTED)
-    keys = _Keys(metadata, str(arch), file)
+    keys = _Keys(metadata, arch, file)
+    family = FAMILIES[ARCHITECTURES[arch]]
     if keys.get("expert_count", 0):
         raise UnsupportedModel(f"{file}: a mixture of experts is not supported", SUPPORTED)
     heads, head_dim = _heads(keys)
-    theta = _shortest(keys.get("rope.freq_base", 10000.0))
+    theta = _shortest(keys.get("rope.freq_base", family.defaults.get("rope_theta", 10000.0)))
     tokens = metadata.get("tokenizer.ggml.tokens")
     vocab = len(tokens) if isinstance(tokens, list) else keys.get("vocab_size")
     biased = "model.layers.0.self_attn.q_proj.bias" in names
     data = {
-        "model_type": arch,
+        "model_type": ARCHITECTURES[arch],
         "hidden_size": keys.get("embedding_length"),
         "intermediate_size": keys.get("feed_forward_length"),
         "num_hidden_layers": keys.get("block_count"),
@@ -51,17 +55,20 @@ def config_from_metadata(
         "num_key_value_heads": keys.get("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "vocab_size": vocab,
-        "hidden_act": "silu",
+        "hidden_act": family.defaults.get(family.act_key, "silu"),
         "rms_norm_eps": _shortest(keys.get("attention.layer_norm_rms_epsilon")),
         "rope_theta": theta,
         "rope_scaling": _scaling(keys, rope_divisors, head_dim, theta),
         "max_position_embeddings": keys.get("context_length"),
         "tie_word_embeddings": "lm_head.weight" not in names,
-        # as config.json can say it: llama has all four biases or none, qwen2 always three
-        "qkv_bias": arch == "qwen2" or biased,
-        "o_bias": arch == "llama" and biased,
+        # as config.json can say it: all four biases or none, or what the family always has
+        "qkv_bias": biased,
+        "o_bias": biased,
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_ids": _eos(metadata),
+        **_windows(keys, family),
+        **_gemma(keys, family, head_dim),
+        **family.facts,
     }
     return ModelConfig.from_dict(data, file=file)
 
@@ -94,6 +101,32 @@ def _heads(keys: _Keys) -> tuple[int, int]:
             message = f"{keys.file}: {keys.arch}.{key} differs from the head size {head_dim}"
             raise UnsupportedModel(message, SUPPORTED)
     return heads, head_dim
+
+
+def _windows(keys: _Keys, family: Family) -> dict[str, Any]:
+    """Converters write the window of families in which layers slide by a rule, not by a list."""
+    window = keys.get("attention.sliding_window", 0)
+    if family.windows in ("none", "listed") or not window:
+        return {}
+    layers = keys.positive("block_count")
+    sliding = by_pattern(layers, family.pattern) if family.pattern else list(range(layers))
+    return {"sliding_window": window, "sliding_layers": sliding}
+
+
+def _gemma(keys: _Keys, family: Family, head_dim: int) -> dict[str, Any]:
+    """What metadata says of soft caps, local rope and the scale of scores, and what it implies."""
+    if "query_pre_attn_scalar" not in family.defaults:
+        return {}
+    # not in the file: the largest of each generation, known by its layers, differs
+    hidden, heads = keys.positive("embedding_length"), keys.positive("attention.head_count")
+    largest = (keys.arch, keys.positive("block_count")) in (("gemma2", 46), ("gemma3", 62))
+    found = {"query_pre_attn_scalar": hidden // heads if largest else head_dim}
+    for key in {"attn_logit_softcapping", "final_logit_softcapping"} & family.defaults.keys():
+        found[key] = _shortest(keys.get(key, family.defaults[key]))
+    if "local_rope_theta" in family.defaults:
+        default = family.defaults["local_rope_theta"]
+        found["local_rope_theta"] = _shortest(keys.get("rope.freq_base_swa", default))
+    return found
 
 
 def _eos(metadata: Mapping[str, Any]) -> list[Any]:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from m2c.errors import BadInput, UnsupportedModel
+from m2c.model.families import SUPPORTED
 from m2c.model.gguf_config import ROPE_DIVISORS, config_from_metadata
 from m2c.model.gguf_header import TensorInfo, read_header
 from m2c.model.ranged_file import RangedFile, check_rows
@@ -28,12 +29,21 @@ _LAYER_NAMES: Final = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "attn_output": "self_attn.o_proj",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_GEMMA_NAMES: Final = {
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_FUSED_NAMES: Final = {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
+_OTHER_NAMES: Final = {"phi3": _FUSED_NAMES, "gemma2": _GEMMA_NAMES, "gemma3": _GEMMA_NAMES}
 _LAYER = re.compile(r"blk\.(0|[1-9]\d{0,3})\.(\w+)\.(weight|bias)", re.ASCII)
 _SPLIT = re.compile(r"-\d{5}-of-(\d{5})\.gguf", re.ASCII)
 _STORED: Final = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -50,7 +60,8 @@ class GgufFile:
         self.header_nbytes = header.nbytes
         self.metadata: dict[str, Any] = header.metadata
         _refuse_split(path, header.metadata)
-        self.tensors: Mapping[str, TensorInfo] = _rename(header.tensors, path)
+        arch = header.metadata.get("general.architecture")
+        self.tensors: Mapping[str, TensorInfo] = _rename(header.tensors, path, arch)
         self.config = config_from_metadata(
             header.metadata,
             self.tensors.keys(),
@@ -110,16 +121,16 @@ def unpermute(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
     return pairs.transpose(1, 2).reshape(rows.shape)
 
 
-def _rename(tensors: Mapping[str, TensorInfo], path: Path) -> dict[str, TensorInfo]:
+def _rename(tensors: Mapping[str, TensorInfo], path: Path, arch: Any) -> dict[str, TensorInfo]:
     found = {}
     for name, info in tensors.items():
         if name == ROPE_DIVISORS:
             continue
-        hf_name = hf_tensor_name(name)
+        hf_name = hf_tensor_name(name, arch)
         if hf_name is None:
             raise UnsupportedModel(
                 f"{path}: the tensor {name[:80]!r} belongs to no model this version runs",
-                "use a llama or qwen2 model without experts, adapters or extra norms",
+                SUPPORTED,
             )
         if len(info.shape) == 1 and info.type_name not in _STORED:
             raise BadInput(f"{path}: the vector {name[:80]!r} is quantized")
@@ -127,14 +138,15 @@ def _rename(tensors: Mapping[str, TensorInfo], path: Path) -> dict[str, TensorIn
     return found
 
 
-def hf_tensor_name(name: str) -> str | None:
-    """The Hugging Face name of a GGUF tensor; None if no llama or qwen2 model has such a tensor."""
+def hf_tensor_name(name: str, arch: Any = "llama") -> str | None:
+    """The Hugging Face name of a GGUF tensor; None if no model we run has such a tensor."""
     if name in _TOP_NAMES:
         return _TOP_NAMES[name]
     match = _LAYER.fullmatch(name)
-    if not match or match[2] not in _LAYER_NAMES:
+    names = _LAYER_NAMES | _OTHER_NAMES.get(str(arch), {})
+    if not match or match[2] not in names:
         return None
-    return f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}.{match[3]}"
+    return f"model.layers.{match[1]}.{names[match[2]]}.{match[3]}"
 
 
 def _refuse_split(path: Path, metadata: Mapping[str, Any]) -> None:

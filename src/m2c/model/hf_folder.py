@@ -61,15 +61,17 @@ class HfFolder:
         return sorted(file for file in self.path.iterdir() if file.suffix in set(suffixes))
 
     def stored_names(self, wanted: Iterable[str]) -> dict[str, str]:
-        """The name in the files of each wanted tensor: with or without the leading `model.`.
+        """The name in the files of each wanted tensor: with or without the leading `model.`, and
+        with what a multimodal checkpoint puts before its language model.
 
         Raises BadInput for the first that is missing.
         """
         found = {}
         for name in wanted:
             bare = name.removeprefix("model.")
-            stored = name if name in self._shard_of else bare
-            if stored not in self._shard_of:
+            names = (name, bare, f"language_model.{name}", f"model.language_model.{bare}")
+            stored = next((known for known in names if known in self._shard_of), None)
+            if stored is None:
                 raise self._missing(name)
             found[name] = stored
         return found

@@ -16,9 +16,10 @@ from torch import Tensor
 from m2c.errors import BadInput
 from m2c.kernels.dispatch import attention, matmul_rows, run_stack
 from m2c.kernels.operands import AttentionCall, LayerCall, Norm, Stack
+from m2c.kernels.reference import soft_capped
 from m2c.kernels.rows import Rows
 from m2c.kernels.workers import Workers
-from m2c.model.attention import MATRICES, Rotary, attention_call, layer_vectors
+from m2c.model.attention import MATRICES, Rotary, attention_call, embedded, layer_facts
 from m2c.model.config import ModelConfig
 from m2c.model.ffn import mixed_ffn, uniform_ffn
 from m2c.model.footprint import LOGITS
@@ -67,9 +68,11 @@ class Transformer:
         self._mix = mix
         self._upgrade = upgrade
         self._workers = workers
-        eps = config.rms_norm_eps
-        self._layers = [layer_vectors(vectors, i, eps) for i in range(config.num_hidden_layers)]
-        self._norm = Norm(vectors["model.norm.weight"], eps)
+        layers = range(config.num_hidden_layers)
+        self._layers = [layer_facts(config, vectors, layer) for layer in layers]
+        # a norm of the FFN's output comes between its sum and what it is added to
+        self._stacks = mix.is_uniform and not any(facts.ffn_out_norm for facts in self._layers)
+        self._norm = Norm(vectors["model.norm.weight"], config.rms_norm_eps)
         self._down_norms = down_norms
         self._calls: dict[int, AttentionCall] = {}
         self._rotary = Rotary(config, kv.ctx_size, store.device)
@@ -82,8 +85,8 @@ class Transformer:
         the context is full, BadInput when the logits are not finite, Stopped when `stop_asked`.
         """
         self.kv.require_room(len(ids))
-        x = self._store.embed(ids)
-        if len(ids) <= _AT_ONCE and self._mix.is_uniform and self._store.holds_all:
+        x = embedded(self.config, self._store.embed(ids))
+        if len(ids) <= _AT_ONCE and self._stacks and self._store.holds_all:
             if self.stop_asked():
                 raise Stopped
             x = run_stack(x, self._stack, self.kv.length, self._workers)
@@ -94,6 +97,8 @@ class Transformer:
                 x = self._layer(layer, x)
         self.kv.advance(len(ids))
         logits = self._logits(x if all_logits else x[-1:])
+        if self.config.final_logit_softcapping is not None:
+            logits = soft_capped(logits, self.config.final_logit_softcapping)
         if not all(math.isfinite(end) for end in logits.aminmax()):
             raise BadInput("the model's output is not finite", "check the bundle with m2c check")
         return logits if all_logits else logits[0]
@@ -121,20 +126,23 @@ class Transformer:
         return logits
 
     def _layer(self, layer: int, x: Tensor) -> Tensor:
-        vectors, act = self._layers[layer], self.config.hidden_act
+        facts, act = self._layers[layer], self.config.activation
         for rows in self._store.uses("dense", layer):
             call = self._attention_call(layer, rows)
-            x = attention(x, call, self.kv.length, self._workers, norm=vectors.attn_norm)
+            x = attention(x, call, self.kv.length, self._workers, norm=facts.attn_norm)
         neurons = (rows[FFN] for rows in self._store.uses("neurons", layer))
         if self._mix.is_uniform:
-            return uniform_ffn(x, neurons, norm=vectors.ffn_norm, act=act, workers=self._workers)
+            return uniform_ffn(
+                x, neurons, norm=facts.ffn_norm, act=act, workers=self._workers,
+                out_norm=facts.ffn_out_norm,
+            )  # fmt: skip
         single = x.shape[0] == 1
         record = self.record if single else None
         for floor in neurons:  # one block: a mix needs all scores before it can choose
             fetch = partial(self._fetch, layer, floor, single)
             x = mixed_ffn(
-                x, floor, self._down_norms[layer], norm=vectors.ffn_norm, act=act, mix=self._mix,
-                fetch=fetch, workers=self._workers,
+                x, floor, self._down_norms[layer], norm=facts.ffn_norm, act=act, mix=self._mix,
+                fetch=fetch, workers=self._workers, out_norm=facts.ffn_out_norm,
                 record=None if record is None else partial(record, layer),
             )  # fmt: skip
         return x
@@ -146,12 +154,12 @@ class Transformer:
     @cached_property
     def _stack(self) -> Stack:
         """All layers, of weights that stay where they are."""
-        act, found = self.config.hidden_act, []
-        for layer, vectors in enumerate(self._layers):
+        act, found = self.config.activation, []
+        for layer, facts in enumerate(self._layers):
             (dense,) = self._store.uses("dense", layer)
             (neurons,) = self._store.uses("neurons", layer)
             call = self._attention_call(layer, dense)
-            found.append(LayerCall(call, vectors.attn_norm, neurons[FFN], vectors.ffn_norm, act))
+            found.append(LayerCall(call, facts.attn_norm, neurons[FFN], facts.ffn_norm, act))
         return Stack(tuple(found))
 
     def _attention_call(self, layer: int, rows: Mapping[str, Rows]) -> AttentionCall:

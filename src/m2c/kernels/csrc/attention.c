@@ -18,6 +18,7 @@ struct attend_call {
     float *scores; /* [threads, positions] */
     float *mixed; /* [tokens, heads, dim] */
     float *x; /* [tokens, hidden]: the residual stream */
+    float *out; /* where the output goes: x, or memory of its own if it is normed first */
     int tokens;
     struct pieces pieces;
 };
@@ -50,6 +51,18 @@ static void rotate(float *x, const float *cosines, const float *sines, int dim)
     }
 }
 
+/* heads of q (which = 0) or k made ready: normed, then turned */
+static void turn(const struct attention *a, int which, float *heads, int count, int64_t position)
+{
+    const float *cosines = a->cosines + position * (a->dim / 2);
+    const float *sines = a->sines + position * (a->dim / 2);
+    for (float *x = heads; x < heads + (size_t)count * a->dim; x += a->dim) {
+        if (a->head_norms[which])
+            rms_norm(x, a->head_norms[which], a->eps, a->dim, x);
+        rotate(x, cosines, sines, a->dim);
+    }
+}
+
 static void keep(const struct attend_call *c, void *cache, int head, int64_t position,
                  const float *from)
 {
@@ -67,24 +80,24 @@ static void place_part(void *context, int part, int parts)
     const struct attention *a = c->a;
     (void)part, (void)parts;
     for (int64_t t; next_piece(&c->pieces, &t);) {
-        const float *cosines = a->cosines + (a->start + t) * (a->dim / 2);
-        const float *sines = a->sines + (a->start + t) * (a->dim / 2);
-        for (int head = 0; head < a->heads; head++)
-            rotate(c->made[0] + ((size_t)t * a->heads + head) * a->dim, cosines, sines, a->dim);
+        size_t kv = (size_t)t * a->kv_heads * a->dim;
+        turn(a, 0, c->made[0] + (size_t)t * a->heads * a->dim, a->heads, a->start + t);
+        turn(a, 1, c->made[1] + kv, a->kv_heads, a->start + t);
         for (int head = 0; head < a->kv_heads; head++) {
-            size_t at = ((size_t)t * a->kv_heads + head) * a->dim;
-            rotate(c->made[1] + at, cosines, sines, a->dim);
+            size_t at = kv + (size_t)head * a->dim;
             keep(c, a->keys, head, a->start + t, c->made[1] + at);
             keep(c, a->values, head, a->start + t, c->made[2] + at);
         }
     }
 }
 
-static void softmax(float *scores, int count, float scale)
+static void softmax(float *scores, int count, float scale, float cap)
 {
     float largest = -INFINITY, total = 0;
     for (int p = 0; p < count; p++) {
         scores[p] *= scale;
+        if (cap)
+            scores[p] = tanhf(scores[p] / cap) * cap;
         largest = scores[p] > largest ? scores[p] : largest;
     }
     for (int p = 0; p < count; p++) {
@@ -105,13 +118,15 @@ static void heads_part(void *context, int part, int parts)
     for (int64_t i; next_piece(&c->pieces, &i);) {
         /* heads that share keys follow each other, and so do their tokens */
         int head = (int)(i / c->tokens), t = (int)(i % c->tokens);
-        size_t from = (size_t)(head / (a->heads / a->kv_heads)) * a->positions * a->dim * item;
+        int64_t stop = a->start + t + 1, first = stop > a->window ? stop - a->window : 0;
+        int64_t group = head / (a->heads / a->kv_heads);
+        size_t from = (size_t)(group * a->positions + first) * a->dim * item;
         size_t at = ((size_t)t * a->heads + head) * a->dim;
-        int seen = (int)(a->start + t + 1);
+        int seen = (int)(stop - first);
         struct cached keys = { (char *)a->keys + from, a->is_f16 };
         struct cached values = { (char *)a->values + from, a->is_f16 };
         c->use->scores(scores, c->made[0] + at, keys, seen, a->dim);
-        softmax(scores, seen, a->scale);
+        softmax(scores, seen, a->scale, a->softcap);
         c->use->mixed(c->mixed + at, scores, values, seen, a->dim);
     }
 }
@@ -123,8 +138,8 @@ static void output_part(void *context, int part, int parts)
     (void)parts;
     for (int64_t i; next_piece(&c->pieces, &i);) {
         int64_t start = i * c->pieces.size, stop = start + c->pieces.size;
-        product(c->k, part, r, c->in, start, stop < r->count ? stop : r->count, c->a->biases[3], 1,
-                c->x, r->count);
+        product(c->k, part, r, c->in, start, stop < r->count ? stop : r->count, c->a->biases[3],
+                c->out == c->x, c->out, r->count);
     }
 }
 
@@ -144,7 +159,8 @@ int m2c_attention(struct kernels *k, const struct given *given, const struct att
     struct inputs in;
     int64_t made = 0;
     size_t tokens = (size_t)given->tokens, wide = (size_t)a->heads * a->dim;
-    struct attend_call c = { .k = k, .use = k->use, .a = a, .in = &in, .x = x, .tokens = given->tokens };
+    struct attend_call c = { .k = k, .use = k->use, .a = a, .in = &in, .x = x, .out = x,
+                             .tokens = given->tokens };
     int failed = prepare(k, given, a->projections[0]->kind, &in);
     for (int i = 0; i < 3 && !failed; i++) {
         made += a->projections[i]->count;
@@ -155,7 +171,9 @@ int m2c_attention(struct kernels *k, const struct given *given, const struct att
         failed = room_for(k, a->projections[i]);
     c.scores = scratch_take(k, pool_threads(k->pool) * a->positions * sizeof(float));
     c.mixed = scratch_take(k, tokens * wide * sizeof(float));
-    failed = failed || !c.scores || !c.mixed;
+    if (a->out_norm)
+        c.out = scratch_take(k, tokens * a->projections[3]->count * sizeof(float));
+    failed = failed || !c.scores || !c.mixed || !c.out;
     if (!failed) {
         run(k, &c, project_part, pieces_of(k, made));
         run(k, &c, place_part, (struct pieces){ 0, given->tokens, 1 });
@@ -165,5 +183,9 @@ int m2c_attention(struct kernels *k, const struct given *given, const struct att
     }
     if (!failed)
         run(k, &c, output_part, pieces_of(k, a->projections[3]->count));
+    if (!failed && a->out_norm) {
+        struct given out = { c.out, a->out_norm, a->eps, given->tokens, given->length };
+        add_normed(k, &out, x);
+    }
     return finish(k, failed);
 }

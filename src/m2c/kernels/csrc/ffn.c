@@ -13,14 +13,20 @@
 #define TOKENS_AT_ONCE 64 /* whose partial sums are kept together */
 #define PARTIAL_NBYTES (8 << 20)
 
-static inline float activate(float gate, float up, int relu)
+static inline float activate(float gate, float up, struct activation act)
 {
-    return (relu ? (gate > 0 ? gate : 0) : gate / (1.0f + expf(-gate))) * up;
+    if (act.kind == ACT_RELU)
+        return (gate > act.threshold ? gate : 0) * up;
+    float slope = gate;
+    if (act.kind == ACT_GELU_TANH) /* 1 + tanh(z) is 2 / (1 + exp(-2 z)) */
+        slope = 1.5957691216057308f * (gate + 0.044715f * gate * gate * gate);
+    return gate / (1.0f + expf(-slope)) * up;
 }
 
 /* h[i * stride + t]: activations of neurons row to row + count - 1, count <= TILE */
 static void activations(const struct primitives *use, const struct rows *r, int64_t row, int count,
-                        const struct inputs *in, int relu, float *h, int64_t stride)
+                        const struct inputs *in, struct activation act, float *h,
+                        int64_t stride)
 {
     float up[ROWS_AT_ONCE * TOKENS_AT_ONCE];
     /* 16-bit rows are long: with few tokens a neuron at a time, in the order of memory */
@@ -33,7 +39,7 @@ static void activations(const struct primitives *use, const struct rows *r, int6
         for (int i = 0; i < some; i++)
             for (int t = 0; t < in->tokens; t++)
                 gate[i * stride + t] = activate(gate[i * stride + t], up[i * TOKENS_AT_ONCE + t],
-                                                relu);
+                                                act);
     }
 }
 
@@ -72,7 +78,8 @@ struct ffn_call {
     const struct inputs *in; /* NULL: activations are given */
     const float *given; /* [tokens, rows]: activations, or factors of them, or NULL */
     float *kept; /* [tokens, rows]: receives activations, or NULL */
-    int relu, tokens;
+    struct activation act;
+    int tokens;
     int64_t first; /* chunk of this wave */
     float *partial; /* [chunks, tokens, padded] */
     float *out; /* [tokens, length] */
@@ -101,7 +108,7 @@ static void chunk_part(void *context, int part, int parts)
                 at = 0;
             }
             if (c->in)
-                activations(c->k->use, &decoded, at, count, c->in, c->relu, h, tokens);
+                activations(c->k->use, &decoded, at, count, c->in, c->act, h, tokens);
             for (int i = 0; i < count; i++)
                 for (int t = 0; c->given && t < tokens; t++) {
                     float factor = c->given[(size_t)t * r->count + row + i];
@@ -153,7 +160,8 @@ static void sum_neurons(struct kernels *k, struct ffn_call *call, int64_t wave)
 }
 
 static int all_tokens(struct kernels *k, const struct rows *rows, const struct inputs *in,
-                      int tokens, const float *given, int relu, float *kept, float *out)
+                      int tokens, const float *given, struct activation act,
+                      float *kept, float *out)
 {
     int most = tokens < TOKENS_AT_ONCE ? tokens : TOKENS_AT_ONCE;
     size_t one = most * padded_length(rows->length) * sizeof(float);
@@ -171,7 +179,7 @@ static int all_tokens(struct kernels *k, const struct rows *rows, const struct i
             part = tokens_from(in, t, some, rows->length);
         struct ffn_call c = { k, rows, in ? &part : NULL,
                               given ? given + (size_t)t * rows->count : NULL,
-                              kept ? kept + (size_t)t * rows->count : NULL, relu, some, 0, partial,
+                              kept ? kept + (size_t)t * rows->count : NULL, act, some, 0, partial,
                               out + (size_t)t * rows->length, { 0, 0, 0 } };
         sum_neurons(k, &c, wave);
     }
@@ -182,19 +190,19 @@ static int all_tokens(struct kernels *k, const struct rows *rows, const struct i
 int m2c_down(struct kernels *k, const struct rows *rows, const float *given, int32_t tokens,
              float *out)
 {
-    int failed = all_tokens(k, rows, NULL, tokens, given, 0, NULL, out);
+    int failed = all_tokens(k, rows, NULL, tokens, given, (struct activation){ 0, 0 }, NULL, out);
     return finish(k, failed);
 }
 
 /* out [tokens, length] += the FFN of some neurons; mask [tokens, rows] multiplies activations, kept
  * [tokens, rows] receives them, or they are NULL. 0, or 1 without memory. */
-int m2c_ffn(struct kernels *k, const struct given *given, const struct rows *rows, int relu,
-            const float *mask, float *kept, float *out)
+int m2c_ffn(struct kernels *k, const struct given *given, const struct rows *rows,
+            const struct activation *act, const float *mask, float *kept, float *out)
 {
     struct inputs in;
     int failed = prepare(k, given, rows->kind, &in);
     if (!failed)
-        failed = all_tokens(k, rows, &in, given->tokens, mask, relu, kept, out);
+        failed = all_tokens(k, rows, &in, given->tokens, mask, *act, kept, out);
     return finish(k, failed);
 }
 
@@ -202,7 +210,7 @@ struct gate_up_call {
     struct kernels *k;
     const struct rows *rows;
     const struct inputs *in;
-    int relu;
+    struct activation act;
     float *out; /* [tokens, rows] */
     struct pieces pieces;
 };
@@ -224,7 +232,7 @@ static void gate_up_part(void *context, int part, int parts)
         for (int t = 0; t < c->in->tokens; t += TOKENS_AT_ONCE) {
             int tokens = c->in->tokens - t < TOKENS_AT_ONCE ? c->in->tokens - t : TOKENS_AT_ONCE;
             struct inputs in = tokens_from(c->in, t, tokens, r->length);
-            activations(c->k->use, &decoded, at, count, &in, c->relu, h, tokens);
+            activations(c->k->use, &decoded, at, count, &in, c->act, h, tokens);
             for (int i = 0; i < count; i++)
                 for (int s = 0; s < tokens; s++)
                     c->out[(size_t)(t + s) * r->count + k * TILE + i] = h[i * tokens + s];
@@ -233,13 +241,13 @@ static void gate_up_part(void *context, int part, int parts)
 }
 
 /* out [tokens, rows] = act(x . gate) (x . up); 0, or 1 without memory */
-int m2c_gate_up(struct kernels *k, const struct given *given, const struct rows *rows, int relu,
-                float *out)
+int m2c_gate_up(struct kernels *k, const struct given *given, const struct rows *rows,
+                const struct activation *act, float *out)
 {
     struct inputs in;
     int failed = prepare(k, given, rows->kind, &in) || room_for(k, rows);
     if (!failed) {
-        struct gate_up_call c = { k, rows, &in, relu, out,
+        struct gate_up_call c = { k, rows, &in, *act, out,
                                   { 0, (rows->count + TILE - 1) / TILE, TILE } };
         pool_run(k->pool, gate_up_part, &c);
     }

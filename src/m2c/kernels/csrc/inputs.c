@@ -46,7 +46,8 @@ int finish(struct kernels *k, int failed)
     return failed ? failed : 2 * damaged;
 }
 
-static void norm_token(const float *x, const float *weights, float eps, int length, float *to)
+/* 1 / root mean square */
+static float rms_scale(const float *x, float eps, int length)
 {
     float sums[16] = { 0 };
     int j = 0;
@@ -58,9 +59,49 @@ static void norm_token(const float *x, const float *weights, float eps, int leng
     float total = 0;
     for (int i = 0; i < 16; i++)
         total += sums[i];
-    float scale = 1.0f / sqrtf(total / (float)length + eps);
-    for (j = 0; j < length; j++)
+    return 1.0f / sqrtf(total / (float)length + eps);
+}
+
+void rms_norm(const float *x, const float *weights, float eps, int length, float *to)
+{
+    float scale = rms_scale(x, eps, length);
+    for (int j = 0; j < length; j++)
         to[j] = x[j] * scale * weights[j];
+}
+
+struct normed_call {
+    const struct given *given;
+    float *out;
+    struct pieces pieces;
+};
+
+static void normed_part(void *context, int part, int parts)
+{
+    struct normed_call *c = context;
+    const struct given *g = c->given;
+    (void)part, (void)parts;
+    for (int64_t t; next_piece(&c->pieces, &t);) {
+        const float *x = g->x + (size_t)t * g->length;
+        float *to = c->out + (size_t)t * g->length, scale = rms_scale(x, g->eps, g->length);
+        for (int j = 0; j < g->length; j++)
+            to[j] += x[j] * scale * g->norm[j];
+    }
+}
+
+void add_normed(struct kernels *k, const struct given *given, float *out)
+{
+    struct normed_call c = { given, out, { 0, given->tokens, 1 } };
+    if (given->tokens == 1)
+        normed_part(&c, 0, 1);
+    else
+        pool_run(k->pool, normed_part, &c);
+}
+
+/* out [tokens, length] += norm(x); 0 */
+int m2c_add_normed(struct kernels *k, const struct given *given, float *out)
+{
+    add_normed(k, given, out);
+    return 0;
 }
 
 /* to the nearest, ties to even, for |v| < 2^22 */
@@ -128,7 +169,7 @@ static void prepare_part(void *context, int part, int parts)
     for (int64_t t; next_piece(&c->pieces, &t);) {
         const float *x = g->x + (size_t)t * g->length;
         if (g->norm) {
-            norm_token(x, g->norm, g->eps, g->length, c->normed + (size_t)t * g->length);
+            rms_norm(x, g->norm, g->eps, g->length, c->normed + (size_t)t * g->length);
             x = c->normed + (size_t)t * g->length;
         }
         if (c->values)

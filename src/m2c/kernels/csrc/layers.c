@@ -12,7 +12,7 @@ struct layer {
     const struct rows *neurons;
     const float *ffn_norm;
     float attn_eps, ffn_eps;
-    int32_t is_relu;
+    struct activation act;
 };
 
 /* x [tokens, hidden] through `count` layers in place: both parts read it only through their norm,
@@ -27,7 +27,7 @@ int m2c_layers(struct kernels *k, struct layer *layers, int32_t count, int64_t s
         given.norm = layer->ffn_norm;
         given.eps = layer->ffn_eps;
         if (!failed)
-            failed = m2c_ffn(k, &given, layer->neurons, layer->is_relu, NULL, NULL, x);
+            failed = m2c_ffn(k, &given, layer->neurons, &layer->act, NULL, NULL, x);
         if (failed)
             return failed;
     }

@@ -59,7 +59,19 @@ struct attention {
     int64_t start; /* position of the first token */
     int32_t heads, kv_heads, dim, is_f16;
     float scale; /* of the scores */
+    int64_t window; /* how many positions a token sees, its own included */
+    const float *head_norms[2]; /* [dim]: RMS norms of every head of q and of k, or NULL */
+    const float *out_norm; /* [hidden]: RMS norm of what is added to the residual stream, or NULL */
+    float eps; /* of these norms */
+    float softcap; /* the scores are squeezed to within -softcap and softcap; 0: not */
 };
+
+/* What the gate goes through. Mirrored by kernels/native.py. */
+struct activation {
+    int32_t kind;
+    float threshold; /* of ACT_RELU: what is not above it gives zero */
+};
+enum { ACT_SILU, ACT_RELU, ACT_GELU_TANH };
 
 /* Pieces of one call, handed out to whoever is free: `size` things each. */
 struct pieces {
@@ -132,6 +144,10 @@ int room_for(struct kernels *k, const struct rows *rows);
 struct rows rows_from(struct kernels *k, int part, const struct rows *rows, int64_t start,
                       int64_t stop);
 
+/* to[j] = x[j] / root mean square of x * weights[j]; `to` may be x */
+void rms_norm(const float *x, const float *weights, float eps, int length, float *to);
+/* out [tokens, length] += norm(x) */
+void add_normed(struct kernels *k, const struct given *given, float *out);
 /* The activations normed, and rounded to int8 when rows have codes. 0, or 1 without memory. */
 int prepare(struct kernels *k, const struct given *given, int kind, struct inputs *in);
 /* The same activations from token t on. */
@@ -146,7 +162,7 @@ void product(struct kernels *k, int part, const struct rows *r, const struct inp
              int64_t out_stride);
 
 int m2c_attention(struct kernels *k, const struct given *given, const struct attention *a, float *x);
-int m2c_ffn(struct kernels *k, const struct given *given, const struct rows *rows, int relu,
-            const float *mask, float *kept, float *out);
+int m2c_ffn(struct kernels *k, const struct given *given, const struct rows *rows,
+            const struct activation *act, const float *mask, float *kept, float *out);
 
 #endif
