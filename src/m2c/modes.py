@@ -68,7 +68,7 @@ def choose_mode(bundle: Bundle, options: RunOptions) -> Choice:
             continue
         if speeds is None or (plan.ssd_nbytes_per_token and not speeds.ssd):
             ssd = disk_profile(bundle).bytes_per_s if plan.ssd_nbytes_per_token else 0.0
-            memory = probe_dram(min(shape.threads, 8)) if speeds is None else speeds.memory
+            memory = probe_dram(shape.threads) if speeds is None else speeds.memory
             speeds = Speeds(ssd, 0.0, memory)
         if mode == "exact":
             predicted[mode] = predicted_exact_tps(plan, shape, weights, speeds, kernel=kernel)

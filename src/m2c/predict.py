@@ -117,7 +117,7 @@ def _memory_speed(engine: Engine) -> float:
     """Plain reads of the largest weights in memory with all threads, the median of five."""
     native, rows = engine.workers.native, engine.store.largest_resident
     if native is None or rows is None or rows.nbytes < _ENOUGH_NBYTES // 4:
-        return probe_dram(min(engine.shape.threads, 8))
+        return probe_dram(engine.shape.threads)
     data = rows.view(torch.uint8).flatten()[:_READ_NBYTES]
     seconds = []
     for _ in range(5):

@@ -183,7 +183,7 @@ def stats_facts(engine: Engine, figures: GenerationStats, predicted: float) -> d
     # disks swing: the roof is at least what this very run has reached
     speeds = measured_speeds(engine, decode)
     ssd_bandwidth = max(speeds.ssd, achieved)
-    dram_bandwidth = speeds.memory or probe_dram(min(engine.shape.threads, 8))
+    dram_bandwidth = speeds.memory or probe_dram(engine.shape.threads)
     moved = decode.ssd.nbytes / steps
     computed = engine.plan.compute_nbytes_per_token
     # reads overlap compute, so the slower of the two bounds a token
