@@ -62,8 +62,8 @@ def disk_profile(bundle: Bundle) -> DiskProfile:
     """
     try:
         device = device_of(bundle.path)
-        if known := _known_disks().get(device):
-            return DiskProfile(known.request_nbytes, known.depth, known.bytes_per_s)
+        if known := remembered(device):
+            return known
         found = probe_disk(bundle)
     except M2CError:
         return DEFAULT
@@ -235,6 +235,14 @@ def device_of(path: Path) -> str:
         if mount.split()[2:3] == [numbers]:
             return f"{numbers} {filesystem.split(maxsplit=1)[0]}"
     return numbers
+
+
+def remembered(device: str) -> DiskProfile | None:
+    """What an earlier probe found for a device of that `device_of`."""
+    known = _known_disks().get(device)
+    if known is None:
+        return None
+    return DiskProfile(known.request_nbytes, known.depth, known.bytes_per_s)
 
 
 def remember(device: str, profile: DiskProfile) -> bool:

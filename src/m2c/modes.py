@@ -1,9 +1,10 @@
-"""Mixed or exact: which way of decoding suits a bundle, a memory budget and this machine.
+"""Mixed or exact: which way of decoding suits a model, a memory budget and this machine.
 
-Both are planned and their speed predicted before a byte of weights is read. Knows nothing about
-printing.
+Both are planned and their speed predicted before a byte of weights is read, for a bundle or for a
+model that is not here. Knows nothing about printing.
 """
 
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Final
@@ -11,13 +12,15 @@ from typing import Final
 from m2c.bundle.bundle import Bundle
 from m2c.contents import config_of, importance_of
 from m2c.disk import disk_profile
-from m2c.engine import RunOptions, kernel_for, plan_for, run_shape
+from m2c.engine import RunOptions, kernel_for, plan_for, plan_without_weights, run_shape
 from m2c.errors import DoesNotFit
 from m2c.hardware import probe_dram
 from m2c.kernels.workers import Workers
-from m2c.model.config import parameter_count
+from m2c.model.config import ModelConfig, parameter_count
+from m2c.model.footprint import RunShape
 from m2c.model.mix import Mix
 from m2c.predict import Speeds, predicted_exact_tps, predicted_tps
+from m2c.tiers.plan import Plan
 
 MODES: Final = ("auto", "exact", "mixed")
 _MIXES: Final = {"fp16": Mix(100, 0, 0), "int8": Mix(0, 100, 0), "int4": Mix(0, 0, 100)}
@@ -37,6 +40,24 @@ class Choice:
         return "exact" if self.options.speculate else "mixed"
 
 
+@dataclass(frozen=True)
+class Planner:
+    """A model that can be planned: a bundle, or a config alone."""
+
+    config: ModelConfig
+    plan: Callable[[RunOptions], tuple[RunShape, Plan]]  # raises DoesNotFit
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """One mode, planned, with the tokens per second predicted for it."""
+
+    options: RunOptions
+    shape: RunShape
+    plan: Plan
+    tps: float
+
+
 def exact_options(options: RunOptions, precision: str = "fp16") -> RunOptions:
     """The options for verifying drafts at `precision` ("fp16": the checkpoint's own weights)."""
     return replace(options, mix=_MIXES[precision], dense=precision, speculate=True)
@@ -48,35 +69,70 @@ def kernel_name(options: RunOptions) -> str:
         return workers.kernel
 
 
-def choose_mode(bundle: Bundle, options: RunOptions) -> Choice:
-    """Exact where it is predicted to reach half of the mixed mode's speed, or is all that fits.
-
-    Raises DoesNotFit when neither fits.
-    """
-    exact, kernel = exact_options(options), kernel_name(options)
+def planner_of_bundle(bundle: Bundle) -> Planner:
+    """Plans with the bundle's true sizes."""
     config, importance = config_of(bundle), importance_of(bundle)
-    weights = parameter_count(config)
-    predicted: dict[str, float] = {}
+
+    def plan(options: RunOptions) -> tuple[RunShape, Plan]:
+        shape = run_shape(bundle, config, options)
+        return plan_for(bundle, config, shape, importance, options)
+
+    return Planner(config, plan)
+
+
+def planner_of_config(config: ModelConfig) -> Planner:
+    """Plans with estimated sizes."""
+    return Planner(config, lambda options: plan_without_weights(config, options))
+
+
+def outlooks(
+    planner: Planner, modes: dict[str, RunOptions], speeds_for: Callable[[RunShape, Plan], Speeds]
+) -> dict[str, Outlook]:
+    """Of the modes with these options those that fit. Raises DoesNotFit when none does."""
+    weights = parameter_count(planner.config)
+    found: dict[str, Outlook] = {}
     refused: DoesNotFit | None = None
-    speeds: Speeds | None = None
-    for mode, chosen in (("mixed", options), ("exact", exact)):
+    for mode, options in modes.items():
         try:
-            shape = run_shape(bundle, config, chosen)
-            shape, plan = plan_for(bundle, config, shape, importance, chosen)
+            shape, plan = planner.plan(options)
         except DoesNotFit as error:
-            refused = refused or error
+            # the mode that needs least is the one whose need is worth naming
+            if refused is None or error.smallest < refused.smallest:
+                refused = error
             continue
+        speeds = speeds_for(shape, plan)
+        if shape.speculates:
+            kernel = kernel_name(options)
+            tps = predicted_exact_tps(plan, shape, weights, speeds, kernel=kernel)
+        else:
+            tps = predicted_tps(plan, speeds)
+        found[mode] = Outlook(options, shape, plan, tps)
+    if not found:
+        assert refused is not None
+        raise refused
+    return found
+
+
+def preferred(found: dict[str, Outlook]) -> str:
+    """Exact where it is predicted to reach half of the mixed mode's speed, or is all that fits."""
+    tps = {mode: outlook.tps for mode, outlook in found.items()}
+    exact = "exact" in tps and tps["exact"] >= _WORTH * tps.get("mixed", 0.0)
+    return "exact" if exact else "mixed"
+
+
+def choose_mode(bundle: Bundle, options: RunOptions) -> Choice:
+    """The preferred mode at the speeds of this machine. Raises DoesNotFit when neither fits."""
+    speeds: Speeds | None = None
+
+    def measured(shape: RunShape, plan: Plan) -> Speeds:
+        nonlocal speeds
         if speeds is None or (plan.ssd_nbytes_per_token and not speeds.ssd):
             ssd = disk_profile(bundle).bytes_per_s if plan.ssd_nbytes_per_token else 0.0
             memory = probe_dram(shape.threads) if speeds is None else speeds.memory
             speeds = Speeds(ssd, 0.0, memory)
-        if mode == "exact":
-            predicted[mode] = predicted_exact_tps(plan, shape, weights, speeds, kernel=kernel)
-        else:
-            predicted[mode] = predicted_tps(plan, speeds)
-    if not predicted:
-        assert refused is not None
-        raise refused
-    if predicted.get("exact", 0.0) >= _WORTH * predicted.get("mixed", 0.0):
-        return Choice(exact, predicted)
-    return Choice(options, predicted)
+        return speeds
+
+    modes = {"mixed": options, "exact": exact_options(options)}
+    found = outlooks(planner_of_bundle(bundle), modes, measured)
+    predicted = {mode: outlook.tps for mode, outlook in found.items()}
+    return Choice(found[preferred(found)].options, predicted)

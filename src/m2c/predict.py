@@ -45,6 +45,14 @@ class Speeds:
     memory: float  # that the kernels compute on, plainly read
 
 
+@dataclass(frozen=True)
+class Figure:
+    """A speed and where it is from."""
+
+    bytes_per_s: float
+    source: str  # "given", "measured", "remembered" or "assumed"
+
+
 def measured_speeds(engine: Engine, stats: StoreStats | None = None) -> Speeds:
     """What this machine gives now. stats: traffic of a run, if there was one.
 
@@ -93,7 +101,7 @@ def predicted_exact_tps(
     decode_s = weights / (_DECODED[kernel] * threads) if decodes else 0.0
     more_s = weights / (_PRODUCTS[shape.dense] * threads)
     memory_s = plan.compute_nbytes_per_token / (_EFFICIENCY * speeds.memory)
-    chance = _ACCEPTED if shape.drafts else _LOOKED_UP
+    chance = assumed_acceptance(shape)
     best, tokens = 0.0, 1.0
     for depth in range(MOST + 1):
         tokens += chance**depth if depth else 0.0
@@ -101,6 +109,11 @@ def predicted_exact_tps(
         seconds = depth * draft_s + max(read_s, compute_s + footprint.layers * _LAYER_S)
         best = max(best, tokens / seconds)
     return best
+
+
+def assumed_acceptance(shape: RunShape) -> float:
+    """Share of drafted tokens taken to be right, before any was drafted."""
+    return _ACCEPTED if shape.drafts else _LOOKED_UP
 
 
 def expected_tps(engine: Engine, stats: StoreStats | None = None) -> float:

@@ -8,6 +8,15 @@ from typing import Annotated
 
 import typer
 
+from m2c.cli import complete
+
+BundleName = Annotated[
+    str | None,
+    typer.Argument(
+        help="What m2c pack printed, or its name [default: the one packed last].",
+        autocompletion=complete.bundles,
+    ),
+]
 Ssd = Annotated[
     Path | None,
     typer.Option("--ssd", envvar="M2C_SSD", help="Folder on the SSD that holds the bundles."),
@@ -68,3 +77,17 @@ Policy = Annotated[
         help="Neuron cache policy: pinned, atu, lru, lfu or ema [default: atu in HBM, else pinned]."
     ),
 ]
+Exact = Annotated[
+    bool, typer.Option("--exact", help="Same as --mode exact: the checkpoint's own output.")
+]
+Mode = Annotated[
+    str | None,
+    typer.Option(
+        help="exact, mixed or auto [default: auto; mixed if a mix, a policy, a trace or a GPU "
+        "is asked for]."
+    ),
+]
+ExactPrecision = Annotated[
+    str, typer.Option(help="Precision that exact mode verifies at: fp16, int8 or int4.")
+]
+Depth = Annotated[int, typer.Option(min=1, max=64, help="Blocks read ahead.")]

@@ -23,10 +23,7 @@ _MAX_PROMPT_NBYTES = 16 << 20
 
 
 def command(
-    bundle: Annotated[
-        str | None,
-        typer.Argument(help="What m2c pack printed, or its name [default: the one packed last]."),
-    ] = None,
+    bundle: options.BundleName = None,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="The prompt; - or nothing reads stdin.")
     ] = None,
@@ -44,19 +41,9 @@ def command(
     repeat_penalty: Annotated[float, typer.Option(help="1 is none.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text.")] = None,
-    exact: Annotated[
-        bool, typer.Option("--exact", help="Same as --mode exact: the checkpoint's own output.")
-    ] = False,
-    mode: Annotated[
-        str | None,
-        typer.Option(
-            help="exact, mixed or auto [default: auto; mixed if a mix, a policy, a trace or a GPU "
-            "is asked for]."
-        ),
-    ] = None,
-    exact_precision: Annotated[
-        str, typer.Option(help="Precision that exact mode verifies at: fp16, int8 or int4.")
-    ] = "fp16",
+    exact: options.Exact = False,
+    mode: options.Mode = None,
+    exact_precision: options.ExactPrecision = "fp16",
     mix: options.Mix = None,
     drop: options.Drop = 0.0,
     dense: options.Dense = None,
@@ -66,7 +53,7 @@ def command(
     hbm: options.Hbm = None,
     device: options.Device = "cpu",
     policy: options.Policy = None,
-    depth: Annotated[int, typer.Option(min=1, max=64, help="Blocks read ahead.")] = 3,
+    depth: options.Depth = 3,
     ssd: options.Ssd = None,
     threads: options.Threads = None,
     kernel: options.Kernel = "auto",

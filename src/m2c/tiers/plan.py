@@ -319,4 +319,5 @@ def _too_small(flag: str, given: int, smallest: int) -> DoesNotFit:
     return DoesNotFit(
         f"{flag} {format_size(given)} is too small for this model",
         f"the smallest that works is {flag} {shown}MiB (a shorter --ctx-size needs less)",
+        smallest,
     )
