@@ -10,6 +10,7 @@ from typing import Any
 
 from m2c.bundle.bundle import Bundle
 from m2c.cli.names import parse_budget
+from m2c.cli.words import tps as tps
 from m2c.engine import Engine, RunOptions
 from m2c.errors import UsageError
 from m2c.generate import GenerationStats
@@ -232,13 +233,6 @@ def _speculation_facts(engine: Engine, figures: GenerationStats) -> dict[str, An
         "seconds_per_draft_token": found.draft_s / max(1, found.drafted),
         "seconds_per_pass": found.pass_s / max(1, found.passes),
     }
-
-
-def tps(value: float) -> str:
-    """Tokens per second with the digits that mean something."""
-    if 0 < value < 0.1:
-        return f"{value:.2g}"
-    return f"{value:.2f}" if value < 10 else f"{value:.0f}"
 
 
 def summary_line(facts: dict[str, Any]) -> str:
