@@ -245,6 +245,11 @@ def test_the_page_shows_every_setting(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "predictions count with 4.1 GB/s measured" in page
 
 
+def test_a_disk_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scratch, "device_of", lambda _: "0:27 tmpfs")
+    assert f"{tmp_path} lies in memory, not on a disk" in problems("--ssd", tmp_path)
+
+
 def test_what_is_known_of_a_disk_counts_first(tmp_path: Path) -> None:
     assert facts("--ssd", tmp_path)["ssd"] == {"bytes_per_s": 2e9, "source": "assumed"}
     assert remember(device_of(tmp_path), DiskProfile(1 << 20, 8, 3e9))

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 OTHER_PACKAGE: Final = "m2c"  # on PyPI; ours is m2cache, and both bring a package and a command m2c
 ASSUMED_SSD: Final = 2e9
+_IN_MEMORY: Final = (" tmpfs", " ramfs")
 _REBUILD: Final = "install a C compiler (apt install gcc), then install m2c again"
 
 
@@ -263,12 +264,12 @@ def problems_of(report: Report, asked_for_probe: bool) -> list[Problem]:
         )
         fix = "pip uninstall m2c, then install m2cache again"
         found.append(Problem("m2c", what, fix))
+    another = "m2c doctor --ssd DIR  (a folder on another disk)"
+    if report.disk.device.endswith(_IN_MEMORY):
+        what = f"{report.disk.path} lies in memory, not on a disk"
+        found.append(Problem("disk", what, another))
     if asked_for_probe and report.disk.why:
-        found.append(
-            Problem(
-                "disk", f"not measured: {report.disk.why}", "m2c doctor --ssd DIR names another"
-            )
-        )
+        found.append(Problem("disk", f"not measured: {report.disk.why}", another))
     for gpu in report.gpus:
         if not gpu.usable:
             found.append(Problem("gpus", f"{gpu.name}: {gpu.why}", gpu.fix))
@@ -287,6 +288,6 @@ def _closed(folder: Folder) -> Problem:
     where = f": {folder.path}" if folder.path else ": there is no home folder"
     what = f"{folder.what} is not writable{where}"
     if folder.what == "--ssd":
-        return Problem("folders", what, "m2c doctor --ssd DIR", StorageError.exit_code)
+        return Problem("folders", what, "choose another folder for --ssd", StorageError.exit_code)
     variable = "HF_HOME" if folder.what.startswith("Hugging") else "M2C_HOME"
     return Problem("folders", what, f"export {variable}=DIR")
