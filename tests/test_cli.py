@@ -215,7 +215,8 @@ def test_show_names_the_planes(bundle: Path) -> None:
 def test_every_alias_has_a_plan(alias: str) -> None:
     first, *rest = m2c_ok("plan", alias, "--dram", "64GiB", "--hbm", "24GiB").splitlines()
     assert re.match(rf"{re.escape(alias)}: \d+\.\d\d G weights", first)
-    assert [line.split()[0] for line in rest[1:3]] == ["HBM", "DRAM"]
+    tiers = [line.split()[0] for line in rest if line.startswith(("HBM", "DRAM"))]
+    assert tiers == ["HBM", "DRAM"]
 
 
 def test_plan_options_only_say(bundle: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -248,7 +248,7 @@ def test_what_nobody_foresaw(
     def broken(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(plan_command, "_plan", broken)
+    monkeypatch.setattr(plan_command, "_subject", broken)
     said = m2c("plan", "llama2-7b")
     assert (said.code, said.out) == (code, "")
     assert text in said.reason

@@ -6,7 +6,7 @@ decodes. What was found is kept for the device in M2C_HOME. Knows nothing about 
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -62,8 +62,8 @@ def disk_profile(bundle: Bundle) -> DiskProfile:
     """
     try:
         device = device_of(bundle.path)
-        if known := _known_disks().get(device):
-            return DiskProfile(known.request_nbytes, known.depth, known.bytes_per_s)
+        if known := remembered(device):
+            return known
         found = probe_disk(bundle)
     except M2CError:
         return DEFAULT
@@ -99,21 +99,30 @@ def measure_settings(bundle: Bundle) -> list[DiskProfile]:
     """
     total = sum(index.header.payload_nbytes for index in bundle.shards.values())
     with disk_errors(bundle.path), _open_places(bundle) as places:
-        settings = affordable(total, places)
-        if not settings:
-            return []
-        buffer = aligned_buffer(max(s.request_nbytes * s.depth for s in settings))
-        buffer[::PAGE] = 0  # the first to touch a page pays for it
-        with ThreadPoolExecutor(max(DEPTHS)) as pool:
-            # the first reads after a pause are slow: let that befall the least likely setting
-            settings.reverse()
-            measured = [_measure(pool, places, setting, buffer) for setting in settings]
-            measured.sort(key=_speed)
-            for i in range(max(0, len(measured) - 2), len(measured)):
-                # the fastest of many was also the luckiest: the mean of two is nearer the truth
-                again = _measure(pool, places, measured[i], buffer)
-                mean = (measured[i].bytes_per_s + again.bytes_per_s) / 2
-                measured[i] = replace(measured[i], bytes_per_s=mean)
+        return measure_all(places, affordable(total, places))
+
+
+def measure_all(
+    places: "Places", settings: list[DiskProfile], *,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[DiskProfile]:  # fmt: skip
+    """The settings, likeliest first, with their speeds, slowest first; `progress`: one by one."""
+    if not settings:
+        return []
+    buffer = aligned_buffer(max(s.request_nbytes * s.depth for s in settings))
+    buffer[::PAGE] = 0  # the first to touch a page pays for it
+    measured = []
+    with ThreadPoolExecutor(max(DEPTHS)) as pool:
+        # the first reads after a pause are slow: let that befall the least likely setting
+        for setting in reversed(settings):
+            measured.append(_measure(pool, places, setting, buffer))
+            progress(1)
+        measured.sort(key=_speed)
+        for i in range(max(0, len(measured) - 2), len(measured)):
+            # the fastest of many was also the luckiest: the mean of two is nearer the truth
+            again = _measure(pool, places, measured[i], buffer)
+            mean = (measured[i].bytes_per_s + again.bytes_per_s) / 2
+            measured[i] = replace(measured[i], bytes_per_s=mean)
     return sorted(measured, key=_speed)
 
 
@@ -235,6 +244,14 @@ def device_of(path: Path) -> str:
         if mount.split()[2:3] == [numbers]:
             return f"{numbers} {filesystem.split(maxsplit=1)[0]}"
     return numbers
+
+
+def remembered(device: str) -> DiskProfile | None:
+    """What an earlier probe found for a device of that `device_of`."""
+    known = _known_disks().get(device)
+    if known is None:
+        return None
+    return DiskProfile(known.request_nbytes, known.depth, known.bytes_per_s)
 
 
 def remember(device: str, profile: DiskProfile) -> bool:

@@ -25,7 +25,6 @@ from m2c.kernels.workers import Workers
 from m2c.model.config import ModelConfig
 from m2c.model.footprint import (
     RunShape,
-    bundle_nbytes,
     footprint_of_bundle,
     footprint_of_config,
 )
@@ -33,7 +32,7 @@ from m2c.model.kv import KvCache
 from m2c.model.mix import Mix
 from m2c.model.transformer import Transformer
 from m2c.speculate import FEW_AT_ONCE, MOST_AT_ONCE
-from m2c.tiers.plan import DEPTH, Budget, DraftFact, Plan, make_plan
+from m2c.tiers.plan import DEPTH, Budget, DraftFact, Footprint, Plan, make_plan
 from m2c.tiers.policies import POLICY_NAMES
 from m2c.tiers.store import NeuronStore
 from m2c.tokenizer import Tokenizer
@@ -76,6 +75,7 @@ class Engine:
     ) -> None:  # fmt: skip
         """tokenizer: the bundle's own, for whoever has made it already. workers: of another engine,
         which closes them."""
+        device = device_for(options)
         self.bundle = bundle
         self.closing = ExitStack()  # what else ends with this engine
         self.config = config_of(bundle)
@@ -84,7 +84,6 @@ class Engine:
         self.shape, self.plan = plan_for(bundle, self.config, shape, importance, options)
         self.speculates = options.speculate
         self.tokenizer = tokenizer or tokenizer_of(bundle)
-        device = torch.device(options.device)
         threads = self.shape.threads if device.type == "cpu" else 1
         self.workers = workers or Workers(threads, kernel=kernel_for(options))
         if workers is None:
@@ -167,15 +166,23 @@ def shape_for(config: ModelConfig, options: RunOptions, mix: Mix) -> RunShape:
     return RunShape(mix, dense, ctx_size, options.kv_type, threads, native)
 
 
+def device_for(options: RunOptions) -> torch.device:
+    """What computes. Raises UsageError when it is not there."""
+    device = torch.device(options.device)
+    cuda = device.type == "cuda"
+    if cuda and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
+        raise UsageError(
+            f"--device {options.device}: this torch sees no such GPU", "m2c doctor says why"
+        )
+    return device
+
+
 def budget_for(options: RunOptions) -> Budget:
-    """The memory to use. Raises UsageError for a device that is not there."""
+    """The memory to use. Raises UsageError where a device would have to be there to say."""
     hbm = options.hbm
     if options.device != "cpu":
-        device = torch.device(options.device)
-        if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
-            raise UsageError(f"--device {options.device}: this torch sees no such GPU", "use cpu")
         if hbm is None:
-            hbm = torch.cuda.mem_get_info(device)[0] * 9 // 10
+            hbm = torch.cuda.mem_get_info(device_for(options))[0] * 9 // 10
         if not hbm:
             raise UsageError("--hbm 0 leaves a GPU nothing to compute on", "use --device cpu")
     dram = auto_dram() if options.dram is None else options.dram
@@ -204,6 +211,25 @@ def plan_for(
     options: RunOptions,
 ) -> tuple[RunShape, Plan]:  # fmt: skip
     """The plan, and the shape it is for. Raises DoesNotFit naming a budget that works."""
+
+    def footprint(candidate: RunShape) -> Footprint:
+        return footprint_of_bundle(bundle, config, candidate, importance.hit_share)
+
+    return _plan(footprint, shape, options)
+
+
+def plan_without_weights(config: ModelConfig, options: RunOptions) -> tuple[RunShape, Plan]:
+    """As `plan_for`, of a model known by its config alone: sizes are estimates."""
+
+    def footprint(candidate: RunShape) -> Footprint:
+        return footprint_of_config(config, candidate, ASSUMED_EXACT_TYPE)
+
+    return _plan(footprint, shape_for(config, options, options.mix or ASSUMED_MIX), options)
+
+
+def _plan(
+    footprint: Callable[[RunShape], Footprint], shape: RunShape, options: RunOptions
+) -> tuple[RunShape, Plan]:
     budget = budget_for(options)
     policy = policy_for(options, budget)
     shapes, draft = [shape], None
@@ -212,9 +238,9 @@ def plan_for(
         draft = options.draft and _draft_fact(options.draft, shape.ctx_size, options)
 
     def planned(candidate: RunShape) -> Plan:
-        footprint = footprint_of_bundle(bundle, config, candidate, importance.hit_share)
-        footprint = replace(footprint, draft=draft or footprint.draft)
-        return make_plan(footprint, budget, policy=policy, depth=options.depth)
+        found = footprint(candidate)
+        found = replace(found, draft=draft or found.draft)
+        return make_plan(found, budget, policy=policy, depth=options.depth)
 
     for candidate in shapes[:-1]:
         with suppress(DoesNotFit):
@@ -226,7 +252,8 @@ def plan_for(
         return shapes[-1], planned(shapes[-1])
     except DoesNotFit as error:
         if options.dram is None:
-            raise DoesNotFit(f"not enough free memory: {error.message}", error.hint) from None
+            message = f"not enough free memory: {error.message}"
+            raise DoesNotFit(message, error.hint, error.smallest) from None
         raise
 
 
@@ -274,12 +301,3 @@ def speculative_shapes(shape: RunShape, budget: Budget, *, own: bool = False) ->
         replace(shape, drafts=True), replace(shape, drafts=True, stored=True),
         replace(few, stored=True),
     ]  # fmt: skip
-
-
-def plan_without_weights(config: ModelConfig, options: RunOptions) -> tuple[Plan, RunShape, int]:
-    """Plan, shape and bundle size (estimated bytes) of a model known by its config alone."""
-    shape = shape_for(config, options, options.mix or ASSUMED_MIX)
-    budget = budget_for(options)
-    footprint = footprint_of_config(config, shape, ASSUMED_EXACT_TYPE)
-    plan = make_plan(footprint, budget, policy=policy_for(options, budget), depth=options.depth)
-    return plan, shape, bundle_nbytes(config, ASSUMED_EXACT_TYPE)

@@ -50,7 +50,13 @@ class StorageError(M2CError):
 
 
 class DoesNotFit(M2CError):
+    """`smallest`: bytes of the budget that would do; 0 where none is known."""
+
     exit_code = 7
+
+    def __init__(self, message: str, hint: str = "", smallest: int = 0) -> None:
+        super().__init__(message, hint)
+        self.smallest = smallest
 
 
 class Busy(M2CError):

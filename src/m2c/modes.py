@@ -1,9 +1,10 @@
-"""Mixed or exact: which way of decoding suits a bundle, a memory budget and this machine.
+"""Mixed or exact: which way of decoding suits a model, a memory budget and this machine.
 
-Both are planned and their speed predicted before a byte of weights is read. Knows nothing about
-printing.
+Both are planned and their speed predicted before a byte of weights is read, for a bundle or for a
+model that is not here. Knows nothing about printing.
 """
 
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -11,13 +12,15 @@ from typing import Final
 from m2c.bundle.bundle import Bundle
 from m2c.contents import config_of, importance_of
 from m2c.disk import disk_profile
-from m2c.engine import RunOptions, kernel_for, plan_for, run_shape
+from m2c.engine import RunOptions, kernel_for, plan_for, plan_without_weights, run_shape
 from m2c.errors import DoesNotFit
 from m2c.hardware import probe_dram
 from m2c.kernels.workers import Workers
-from m2c.model.config import parameter_count
+from m2c.model.config import ModelConfig, parameter_count
+from m2c.model.footprint import RunShape
 from m2c.model.mix import Mix
 from m2c.predict import Speeds, predicted_exact_tps, predicted_tps
+from m2c.tiers.plan import Plan
 
 MODES: Final = ("auto", "exact", "mixed")
 _MIXES: Final = {"fp16": Mix(100, 0, 0), "int8": Mix(0, 100, 0), "int4": Mix(0, 0, 100)}
@@ -41,6 +44,24 @@ class Choice:
         return "exact" if self.options.speculate else "mixed"
 
 
+@dataclass(frozen=True)
+class Planner:
+    """A model that can be planned: a bundle, or a config alone."""
+
+    config: ModelConfig
+    plan: Callable[[RunOptions], tuple[RunShape, Plan]]  # raises DoesNotFit
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """One mode, planned, with the tokens per second predicted for it."""
+
+    options: RunOptions
+    shape: RunShape
+    plan: Plan
+    tps: float
+
+
 def exact_options(options: RunOptions, precision: str = "fp16") -> RunOptions:
     """The options for verifying drafts at `precision` ("fp16": the checkpoint's own weights)."""
     return replace(options, mix=_MIXES[precision], dense=precision, speculate=True)
@@ -52,29 +73,68 @@ def kernel_name(options: RunOptions) -> str:
         return workers.kernel
 
 
-def choose_mode(bundle: Bundle, options: RunOptions) -> Choice:
-    """Exact where it is predicted to reach half of the mixed mode's speed, or is all that fits.
+def planner_of_bundle(bundle: Bundle) -> Planner:
+    """Plans with the bundle's true sizes."""
+    config, importance = config_of(bundle), importance_of(bundle)
 
-    Raises DoesNotFit when neither fits.
-    """
-    predictor = _Predictor(bundle, options)
-    predicted: dict[str, float] = {}
+    def plan(options: RunOptions) -> tuple[RunShape, Plan]:
+        shape = run_shape(bundle, config, options)
+        return plan_for(bundle, config, shape, importance, options)
+
+    return Planner(config, plan)
+
+
+def planner_of_config(config: ModelConfig) -> Planner:
+    """Plans with estimated sizes."""
+    return Planner(config, lambda options: plan_without_weights(config, options))
+
+
+def outlooks(
+    planner: Planner, modes: dict[str, RunOptions], speeds_for: Callable[[RunShape, Plan], Speeds]
+) -> dict[str, Outlook]:
+    """Of the modes with these options those that fit. Raises DoesNotFit when none does."""
+    weights = parameter_count(planner.config)
+    found: dict[str, Outlook] = {}
     refused: DoesNotFit | None = None
-    mixed, exact = replace(options, draft=None), exact_options(options)
-    drafts: dict[str, float] = {}
-    try:
-        predicted["mixed"] = predictor.tps(mixed)[0]
-    except DoesNotFit as error:
-        refused = error
-    try:
-        exact, drafts = _best_draft(predictor, exact)
-        predicted["exact"] = max(drafts.values())
-    except DoesNotFit:
-        if refused is not None:
-            raise refused from None
-    if predicted.get("exact", 0.0) >= _WORTH * predicted.get("mixed", 0.0):
-        return Choice(exact, predicted, drafts)
-    return Choice(mixed, predicted)
+    for mode, options in modes.items():
+        try:
+            shape, plan = planner.plan(options)
+        except DoesNotFit as error:
+            # the mode that needs least is the one whose need is worth naming
+            if refused is None or error.smallest < refused.smallest:
+                refused = error
+            continue
+        speeds = speeds_for(shape, plan)
+        if shape.speculates:
+            kernel = kernel_name(options)
+            tps = predicted_exact_tps(plan, shape, weights, speeds, kernel=kernel)
+        else:
+            tps = predicted_tps(plan, speeds)
+        found[mode] = Outlook(options, shape, plan, tps)
+    if not found:
+        assert refused is not None
+        raise refused
+    return found
+
+
+def preferred(found: dict[str, Outlook]) -> str:
+    """Exact where it is predicted to reach half of the mixed mode's speed, or is all that fits."""
+    tps = {mode: outlook.tps for mode, outlook in found.items()}
+    exact = "exact" in tps and tps["exact"] >= _WORTH * tps.get("mixed", 0.0)
+    return "exact" if exact else "mixed"
+
+
+def choose_mode(bundle: Bundle, options: RunOptions) -> Choice:
+    """The preferred mode at the speeds of this machine. Raises DoesNotFit when neither fits."""
+    ways = {"mixed": replace(options, draft=None), **_by_draft(exact_options(options))}
+    found = outlooks(planner_of_bundle(bundle), ways, _measured(bundle))
+    exact = [outlook for way, outlook in found.items() if way != "mixed"]
+    modes = {mode: outlook for mode, outlook in found.items() if mode == "mixed"}
+    if exact:
+        modes["exact"] = max(exact, key=lambda outlook: outlook.tps)
+    taken = preferred(modes)
+    predicted = {mode: outlook.tps for mode, outlook in modes.items()}
+    return Choice(modes[taken].options, predicted, _promises(exact) if taken == "exact" else {})
 
 
 def choose_draft(bundle: Bundle, options: RunOptions) -> Choice:
@@ -82,48 +142,37 @@ def choose_draft(bundle: Bundle, options: RunOptions) -> Choice:
 
     Raises DoesNotFit when neither fits.
     """
-    best, drafts = _best_draft(_Predictor(bundle, options), options)
-    return Choice(best, {}, drafts)
+    found = outlooks(planner_of_bundle(bundle), _by_draft(options), _measured(bundle))
+    best = max(found.values(), key=lambda outlook: outlook.tps)
+    return Choice(best.options, {}, _promises(found.values()))
 
 
-class _Predictor:
-    """Plans and predicts for one bundle; disk and memory are measured once, when first needed."""
+def _by_draft(options: RunOptions) -> dict[str, RunOptions]:
+    """Exact mode with and without the other model that may draft."""
+    ways = {"exact": replace(options, draft=None)}
+    return ways if options.draft is None else {**ways, "exact, other draft": options}
 
-    def __init__(self, bundle: Bundle, options: RunOptions) -> None:
-        self._bundle, self._config = bundle, config_of(bundle)
-        self._importance, self._kernel = importance_of(bundle), kernel_name(options)
-        self._speeds: Speeds | None = None
 
-    def tps(self, options: RunOptions) -> tuple[float, str]:
-        """Tokens per second predicted, and where drafts come from. Raises DoesNotFit."""
-        shape = run_shape(self._bundle, self._config, options)
-        shape, plan = plan_for(self._bundle, self._config, shape, self._importance, options)
-        speeds = self._speeds
+def _promises(found: Iterable[Outlook]) -> dict[str, float]:
+    """Tokens per second by where drafts come from."""
+    promises = {}
+    for outlook in found:
+        draft = outlook.plan.footprint.draft
+        name = "the text so far" if draft is None else draft.name or "INT4 planes"
+        promises[name] = outlook.tps
+    return promises
+
+
+def _measured(bundle: Bundle) -> Callable[[RunShape, Plan], Speeds]:
+    """Speeds of disk and memory, each measured once, when a plan first needs it."""
+    speeds: Speeds | None = None
+
+    def measured(shape: RunShape, plan: Plan) -> Speeds:
+        nonlocal speeds
         if speeds is None or (plan.ssd_nbytes_per_token and not speeds.ssd):
-            reads = bool(plan.ssd_nbytes_per_token)
-            ssd = disk_profile(self._bundle).bytes_per_s if reads else 0.0
-            memory = probe_dram(min(shape.threads, 8)) if speeds is None else speeds.memory
-            speeds = self._speeds = Speeds(ssd, 0.0, memory)
-        if not options.speculate:
-            return predicted_tps(plan, speeds), ""
-        weights = parameter_count(self._config)
-        tps = predicted_exact_tps(plan, shape, weights, speeds, kernel=self._kernel)
-        draft = plan.footprint.draft
-        return tps, (draft.name or "INT4 planes") if draft is not None else "the text so far"
+            ssd = disk_profile(bundle).bytes_per_s if plan.ssd_nbytes_per_token else 0.0
+            memory = probe_dram(shape.threads) if speeds is None else speeds.memory
+            speeds = Speeds(ssd, 0.0, memory)
+        return speeds
 
-
-def _best_draft(predictor: _Predictor, options: RunOptions) -> tuple[RunOptions, dict[str, float]]:
-    """The options with the best source of drafts that fits, and what each source promises."""
-    ways = [replace(options, draft=None)] + [options] * (options.draft is not None)
-    found: list[tuple[float, str, RunOptions]] = []
-    refused: DoesNotFit | None = None
-    for way in ways:
-        try:
-            found.append((*predictor.tps(way), way))
-        except DoesNotFit as error:
-            refused = refused or error
-    if not found:
-        assert refused is not None
-        raise refused
-    best = max(found, key=lambda one: one[0])
-    return best[2], {name: tps for tps, name, _ in found}
+    return measured

@@ -47,6 +47,14 @@ class Speeds:
     memory: float  # that the kernels compute on, plainly read
 
 
+@dataclass(frozen=True)
+class Figure:
+    """A speed and where it is from."""
+
+    bytes_per_s: float
+    source: str  # "given", "measured", "remembered" or "assumed"
+
+
 def measured_speeds(engine: Engine, stats: StoreStats | None = None) -> Speeds:
     """What this machine gives now. stats: traffic of a run, if there was one.
 
@@ -86,16 +94,16 @@ def predicted_exact_tps(
     guess until they are: it depends on the text.
     """
     footprint, threads = plan.footprint, shape.threads
-    draft_s, chance = 0.0, _LOOKED_UP
+    draft_s = 0.0
     if (draft := footprint.draft) is not None:
         draft_s = draft.compute_nbytes / (_EFFICIENCY * speeds.memory)
         draft_s += draft.layers * _LAYER_S + _SAMPLE_S
-        chance = _OTHERS if draft.name else _ACCEPTED
     read_s = plan.ssd_nbytes_per_token / speeds.ssd if speeds.ssd else 0.0
     decodes = shape.stored and shape.dense == "fp16"
     decode_s = weights / (_DECODED[kernel] * threads) if decodes else 0.0
     more_s = weights / (_PRODUCTS[shape.dense] * threads)
     memory_s = plan.compute_nbytes_per_token / (_EFFICIENCY * speeds.memory)
+    chance = assumed_acceptance(plan)
     best, tokens = 0.0, 1.0
     for depth in range(MOST + 1):
         tokens += chance**depth if depth else 0.0
@@ -103,6 +111,13 @@ def predicted_exact_tps(
         seconds = depth * draft_s + max(read_s, compute_s + footprint.layers * _LAYER_S)
         best = max(best, tokens / seconds)
     return best
+
+
+def assumed_acceptance(plan: Plan) -> float:
+    """Share of drafted tokens taken to be right, before any was drafted."""
+    if (draft := plan.footprint.draft) is None:
+        return _LOOKED_UP
+    return _OTHERS if draft.name else _ACCEPTED
 
 
 def expected_tps(engine: Engine, stats: StoreStats | None = None) -> float:
@@ -119,7 +134,7 @@ def _memory_speed(engine: Engine) -> float:
     """Plain reads of the largest weights in memory with all threads, the median of five."""
     native, rows = engine.workers.native, engine.store.largest_resident
     if native is None or rows is None or rows.nbytes < _ENOUGH_NBYTES // 4:
-        return probe_dram(min(engine.shape.threads, 8))
+        return probe_dram(engine.shape.threads)
     data = rows.view(torch.uint8).flatten()[:_READ_NBYTES]
     seconds = []
     for _ in range(5):

@@ -16,7 +16,9 @@ from m2c import __version__
 from m2c.cli.console import result, say
 from m2c.errors import DoesNotFit, M2CError, UsageError
 
-COMMANDS: Final = ("profile", "pack", "run", "chat", "plan", "show", "check", "bench", "eval")
+COMMANDS: Final = (
+    "doctor", "profile", "pack", "run", "chat", "plan", "show", "check", "bench", "eval",
+)  # fmt: skip
 EPILOG: Final = (
     "Exit codes: 0 ok, 1 internal error, 2 usage, 3 unsupported model, 4 bad or damaged input, "
     "5 no space, 6 I/O error, 7 does not fit in the given memory, 8 busy, 130 interrupted, "

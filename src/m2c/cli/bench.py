@@ -19,10 +19,7 @@ _FORMATS = ("md", "json")
 
 
 def command(
-    bundle: Annotated[
-        str | None,
-        typer.Argument(help="What m2c pack printed, or its name [default: the one packed last]."),
-    ] = None,
+    bundle: options.BundleName = None,
     n_prompt: Annotated[
         int, typer.Option("--n-prompt", "-p", min=0, help="Tokens of the prompt; 0: no such test.")
     ] = 512,

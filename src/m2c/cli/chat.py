@@ -22,7 +22,7 @@ EXAMPLE = 'Example: m2c chat --system "Answer in one sentence." --temp 0.7'
 
 
 def command(
-    bundle: options.Bundle = None,
+    bundle: options.BundleName = None,
     system: Annotated[str | None, typer.Option("--system", "-s", help="System message.")] = None,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-n", min=1, help="Most tokens of an answer.")
@@ -35,13 +35,7 @@ def command(
     seed: options.Seed = None,
     stop: options.Stop = None,
     exact: options.Exact = False,
-    mode: Annotated[
-        str | None,
-        typer.Option(
-            help="exact, mixed or auto [default: auto; mixed if a mix, a policy or a GPU is asked "
-            "for]."
-        ),
-    ] = None,
+    mode: options.Mode = None,
     exact_precision: options.ExactPrecision = "fp16",
     draft: options.Draft = None,
     mix: options.Mix = None,

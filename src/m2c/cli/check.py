@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from m2c.cli import options
+from m2c.cli import complete, options
 from m2c.cli.console import progress, result, say
 from m2c.errors import BadInput
 
@@ -14,7 +14,10 @@ EXAMPLE = "Example: m2c check --source smollm2-135m"
 
 def command(
     bundle: Annotated[
-        str | None, typer.Argument(help="A bundle [default: the one packed last].")
+        str | None,
+        typer.Argument(
+            help="A bundle [default: the one packed last].", autocompletion=complete.bundles
+        ),
     ] = None,
     fast: Annotated[bool, typer.Option(help="Only headers, indexes and small files.")] = False,
     source: Annotated[

@@ -6,8 +6,10 @@ Knows nothing about what is said.
 import contextlib
 import os
 import select
+import shutil
 import signal
 import sys
+import textwrap
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -27,6 +29,25 @@ def say(text: str) -> None:
 def result(text: str) -> None:
     """A line of the result, on stdout."""
     print(text, flush=True)
+
+
+def page_width() -> int:
+    """Columns of a page on stdout: the terminal's, of which more than 100 are hard to read."""
+    if not sys.stdout.isatty():
+        return 80
+    return max(20, min(shutil.get_terminal_size().columns, 100))
+
+
+def result_page(lines: list[str], *, indent: int = 2) -> None:
+    """Lines of the result, broken where the page ends; what follows a break is indented more."""
+    width = page_width()
+    for line in lines:
+        start = " " * (len(line) - len(line.lstrip()))
+        broken = textwrap.wrap(
+            line.strip(), width, initial_indent=start, subsequent_indent=start + " " * indent,
+            break_on_hyphens=False,
+        )  # fmt: skip
+        result("\n".join(broken))
 
 
 def write(text: str) -> None:

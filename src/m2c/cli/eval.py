@@ -21,10 +21,7 @@ _CHARACTERS = 16  # of a text, per token asked for: enough in any vocabulary, qu
 
 
 def command(
-    bundle: Annotated[
-        str | None,
-        typer.Argument(help="What m2c pack printed, or its name [default: the one packed last]."),
-    ] = None,
+    bundle: options.BundleName = None,
     text: Annotated[
         Path | None,
         typer.Option(help="UTF-8 text that the model was not profiled on. Must be given."),

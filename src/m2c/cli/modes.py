@@ -33,18 +33,23 @@ def asked_mode(mode: str | None, exact: bool, plain: bool) -> str:
 
 def with_mode(bundle: Bundle, options: RunOptions, mode: str, precision: str) -> Choice:
     """The options for the mode; auto is decided by the plan. Reads no weights."""
-    if precision not in PRECISIONS:
-        raise UsageError(f"--exact-precision {precision}: choose one of {', '.join(PRECISIONS)}")
+    require_precision(mode, precision)
     if mode == "exact":
         chosen = exact_options(options, precision)
         return Choice(chosen, {}) if options.draft is None else choose_draft(bundle, chosen)
-    if precision != "fp16":
-        raise UsageError(f"--exact-precision {precision} is for exact mode", "add --exact")
     if mode == "mixed" and options.draft is not None:
         raise UsageError("--draft is for exact mode", "add --exact")
     if mode == "mixed":
         return Choice(options, {})
     return choose_mode(bundle, options)
+
+
+def require_precision(mode: str, precision: str) -> None:
+    """Raises UsageError when --exact-precision is none, or not for this mode."""
+    if precision not in PRECISIONS:
+        raise UsageError(f"--exact-precision {precision}: choose one of {', '.join(PRECISIONS)}")
+    if mode != "exact" and precision != "fp16":
+        raise UsageError(f"--exact-precision {precision} is for exact mode", "add --exact")
 
 
 def alternatives(choice: Choice) -> str:

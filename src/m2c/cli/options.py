@@ -8,6 +8,15 @@ from typing import Annotated
 
 import typer
 
+from m2c.cli import complete
+
+BundleName = Annotated[
+    str | None,
+    typer.Argument(
+        help="What m2c pack printed, or its name [default: the one packed last].",
+        autocompletion=complete.bundles,
+    ),
+]
 Ssd = Annotated[
     Path | None,
     typer.Option("--ssd", envvar="M2C_SSD", help="Folder on the SSD that holds the bundles."),
@@ -72,10 +81,6 @@ Policy = Annotated[
         help="Neuron cache policy: pinned, atu, lru, lfu or ema [default: atu in HBM, else pinned]."
     ),
 ]
-Bundle = Annotated[
-    str | None,
-    typer.Argument(help="What m2c pack printed, or its name [default: the one packed last]."),
-]
 Temperature = Annotated[float, typer.Option("--temp", "--temperature", min=0, help="0 is greedy.")]
 TopK = Annotated[int, typer.Option(min=0, help="Keep the k best tokens; 0: all.")]
 TopP = Annotated[float, typer.Option(help="Keep this much probability.")]
@@ -85,6 +90,13 @@ Seed = Annotated[int | None, typer.Option(help="Seed of the sampling.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Stop before this text.")]
 Exact = Annotated[
     bool, typer.Option("--exact", help="Same as --mode exact: the checkpoint's own output.")
+]
+Mode = Annotated[
+    str | None,
+    typer.Option(
+        help="exact, mixed or auto [default: auto; mixed if a mix, a policy, a trace or a GPU "
+        "is asked for]."
+    ),
 ]
 ExactPrecision = Annotated[
     str, typer.Option(help="Precision that exact mode verifies at: fp16, int8 or int4.")

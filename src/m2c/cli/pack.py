@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from m2c.cli import options
+from m2c.cli import complete, options
 from m2c.cli.console import progress, result, say
 from m2c.errors import BadInput, UsageError
 
@@ -17,7 +17,11 @@ EXAMPLE = "Example: m2c pack --ssd /mnt/nvme"
 
 def command(
     model: Annotated[
-        str | None, typer.Argument(help="As for m2c profile; - reads a profile's path from stdin.")
+        str | None,
+        typer.Argument(
+            help="As for m2c profile; - reads a profile's path from stdin.",
+            autocompletion=complete.models,
+        ),
     ] = None,
     ssd: options.Ssd = None,
     profile: Annotated[

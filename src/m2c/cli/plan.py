@@ -1,17 +1,20 @@
 """`m2c plan MODEL`: what would lie where, and how fast it could be. Needs no weights."""
 
-from typing import TYPE_CHECKING, Annotated
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from m2c.cli import options
-from m2c.cli.console import result
-from m2c.errors import UsageError
+from m2c.cli import complete, options
+from m2c.cli.console import page_width, result, result_page, tables
 
 if TYPE_CHECKING:
+    from m2c.bundle.bundle import Bundle
+    from m2c.cli.figures import Figures
     from m2c.engine import RunOptions
-    from m2c.model.footprint import RunShape
-    from m2c.tiers.plan import Plan
+    from m2c.modes import Outlook, Planner
 
 EXAMPLE = "Example: m2c plan llama2-70b --hbm 24GiB --dram 64GiB"
 
@@ -21,9 +24,13 @@ def command(
         str | None,
         typer.Argument(
             help="An alias such as llama2-70b, a checkpoint, or a bundle [default: the one packed "
-            "last]."
+            "last].",
+            autocompletion=complete.models_and_bundles,
         ),
     ] = None,
+    exact: options.Exact = False,
+    mode: options.Mode = None,
+    exact_precision: options.ExactPrecision = "fp16",
     mix: options.Mix = None,
     drop: options.Drop = 0.0,
     dense: options.Dense = None,
@@ -31,61 +38,169 @@ def command(
     kv: options.Kv = "f16",
     dram: options.Dram = None,
     hbm: options.Hbm = None,
+    device: options.Device = "cpu",
     policy: options.Policy = None,
+    depth: options.Depth = 3,
     ssd: options.Ssd = None,
     ssd_speed: Annotated[
-        str, typer.Option(help="What the SSD reads per second, for the bound.")
-    ] = "2GB",
-    link_speed: Annotated[str, typer.Option(help="Likewise from DRAM to HBM.")] = "12GB",
-    dram_speed: Annotated[str, typer.Option(help="Likewise from DRAM to the processor.")] = "20GB",
-    hbm_speed: Annotated[str, typer.Option(help="Likewise of the GPU's memory.")] = "300GB",
+        str | None,
+        typer.Option(help="What the SSD reads per second [default: what was measured, else 2GB]."),
+    ] = None,
+    link_speed: Annotated[
+        str | None, typer.Option(help="Likewise from DRAM to HBM [default: 12GB].")
+    ] = None,
+    dram_speed: Annotated[
+        str | None, typer.Option(help="Likewise from DRAM to the processor [default: measured].")
+    ] = None,
+    hbm_speed: Annotated[
+        str | None, typer.Option(help="Likewise of the GPU's memory [default: 300GB].")
+    ] = None,
     threads: options.Threads = None,
+    kernel: options.Kernel = "auto",
     json_output: options.Json = False,
 ) -> None:
-    """Say what would lie in which tier.
+    """Say what would lie in which tier, and how fast that could be.
 
-    Prints bytes per tier, bytes per token on each link and the bound on tok/s that follows.
+    Prints bytes per tier, drawn on a terminal, bytes per token on each link, the bound on tok/s
+    that follows, and what each mode is predicted to reach on this machine. The mode is the one
+    that m2c run would take. A GPU need not be there if --hbm says how much memory it has.
     """
     from m2c.bundle.strict import dump_json
-    from m2c.cli.runs import Speeds, describe_plan, plan_facts, run_options
-    from m2c.units import parse_size
+    from m2c.cli.figures import Figures
+    from m2c.cli.modes import asked_mode, require_precision
+    from m2c.cli.runs import describe_plan, plan_facts, run_options
 
     chosen = run_options(
         mix=mix, drop=drop, dense=dense, ctx_size=ctx_size, kv=kv, dram=dram, hbm=hbm,
-        device="cpu", policy=policy, depth=3, threads=threads,
+        device=device, policy=policy, depth=depth, threads=threads, kernel=kernel,
     )  # fmt: skip
-    given = [parse_size(speed) for speed in (ssd_speed, link_speed, dram_speed, hbm_speed)]
-    if 0 in given:
-        raise UsageError("a speed of 0 bounds nothing", "write it like 2GB")
-    speeds = Speeds(*given)
-    plan, shape, title = _plan(model, chosen, ssd)
+    plain = mix is None and dense is None and policy is None and not drop
+    plain = plain and device == "cpu" and not chosen.hbm
+    asked = asked_mode(mode, exact, plain)
+    require_precision(asked, exact_precision)
+    given = {"ssd": ssd_speed, "link": link_speed, "dram": dram_speed, "hbm": hbm_speed}
+    subject = _subject(model, ssd)
+    figures = Figures(given, subject.bundle, ssd)
+    found = _outlooks(subject.planner, chosen, plain, exact_precision, figures)
+    taken = _taken(found, asked, subject.planner, chosen, exact_precision)
     if json_output:
-        result(dump_json(plan_facts(plan)).decode())
+        facts = _facts(taken, found, subject.nbytes, figures)
+        result(dump_json({**plan_facts(taken.plan), **facts}).decode())
         return
-    for line in [title, *describe_plan(plan, shape, speeds)]:
-        result(line)
+    lines = describe_plan(taken.plan, taken.shape, figures.speeds(taken.plan))
+    result_page([subject.title, *lines, *_predicted(found, figures)])
+    _draw(taken, subject.nbytes)
 
 
-def _plan(model, chosen: "RunOptions", ssd) -> tuple["Plan", "RunShape", str]:  # type: ignore[no-untyped-def]
+@dataclass(frozen=True)
+class _Subject:
+    """What is planned. nbytes: of the bundle; an estimate where there is none."""
+
+    title: str
+    planner: "Planner"
+    nbytes: int
+    bundle: "Bundle | None" = None
+
+
+def _subject(model: str | None, ssd: Path | None) -> _Subject:
     from m2c.bundle.bundle import open_bundle
     from m2c.cli.names import bundle_path, find_bundle
-    from m2c.contents import config_of, importance_of
-    from m2c.engine import plan_for, plan_without_weights, run_shape
+    from m2c.engine import ASSUMED_EXACT_TYPE
     from m2c.hub import alias_config, resolve_model
     from m2c.model.checkpoint import open_checkpoint
     from m2c.model.config import parameter_count
+    from m2c.model.footprint import bundle_nbytes
+    from m2c.modes import planner_of_bundle, planner_of_config
     from m2c.units import format_size
 
     if model is None or find_bundle(model, ssd):
         bundle = open_bundle(bundle_path(model, ssd))
-        config = config_of(bundle)
-        shape, plan = plan_for(
-            bundle, config, run_shape(bundle, config, chosen), importance_of(bundle), chosen
-        )
-        return plan, shape, f"{bundle.path}"
-    alias = alias_config(model)
-    config = alias or open_checkpoint(resolve_model(model, ssd).path).config
-    plan, shape, nbytes = plan_without_weights(config, chosen)
+        nbytes = sum(index.header.payload_nbytes for index in bundle.shards.values())
+        return _Subject(f"{bundle.path}", planner_of_bundle(bundle), nbytes, bundle)
+    config = alias_config(model) or open_checkpoint(resolve_model(model, ssd).path).config
+    nbytes = bundle_nbytes(config, ASSUMED_EXACT_TYPE)
     count = parameter_count(config)
     title = f"{model}: {count / 1e9:.2f} G weights, about {format_size(nbytes)} of SSD (estimate)"
-    return plan, shape, title
+    return _Subject(title, planner_of_config(config), nbytes)
+
+
+def _outlooks(
+    planner: "Planner", chosen: "RunOptions", plain: bool, precision: str, figures: "Figures"
+) -> "dict[str, Outlook]":
+    """Every mode that these options leave possible and that fits."""
+    from m2c.modes import exact_options, outlooks
+
+    modes = {"mixed": chosen}
+    if plain:
+        modes["exact"] = exact_options(chosen, precision)
+    return outlooks(planner, modes, lambda _, plan: figures.speeds(plan))
+
+
+def _taken(
+    found: "dict[str, Outlook]", asked: str, planner: "Planner", chosen: "RunOptions",
+    precision: str,
+) -> "Outlook":  # fmt: skip
+    """The mode asked for, or the one that m2c run would take. Raises DoesNotFit."""
+    from m2c.modes import exact_options, preferred
+
+    mode = preferred(found) if asked == "auto" else asked
+    if mode not in found:
+        planner.plan(exact_options(chosen, precision) if mode == "exact" else chosen)
+    return found[mode]
+
+
+def _predicted(found: "dict[str, Outlook]", figures: "Figures") -> list[str]:
+    """What the modes would reach. Nothing of a GPU: its predictions were never held to runs."""
+    from m2c.cli.runs import tps
+    from m2c.predict import assumed_acceptance
+
+    parts = []
+    for mode, outlook in found.items():
+        if outlook.plan.budget.hbm:
+            return []
+        guess = ""
+        if outlook.shape.speculates:
+            guess = f" if {100 * assumed_acceptance(outlook.plan):.0f} % of the drafts are right"
+        parts.append(f"{mode} {tps(outlook.tps)} tok/s{guess}")
+    return [f"predicted: {', '.join(parts)}; {figures.words()}"]
+
+
+def _facts(
+    taken: "Outlook", found: "dict[str, Outlook]", nbytes: int, figures: "Figures"
+) -> dict[str, Any]:
+    from m2c.tiers.parts import dram_parts, hbm_parts
+
+    figures.speeds(taken.plan)
+    on_cpu = {mode: each.tps for mode, each in found.items() if not each.plan.budget.hbm}
+    return {
+        "mode": "exact" if taken.shape.speculates else "mixed",
+        "bundle_nbytes": nbytes,
+        "dram_parts": dram_parts(taken.plan),
+        "hbm_parts": hbm_parts(taken.plan),
+        "predicted_tps": on_cpu,
+        "speeds": {key: asdict(figure) for key, figure in figures.used.items()},
+    }
+
+
+def _draw(taken: "Outlook", nbytes: int) -> None:
+    """A bar per tier, on a terminal."""
+    from m2c.cli.bars import Tier, coloured, lines_of
+    from m2c.tiers.parts import dram_parts, hbm_parts
+
+    if not sys.stdout.isatty():
+        return
+    plan = taken.plan
+    tiers = [Tier("DRAM", dram_parts(plan), plan.budget.dram, "free")]
+    if plan.budget.hbm:
+        tiers.insert(0, Tier("HBM", hbm_parts(plan), plan.budget.hbm, "free"))
+    use = "pass" if taken.shape.speculates else "token"
+    read = {f"read for every {use}": n} if (n := min(plan.ssd_nbytes_per_token, nbytes)) else {}
+    tiers.append(Tier("SSD", read, nbytes, "not read while decoding"))
+    console = tables()
+    for tier in tiers:
+        result("")
+        head, bar, *legend = lines_of(tier, page_width())
+        result(head)
+        console.print(coloured(bar), soft_wrap=True)
+        for line in legend:
+            result(line)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from m2c.cli import options
+from m2c.cli import complete, options
 from m2c.cli.console import progress, result, say
 from m2c.errors import UsageError
 
@@ -17,7 +17,8 @@ def command(
         str | None,
         typer.Argument(
             help="A folder with safetensors, a GGUF file, an alias such as smollm2-135m, or "
-            "org/name[@revision] of the Hugging Face hub [default: the one profiled last]."
+            "org/name[@revision] of the Hugging Face hub [default: the one profiled last].",
+            autocompletion=complete.models,
         ),
     ] = None,
     text: Annotated[

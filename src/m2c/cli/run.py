@@ -22,7 +22,7 @@ _MAX_PROMPT_NBYTES = 16 << 20
 
 
 def command(
-    bundle: options.Bundle = None,
+    bundle: options.BundleName = None,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="The prompt; - or nothing reads stdin.")
     ] = None,
@@ -39,13 +39,7 @@ def command(
     seed: options.Seed = None,
     stop: options.Stop = None,
     exact: options.Exact = False,
-    mode: Annotated[
-        str | None,
-        typer.Option(
-            help="exact, mixed or auto [default: auto; mixed if a mix, a policy, a trace or a GPU "
-            "is asked for]."
-        ),
-    ] = None,
+    mode: options.Mode = None,
     exact_precision: options.ExactPrecision = "fp16",
     draft: options.Draft = None,
     mix: options.Mix = None,

@@ -5,12 +5,12 @@ Knows nothing about argument parsing.
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from m2c.bundle.bundle import Bundle
 from m2c.cli.names import parse_budget
+from m2c.cli.words import tps as tps
 from m2c.engine import Engine, RunOptions
 from m2c.errors import UsageError
 from m2c.generate import GenerationStats
@@ -19,7 +19,7 @@ from m2c.kernels.native import CHOICES
 from m2c.model.footprint import RunShape
 from m2c.model.kv import KV_DTYPES
 from m2c.model.mix import PRECISIONS, Mix
-from m2c.predict import measured_speeds
+from m2c.predict import Speeds, measured_speeds
 from m2c.tiers.plan import Plan
 from m2c.tiers.trace import TraceWriter
 from m2c.tokenizer import Tokenizer
@@ -76,16 +76,6 @@ def tracing_engine(
     return engine
 
 
-@dataclass(frozen=True)
-class Speeds:
-    """Bytes per second of what a token's bytes come through."""
-
-    ssd: int
-    link: int  # DRAM to HBM
-    dram: int
-    hbm: int
-
-
 def describe_plan(plan: Plan, shape: RunShape, speeds: Speeds | None = None) -> list[str]:
     """The plan in lines of text: what lies where, traffic per token, the bound that follows."""
     f = plan.footprint
@@ -124,21 +114,24 @@ def describe_plan(plan: Plan, shape: RunShape, speeds: Speeds | None = None) -> 
         + (f"DRAM to HBM {format_size(plan.link_nbytes_per_token)}, " if plan.budget.hbm else "")
         + f"weights computed {format_size(plan.compute_nbytes_per_token)}"
     )
-    if speeds is not None and not shape.speculates:
-        lines.append(_bound(plan, speeds))
+    if speeds is not None:
+        lines.append(_bound(plan, shape, speeds))
     return lines
 
 
-def _bound(plan: Plan, speeds: Speeds) -> str:
-    """Transfers overlap, so the slowest of them bounds a token."""
-    seconds = {
-        f"the SSD at {speeds.ssd / 1e9:g} GB/s": plan.ssd_nbytes_per_token / speeds.ssd,
-        f"DRAM to HBM at {speeds.link / 1e9:g} GB/s": plan.link_nbytes_per_token / speeds.link,
+def _bound(plan: Plan, shape: RunShape, speeds: Speeds) -> str:
+    """Transfers overlap, so the slowest of them bounds a token, or a pass over drafts."""
+    computes = "HBM" if plan.budget.hbm else "DRAM"
+    moved = {
+        "the SSD": (plan.ssd_nbytes_per_token, speeds.ssd),
+        "DRAM to HBM": (plan.link_nbytes_per_token, speeds.link),
+        computes: (plan.compute_nbytes_per_token, speeds.memory),
     }
-    computes, speed = ("HBM", speeds.hbm) if plan.budget.hbm else ("DRAM", speeds.dram)
-    seconds[f"{computes} at {speed / 1e9:g} GB/s"] = plan.compute_nbytes_per_token / speed
+    seconds = {name: nbytes / speed for name, (nbytes, speed) in moved.items() if nbytes}
     slowest = max(seconds, key=lambda name: seconds[name])
-    return f"bound: {1 / seconds[slowest]:.3g} tok/s, by {slowest}"
+    unit = "passes/s" if shape.speculates else "tok/s"
+    by = f"{slowest} at {moved[slowest][1] / 1e9:.3g} GB/s"
+    return f"bound: {1 / seconds[slowest]:.3g} {unit}, by {by}"
 
 
 def _tier(name: str, used: int, budget: int, blocks: str) -> str:
@@ -182,7 +175,7 @@ def stats_facts(engine: Engine, figures: GenerationStats, predicted: float) -> d
     # disks swing: the roof is at least what this very run has reached
     speeds = measured_speeds(engine, decode)
     ssd_bandwidth = max(speeds.ssd, achieved)
-    dram_bandwidth = speeds.memory or probe_dram(min(engine.shape.threads, 8))
+    dram_bandwidth = speeds.memory or probe_dram(engine.shape.threads)
     moved = decode.ssd.nbytes / steps
     computed = engine.plan.compute_nbytes_per_token
     # reads overlap compute, so the slower of the two bounds a token
@@ -240,11 +233,6 @@ def _speculation_facts(engine: Engine, figures: GenerationStats) -> dict[str, An
         "seconds_per_draft_token": found.draft_s / max(1, found.drafted - found.looked_up),
         "seconds_per_pass": found.pass_s / max(1, found.passes),
     }
-
-
-def tps(value: float) -> str:
-    """Tokens per second with the digits that mean something."""
-    return f"{value:.2f}" if value < 10 else f"{value:.0f}"
 
 
 def summary_line(facts: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from m2c.cli import options
+from m2c.cli import complete, options
 from m2c.cli.console import result, tables
 
 if TYPE_CHECKING:
@@ -19,7 +19,10 @@ _BARS = " ▁▂▃▄▅▆▇█"
 def command(
     path: Annotated[
         str | None,
-        typer.Argument(help="A bundle or a profile [default: the bundle packed last]."),
+        typer.Argument(
+            help="A bundle or a profile [default: the bundle packed last].",
+            autocompletion=complete.bundles,
+        ),
     ] = None,
     ssd: options.Ssd = None,
     json_output: options.Json = False,

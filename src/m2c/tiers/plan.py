@@ -260,24 +260,27 @@ def _place(f: Footprint, tier: _Tier, depth: int, order: list[int]) -> _Placemen
     The ring shrinks as blocks become resident, so every number of resident blocks is tried.
     Raises DoesNotFit naming the smallest capacity that works.
     """
-    options = []
-    used = 0
     sizes = np.array([block.streamed_nbytes for block in f.blocks], np.int64)
-    streams = np.ones(len(sizes), np.bool_)
-    streams[list(set(range(len(sizes))) - set(order))] = False
-    for count in range(len(order) + 1):
-        ring = _ring_nbytes(sizes[streams], depth)
-        options.append((count, ring, used + ring))
-        if count < len(order):
-            block = f.blocks[order[count]]
-            used += block.streamed_nbytes if tier.raw else block.resident_nbytes
-            streams[order[count]] = False
-    for count, ring, nbytes in reversed(options):
+    kept = [f.blocks[i].streamed_nbytes if tier.raw else f.blocks[i].resident_nbytes for i in order]
+    used = np.concatenate(([0], np.cumsum(np.array(kept, np.int64))))
+    positions = np.array(order, np.int64)
+
+    def ring_nbytes(count: int) -> int:
+        streams = np.zeros(len(sizes), np.bool_)
+        streams[positions[count:]] = True
+        return _ring_nbytes(sizes[streams], depth)
+
+    for count in np.flatnonzero(tier.fixed + used <= tier.capacity)[::-1].tolist():
+        ring = ring_nbytes(count)
+        nbytes = int(used[count]) + ring
         if tier.fixed + nbytes <= tier.capacity:
             resident, streamed = sorted(order[:count]), sorted(order[count:])
             return _Placement(tuple(resident), tuple(streamed), ring, nbytes)
-    smallest = tier.fixed + min(nbytes for _, _, nbytes in options)
-    raise _too_small(tier.flag, tier.capacity, smallest)
+    smallest = ring_nbytes(0)
+    # with more in memory than that, no ring is small enough
+    for count in np.flatnonzero(used < smallest).tolist():
+        smallest = min(smallest, int(used[count]) + ring_nbytes(count))
+    raise _too_small(tier.flag, tier.capacity, tier.fixed + smallest)
 
 
 def _ring_nbytes(sizes: npt.NDArray[np.int64], depth: int) -> int:
@@ -330,4 +333,5 @@ def _too_small(flag: str, given: int, smallest: int) -> DoesNotFit:
     return DoesNotFit(
         f"{flag} {format_size(given)} is too small for this model",
         f"the smallest that works is {flag} {shown}MiB (a shorter --ctx-size needs less)",
+        smallest,
     )
