@@ -5,7 +5,7 @@ safe to print and, at the end, what it took. Nothing here prints.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +34,7 @@ class GenerationStats:
     prefill_s: float = 0.0
     decode_s: float = 0.0
     finish_reason: str = ""  # "stop", "length" or "context"
-    prefill_ssd_nbytes: int = 0
+    prefill: StoreStats | None = None
     decode: StoreStats | None = None
     speculation: Speculation | None = None
     peak_memory_nbytes: int = 0
@@ -98,10 +98,11 @@ def _steps(engine: Engine, ids: Sequence[int], sampler: Sampler, limit: int) -> 
 
 def stream_generate(
     engine: Engine, ids: Sequence[int], sampler: Sampler, *, max_tokens: int,
-    stop: Sequence[str] = (),
+    stop: Sequence[str] = (), observe: Callable[[float], None] = lambda seconds: None,
 ) -> Iterator[Piece]:  # fmt: skip
     """Yield pieces of text; the last one has the stats. Stop strings are not part of the text.
 
+    observe: told the seconds that each token took, when it is there; the first took the prompt.
     Raises UsageError when the prompt is empty or does not fit the context.
     """
     require_prompt(ids, engine.shape.ctx_size, engine.config.vocab_size)
@@ -119,11 +120,11 @@ def stream_generate(
         now = time.perf_counter()
         if not stats.generated_tokens:
             stats.ttft_s = stats.prefill_s = now - begin
-            stats.prefill_ssd_nbytes = engine.store.stats.ssd.nbytes
+            stats.prefill = engine.store.stats
             engine.store.reset_stats()
         else:
             stats.decode_s += now - mark
-        mark = now
+        observe(now - mark)
         stats.generated_tokens += 1
         if token in ends:
             stats.finish_reason = "stop"

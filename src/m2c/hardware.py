@@ -4,6 +4,7 @@ Container limits count: a cgroup's memory limit is the memory there is. Knows no
 """
 
 import os
+import platform
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,6 +42,19 @@ def peak_memory() -> int:
     return 0
 
 
+def total_memory() -> int:
+    """Bytes of memory that the system has, whatever this process may take."""
+    return _meminfo("MemTotal:") or 0
+
+
+def cpu_name() -> str:
+    """As the processor calls itself."""
+    for line in _read("/proc/cpuinfo").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
 def probe_dram(threads: int) -> float:
     """Bytes per second that `threads` threads read from memory; the best of three quick passes."""
     data = np.ones((threads, _PROBE_NBYTES // 8), np.int64)
@@ -54,10 +68,15 @@ def probe_dram(threads: int) -> float:
 
 
 def _system_available() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
+    known = _meminfo("MemAvailable:")
+    return 4 * GiB if known is None else known
+
+
+def _meminfo(key: str) -> int | None:
+    for line in _read("/proc/meminfo").splitlines():
+        if line.startswith(key):
             return int(line.split()[1]) << 10
-    return 4 * GiB
+    return None
 
 
 def _cgroup_available() -> int:

@@ -10,7 +10,7 @@ Knows nothing about text, tiers or where drafts' weights lie.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -26,6 +26,16 @@ MOST_AT_ONCE: Final = MOST + 1  # tokens of a pass: the drafts and the token bef
 _LOOKED_UP: Final = 0.5
 
 
+@dataclass(frozen=True)
+class Pass:
+    """One round: what was drafted, what of it was right, and how long both halves took."""
+
+    drafted: int
+    accepted: int
+    draft_s: float
+    pass_s: float
+
+
 @dataclass
 class Speculation:
     """Figures of a generation, without its prompt and first token."""
@@ -35,6 +45,7 @@ class Speculation:
     accepted: int = 0
     draft_s: float = 0.0
     pass_s: float = 0.0
+    history: list[Pass] = field(default_factory=list)
 
     @property
     def acceptance(self) -> float:
@@ -108,6 +119,7 @@ class Speculator:
         figures.accepted += len(found) - 1
         figures.draft_s += middle - begin
         figures.pass_s += end - middle
+        figures.history.append(Pass(len(drafts), len(found) - 1, middle - begin, end - middle))
         return found
 
     def _drafts(self, history: list[int], most: int) -> tuple[list[int], list[float]]:
