@@ -84,7 +84,7 @@ def generate_step(model: Transformer, ids: Sequence[int], sampler: Sampler) -> I
         logits = model.forward(np.asarray([token], np.int32))
 
 
-def _steps(engine: Engine, ids: Sequence[int], sampler: Sampler, limit: int) -> _Steps:
+def token_steps(engine: Engine, ids: Sequence[int], sampler: Sampler, limit: int) -> _Steps:
     """How the engine's mode makes tokens, and the figures that this adds to."""
     if not engine.speculates:
         return generate_step(engine.model, ids, sampler), None
@@ -115,7 +115,7 @@ def stream_generate(
     begin = mark = time.perf_counter()
     engine.store.reset_stats()
     stats.finish_reason = "context"
-    steps, stats.speculation = _steps(engine, ids, sampler, max_tokens)
+    steps, stats.speculation = token_steps(engine, ids, sampler, max_tokens)
     for token in steps:
         now = time.perf_counter()
         if not stats.generated_tokens:

@@ -23,7 +23,7 @@ from m2c.cli.names import require_writable
 from m2c.cli.pages import require_page
 from m2c.cli.runs import describe_plan, stats_facts, summary_line
 from m2c.energy.account import energy_line
-from m2c.energy.meter import Lap, Meter
+from m2c.energy.meter import IDLE_S, Lap, Meter
 from m2c.engine import Engine
 from m2c.errors import UsageError
 from m2c.generate import GenerationStats
@@ -100,7 +100,7 @@ def metering(wishes: Wishes) -> Iterator[tuple[Meter | None, Lap | None]]:
         yield None, None
         return
     with Meter() as meter:
-        idle = meter.idle() if meter.measures else None
+        idle = meter.idle(IDLE_S) if meter.measures else None
         yield meter, idle
 
 

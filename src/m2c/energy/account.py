@@ -105,7 +105,7 @@ def energy_line(facts: dict[str, Any]) -> str:
     """The account in one line."""
     if not is_measured(facts):
         ssd = sum(phase["joules"]["ssd"] for phase in facts["phases"].values())
-        return f"energy: not measured, SSD about {ssd:.3g} J in all (estimated); {_states(facts)}"
+        return f"energy: not measured, SSD about {ssd:.3g} J in all (estimated); {states_of(facts)}"
     grid = facts["grid"]
     parts = []
     for name in ("decode", "prefill"):
@@ -119,7 +119,7 @@ def energy_line(facts: dict[str, Any]) -> str:
     if facts["idle"]:
         parts.append(f"idle before {facts['idle']['total_watts']:.3g} W")
     parts.append(f"at {grid['g_per_kwh']:g} g/kWh ({grid['source']})")
-    return f"energy: {', '.join(parts)}; {_states(facts)}"
+    return f"energy: {', '.join(parts)}; {states_of(facts)}"
 
 
 def is_measured(facts: dict[str, Any]) -> bool:
@@ -127,7 +127,7 @@ def is_measured(facts: dict[str, Any]) -> bool:
     return any(part["state"] == "measured" for part in facts["components"].values())
 
 
-def _states(facts: dict[str, Any]) -> str:
+def states_of(facts: dict[str, Any]) -> str:
     """Which components are measured, estimated and absent; why absent, each reason once."""
     groups: dict[tuple[str, str], list[str]] = {}
     for name, part in facts["components"].items():

@@ -87,7 +87,7 @@ class Meter:
             }
             return Lap(name, self._begin - begin, gone, counters, self._counters)
 
-    def idle(self, seconds: float = IDLE_S) -> Lap:
+    def idle(self, seconds: float) -> Lap:
         """Wait, and say what the machine took meanwhile."""
         self.lap("")
         self._closed.wait(seconds)
