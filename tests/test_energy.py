@@ -5,18 +5,24 @@ Fake trees of sysfs and a fake NVML stand in for machines that have counters.
 
 import json
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 from command_line import m2c
 
+from m2c.bundle.bundle import Bundle
 from m2c.energy import carbon
 from m2c.energy.account import Grid, Phase, account, energy_line, is_measured
 from m2c.energy.meter import SSD_W, Lap, Meter
 from m2c.energy.nvml import GpuCounter, GpuPower, gpu_source
 from m2c.energy.rapl import Rapl, rapl_sources
 from m2c.energy.sources import Absent, Lost
+from m2c.energy.ways import WAYS, options_for
+from m2c.engine import Engine, RunOptions
+from m2c.generate import token_steps
+from m2c.sampling import Sampler, SamplingParams
 from m2c.tiers.ssd import LinkStats
 
 RANGE_UJ = 262_143_328_850
@@ -375,3 +381,48 @@ def test_the_tokens_are_the_same_with_and_without(bundle: Path, tmp_path: Path) 
     watched = m2c("run", bundle, "-p", "x", "-n", 8, "--mode", "exact", "--energy", "--report",
                   tmp_path / "r.html")  # fmt: skip
     assert (watched.code, watched.out) == (0, plain)
+
+
+@pytest.mark.usefixtures("counted")
+def test_bench_compares_three_ways(bundle: Path) -> None:
+    said = m2c("bench", bundle, "-p", 5, "-n", 4, "-r", 2, "--energy", "-o", "json", "-t", 1)
+    assert said.code == 0, said.err
+    found = json.loads(said.out)
+    assert list(found) == sorted(WAYS)
+    for facts in found.values():
+        decode = facts["energy"]["phases"]["decode"]
+        assert (decode["tokens"], facts["energy"]["phases"]["prefill"]["tokens"]) == (6, 10)
+        assert decode["joules"]["cpu"] == 20.0
+    assert found["streaming"]["mix"] == found["exact"]["mix"] == "100/0/0"
+    assert "measured CPU; estimated SSD; absent DRAM, GPU (none)" in said.err
+    assert "idle before" in said.err
+
+
+@pytest.mark.usefixtures("counted")
+def test_the_comparison_is_a_table(bundle: Path) -> None:
+    said = m2c("bench", bundle, "-p", 5, "-n", 4, "-r", 1, "--energy", "-q")
+    header, rule, *rows = said.out.splitlines()
+    assert (said.code, said.err) == (0, "")
+    assert [row.split("|")[1].strip() for row in rows] == list(WAYS)
+    assert len({len(line) for line in (header, rule, *rows)}) == 1
+
+
+def test_every_way_decodes_as_many_tokens_of_its_own_model(deep_bundle: Bundle) -> None:
+    """Streaming keeps nothing, and its tokens are those of exact mode."""
+    ids = {}
+    for way in ("exact", "streaming"):
+        options = options_for(deep_bundle, way, RunOptions(ctx_size=32, threads=1))
+        with Engine(deep_bundle, options) as engine:
+            steps, _ = token_steps(engine, [5, 17, 99], Sampler(SamplingParams()), 8)
+            ids[way] = list(islice(steps, 8))
+            if way == "streaming":
+                assert not engine.plan.in_dram
+                assert engine.plan.ssd_nbytes_per_token > 0
+    assert ids["exact"] == ids["streaming"]
+
+
+@pytest.mark.parametrize("words", [("-p", 0), ("-n", 1), ("-d", 3)])
+def test_a_comparison_needs_text(bundle: Path, words: tuple[object, ...]) -> None:
+    said = m2c("bench", bundle, "--energy", *words)
+    assert said.code == 2
+    assert said.reason.startswith("--energy decodes text after a prompt")

@@ -85,10 +85,10 @@ def bar_chart(bars: Sequence[Bar], axis: Axis, *, title: str) -> str:
 
 
 def share_ticks(low: float, high: float) -> list[float]:
-    """Round numbers from `low` to `high`, four to eight of them."""
+    """Round numbers from `low` to `high`, four to seven of them."""
     if high <= low:
         return [low]
-    raw = (high - low) / 5
+    raw = (high - low) / 6
     base = 10.0 ** math.floor(math.log10(raw))
     step = base * next(factor for factor in (1, 2, 2.5, 5, 10) if factor * base >= raw * 0.999)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
