@@ -67,6 +67,7 @@ th,td{padding:5px 10px 5px 0;text-align:right;border-bottom:1px solid var(--line
 vertical-align:top}
 th{font-weight:600;color:var(--dim)}
 th:first-child,td:first-child,.words td,.words th{text-align:left}
+table:not(.words) td:not(:first-child){white-space:nowrap}
 .words td:last-child{overflow-wrap:anywhere}
 tr:last-child td{border-bottom:0}
 details{margin-top:8px}
