@@ -48,7 +48,7 @@ def print_energy(
         result(dump_json(found).decode())
     elif found:
         _print_table(found)
-    if found and not quiet:
+    if found:  # quiet or not: a figure is worth nothing without what it covers
         _say_what_it_covers(next(iter(found.values()))["energy"])
 
 

@@ -5,7 +5,7 @@ measured, and always with what it covers. Knows nothing about text.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 from m2c.energy import carbon
@@ -43,6 +43,8 @@ def account(
 ) -> dict[str, Any]:  # fmt: skip
     """Joules, seconds, grams; None where nothing was measured."""
     making_g = sum(part.grams for part in parts)
+    # what was lost on the way is absent throughout: phases must cover the same components
+    phases = [replace(phase, lap=_kept(phase.lap, meter)) for phase in phases]
     seen = {part for phase in phases for part in phase.lap.joules}
     return {
         "boundary": BOUNDARY,
@@ -57,6 +59,11 @@ def account(
             "absent": carbon.UNCOUNTED,
         },
     }  # fmt: skip
+
+
+def _kept(lap: Lap, meter: Meter) -> Lap:
+    joules = {name: value for name, value in lap.joules.items() if name not in meter.absent}
+    return replace(lap, joules=joules)
 
 
 def _component(meter: Meter, name: str, seen: bool) -> dict[str, str]:
