@@ -5,7 +5,7 @@ safe to print and, at the end, what it took. Nothing here prints.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +36,7 @@ class GenerationStats:
     prefill_s: float = 0.0
     decode_s: float = 0.0
     finish_reason: str = ""  # "stop", "length", "context" or "interrupted"
-    prefill_ssd_nbytes: int = 0
+    prefill: StoreStats | None = None
     decode: StoreStats | None = None
     speculation: Speculation | None = None
     peak_memory_nbytes: int = 0
@@ -54,7 +54,8 @@ class GenerationStats:
 
 def together(figures: Sequence[GenerationStats]) -> GenerationStats:
     """Sums over generations; TTFT is their mean."""
-    total = GenerationStats(decode=StoreStats(LinkStats(), LinkStats()))
+    prefill, decode = (StoreStats(LinkStats(), LinkStats()) for _ in range(2))
+    total = GenerationStats(prefill=prefill, decode=decode)
     for one in figures:
         total.prompt_tokens += one.prompt_tokens
         total.cached_tokens += one.cached_tokens
@@ -63,10 +64,10 @@ def together(figures: Sequence[GenerationStats]) -> GenerationStats:
         total.ttft_s += one.ttft_s / len(figures)
         total.prefill_s += one.prefill_s
         total.decode_s += one.decode_s
-        total.prefill_ssd_nbytes += one.prefill_ssd_nbytes
         total.peak_memory_nbytes = max(total.peak_memory_nbytes, one.peak_memory_nbytes)
-        if total.decode is not None and one.decode is not None:
-            total.decode.add(one.decode)
+        for mine, its in ((prefill, one.prefill), (decode, one.decode)):
+            if its is not None:
+                mine.add(its)
         if one.speculation is not None:
             total.speculation = total.speculation or Speculation()
             total.speculation.add(one.speculation)
@@ -109,7 +110,9 @@ def generate_step(
         logits = model.forward(np.asarray([token], np.int32))
 
 
-def _steps(engine: Engine, ids: Sequence[int], sampler: Sampler, limit: int, cached: int) -> _Steps:
+def token_steps(
+    engine: Engine, ids: Sequence[int], sampler: Sampler, limit: int, cached: int = 0
+) -> _Steps:
     """How the engine's mode makes tokens, and the figures that this adds to."""
     if not engine.speculates:
         return generate_step(engine.model, ids, sampler, cached=cached), None
@@ -124,12 +127,14 @@ def _steps(engine: Engine, ids: Sequence[int], sampler: Sampler, limit: int, cac
 def stream_generate(
     engine: Engine, ids: Sequence[int], sampler: Sampler, *, max_tokens: int,
     stop: Sequence[str] = (), cached: int = 0,
+    observe: Callable[[float], None] = lambda seconds: None,
 ) -> Iterator[Piece]:  # fmt: skip
     """Yield pieces of text; the last one has the stats. Stop strings are not part of the text.
 
     cached: how many of `ids` are in the KV cache, the last one not among them. Whoever breaks it
     off, or has it stopped by `Engine.stop_when`, may rely on the keys and values of `ids` and of
     all yielded ids but the last one, as far as the cache goes, and on no others.
+    observe: told the seconds that each token took, when it is there; the first took the prompt.
 
     Raises UsageError when the prompt is empty or does not fit the context.
     """
@@ -143,16 +148,17 @@ def stream_generate(
     begin = mark = time.perf_counter()
     engine.store.reset_stats()
     stats.finish_reason = "context"
-    steps, stats.speculation = _steps(engine, ids, sampler, max_tokens, cached)
+    steps, stats.speculation = token_steps(engine, ids, sampler, max_tokens, cached)
     for token in _until_stopped(steps, stats):
         now = time.perf_counter()
         if not stats.generated_tokens:
             stats.ttft_s = stats.prefill_s = now - begin
-            stats.prefill_ssd_nbytes = engine.store.stats.ssd.nbytes
+            stats.prefill = engine.store.stats
             engine.store.reset_stats()
         else:
             stats.decode_s += now - mark
             stats.decode_steps += 1
+        observe(now - mark)
         mark = now
         stats.generated_tokens += 1
         if token in ends:

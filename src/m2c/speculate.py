@@ -11,7 +11,7 @@ more tokens per second. Knows nothing about text, tiers or where drafts' weights
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -30,6 +30,16 @@ FEW_AT_ONCE: Final = 9  # where memory is short: looked-up drafts are seldom rig
 _LOOKED_UP: Final = (0.25, 0.55, 0.65, 0.75, 0.85, 0.92)
 
 
+@dataclass(frozen=True)
+class Pass:
+    """One round: what was drafted, what of it was right, and how long both halves took."""
+
+    drafted: int
+    accepted: int
+    draft_s: float
+    pass_s: float
+
+
 @dataclass
 class Speculation:
     """Figures of a generation, without its prompt and first token."""
@@ -40,6 +50,7 @@ class Speculation:
     accepted: int = 0
     draft_s: float = 0.0
     pass_s: float = 0.0
+    history: list[Pass] = field(default_factory=list)
 
     @property
     def acceptance(self) -> float:
@@ -50,6 +61,7 @@ class Speculation:
         self.passes += other.passes
         self.drafted += other.drafted
         self.looked_up += other.looked_up
+        self.history += other.history
         self.accepted += other.accepted
         self.draft_s += other.draft_s
         self.pass_s += other.pass_s
@@ -144,6 +156,7 @@ class Speculator:
         figures.accepted += len(found) - 1
         figures.draft_s += middle - begin
         figures.pass_s += end - middle
+        figures.history.append(Pass(len(used.ids), len(found) - 1, middle - begin, end - middle))
         return found
 
     def _seen(self, most: int) -> "_Drafted":

@@ -57,6 +57,14 @@ def command(
             help="With --replay: cache sizes in percent of the neurons [default: 10 25 50].",
         ),
     ] = None,
+    energy: Annotated[
+        bool,
+        typer.Option(
+            "--energy",
+            help="Compare the energy of mixed mode, exact mode and streaming instead, on text.",
+        ),
+    ] = False,
+    grid_intensity: options.GridIntensity = None,
     output: Annotated[str, typer.Option("--output", "-o", help="md or json.")] = "md",
     json_output: options.Json = False,
     quiet: options.Quiet = False,
@@ -67,9 +75,11 @@ def command(
     over the repetitions, after a run that does not count. Token ids are random. The predicted
     speed is what the plan's bytes allow at the speeds of disk and memory. --probe measures request
     sizes and depths on the disk and remembers the best. --replay compares cache policies at equal
-    bytes; Belady knows the future: the bound.
+    bytes; Belady knows the future: the bound. --energy decodes the same text in three ways, one
+    after the other: streaming reads the checkpoint's own weights for every token and pins none.
     """
     from m2c.bundle.bundle import open_bundle
+    from m2c.cli.bench_energy import print_energy
     from m2c.cli.bench_replay import print_replay
     from m2c.cli.names import bundle_path
     from m2c.cli.runs import run_options
@@ -81,16 +91,24 @@ def command(
     if replay is not None:
         print_replay(replay, plane=plane, shares=share or [10, 25, 50], as_json=as_json)
         return
+    if grid_intensity is not None and not energy:
+        raise UsageError("--grid-intensity is for carbon figures", "add --energy")
+    if energy and (n_prompt < 1 or n_gen < 2 or n_depth):
+        raise UsageError("--energy decodes text after a prompt", "give -p 1, -n 2 or more, no -d")
     if not (n_prompt or n_gen):
         raise UsageError("-p 0 -n 0 leaves nothing to measure", "give at least one of them tokens")
     job = SpeedJob(n_prompt, n_gen, n_depth, repetitions)
+    ctx_size = n_prompt + n_gen if energy else job.ctx_size
     chosen = run_options(
-        mix=mix, drop=0.0, dense=dense, ctx_size=job.ctx_size, kv="f16", dram=dram, hbm=hbm,
+        mix=mix, drop=0.0, dense=dense, ctx_size=ctx_size, kv="f16", dram=dram, hbm=hbm,
         device=device, policy=None, depth=3, threads=threads, kernel=kernel,
     )  # fmt: skip
     opened = open_bundle(bundle_path(bundle, ssd))
     if probe:
         _print_probe(opened, as_json)
+        return
+    if energy:
+        print_energy(opened, chosen, job, grid=grid_intensity, as_json=as_json, quiet=quiet)
         return
     _print_speed(opened, chosen, job, as_json=as_json, quiet=quiet)
 

@@ -109,3 +109,14 @@ Draft = Annotated[
     ),
 ]
 Depth = Annotated[int, typer.Option(min=1, max=64, help="Blocks read ahead.")]
+Energy = Annotated[
+    bool, typer.Option("--energy", help="Measure energy, and print J per token and gCO2e.")
+]
+GridIntensity = Annotated[
+    float | None,
+    typer.Option(
+        min=0, max=5000,
+        help="With --energy: gCO2e per kWh of your electricity [default: 481, the world's average "
+        "of 2023 by Ember].",
+    ),
+]  # fmt: skip

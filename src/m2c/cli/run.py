@@ -12,8 +12,10 @@ from m2c.errors import M2CError, UsageError
 
 if TYPE_CHECKING:
     from m2c.bundle.bundle import Bundle
+    from m2c.cli.report import Watch
     from m2c.engine import Engine, RunOptions
     from m2c.generate import GenerationStats
+    from m2c.sampling import Sampler
     from m2c.tokenizer import Tokenizer
 
 _GIVE_ONE = 'give one with --prompt "..." or on stdin'
@@ -59,6 +61,15 @@ def command(
         bool, typer.Option("--plan", "--dry-run", help="Print the plan and stop.")
     ] = False,
     stats: Annotated[Path | None, typer.Option(help="Write figures as JSON here.")] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write what the run did, token by token, with prompt and answer, here: a page "
+            "(.html) or for programs (.json)."
+        ),
+    ] = None,
+    energy: options.Energy = False,
+    grid_intensity: options.GridIntensity = None,
     trace: Annotated[Path | None, typer.Option(help="Record active neurons here.")] = None,
     no_stream: Annotated[bool, typer.Option("--no-stream", help="Print the text at once.")] = False,
     quiet: options.Quiet = False,
@@ -72,6 +83,10 @@ def command(
     and verifies several in one pass with the checkpoint's own weights: the text is theirs, token
     for token. Drafts come from the INT4 planes if these fit, from --draft if that promises more,
     and from the text so far. Auto takes exact where it is predicted to reach half the speed.
+
+    --energy reads the counters of processor, DRAM and GPU, where the system shows them, and adds an
+    estimate for the SSD; each is marked measured, estimated or absent. It takes a second more, for
+    the idle level.
     """
     from dataclasses import replace
 
@@ -79,6 +94,7 @@ def command(
     from m2c.cli.loading import expected_speed, open_engine, say_price, with_drop
     from m2c.cli.modes import asked_mode, opened_draft, with_mode
     from m2c.cli.names import bundle_path, require_unicode, require_writable
+    from m2c.cli.report import Story, Watch, Wishes, leave, metering
     from m2c.cli.runs import run_options
     from m2c.contents import tokenizer_of
     from m2c.sampling import Sampler, SamplingParams
@@ -96,9 +112,10 @@ def command(
         )
     )  # fmt: skip
     require_unicode(prompt, system, *(stop or []))
-    for flag, path in (("--stats", stats), ("--trace", trace)):
-        if path is not None:
-            require_writable(path, flag)
+    wishes = Wishes(stats, report, energy, grid_intensity, quiet)
+    wishes.check()
+    if trace is not None:
+        require_writable(trace, "--trace")
     opened = open_bundle(bundle_path(bundle, ssd))
     chosen = with_drop(opened, chosen, drop)
     if draft is not None:
@@ -107,15 +124,33 @@ def command(
         _print_plan(opened, with_mode(opened, chosen, mode, exact_precision).options)
         return
     tokenizer = tokenizer_of(opened)
-    ids = _prompt_ids(opened, tokenizer, chosen, _read_prompt(prompt), system, raw)
+    text = _read_prompt(prompt)
+    ids = _prompt_ids(opened, tokenizer, chosen, text, system, raw)
     choice = with_mode(opened, chosen, mode, exact_precision)
     say_price(opened, drop, quiet)
-    with open_engine(opened, tokenizer, choice.options, trace, quiet) as engine:
-        expected = 0.0 if quiet and stats is None else expected_speed(engine, choice, quiet)
+    with (
+        metering(wishes) as (meter, idle),
+        open_engine(opened, tokenizer, choice.options, trace, quiet) as engine,
+    ):
+        expected = expected_speed(engine, choice, quiet) if wishes.any else 0.0
         if temperature > 0 and seed is None and not quiet:
             say(f"m2c: seed {sampler.seed}")
-        figures = _generate(engine, ids, sampler, max_tokens, stop or [], no_stream)
-        _report(engine, figures, expected, stats, quiet)
+        watch = Watch(engine, wishes, meter, idle)
+        figures, answer = _generate(engine, ids, sampler, max_tokens, stop or [], no_stream, watch)
+        asked = _asked(sampler, max_tokens, stop or [])
+        leave(engine, figures, expected, watch, wishes, Story(text, system, answer, asked))
+
+
+def _asked(sampler: "Sampler", max_tokens: int, stop: list[str]) -> dict[str, str]:
+    """The settings that the engine does not know, for a report."""
+    params = sampler.params
+    sampling = "greedy" if params.temperature == 0 else (
+        f"temperature {params.temperature:g}, top-k {params.top_k}, top-p {params.top_p:g}, "
+        f"min-p {params.min_p:g}, seed {sampler.seed}"
+    )  # fmt: skip
+    found = {"sampling": f"{sampling}, repeat penalty {params.repeat_penalty:g}"}
+    found["most tokens"] = str(max_tokens)
+    return found | ({"stop": ", ".join(map(repr, stop))} if stop else {})
 
 
 def _read_prompt(prompt: str | None) -> str:
@@ -168,25 +203,32 @@ def _prompt_ids(
 
 
 def _generate(
-    engine: "Engine", ids: list[int], sampler, max_tokens: int, stop: list[str], no_stream: bool
-) -> "GenerationStats":  # type: ignore[no-untyped-def]
+    engine: "Engine", ids: list[int], sampler: "Sampler", max_tokens: int, stop: list[str],
+    no_stream: bool, watch: "Watch",
+) -> "tuple[GenerationStats, str]":  # fmt: skip
+    """Print the text as it comes; the figures and the text."""
     from m2c.generate import GenerationStats, stream_generate
 
     figures = GenerationStats()
     text = ""
+    pieces = stream_generate(
+        engine, ids, sampler, max_tokens=max_tokens, stop=stop, observe=watch
+    )  # fmt: skip
     try:
-        for piece in stream_generate(engine, ids, sampler, max_tokens=max_tokens, stop=stop):
+        for piece in pieces:
             text += piece.text
+            if piece.stats is not None:
+                watch.end()
+                figures = piece.stats
             if not no_stream:
                 write(piece.text)
-            figures = piece.stats or figures
     except (KeyboardInterrupt, M2CError):
         # what there is belongs to the person, and the reason starts a line of its own
         if text:
             write(text + "\n" if no_stream else "\n")
         raise
     write(text + "\n" if no_stream else "\n")
-    return figures
+    return figures, text
 
 
 def _print_plan(bundle: "Bundle", chosen: "RunOptions") -> None:
@@ -200,19 +242,3 @@ def _print_plan(bundle: "Bundle", chosen: "RunOptions") -> None:
     shape, plan = plan_for(bundle, config, shape, importance_of(bundle), chosen)
     for line in describe_plan(plan, shape):
         result(line)
-
-
-def _report(
-    engine: "Engine", figures: "GenerationStats", expected: float, stats: Path | None, quiet: bool
-) -> None:
-    from m2c.bundle.files import write_atomic
-    from m2c.bundle.strict import dump_json
-    from m2c.cli.runs import stats_facts, summary_line
-
-    if quiet and stats is None:
-        return
-    facts = stats_facts(engine, figures, expected)
-    if stats is not None:
-        write_atomic(stats, dump_json(facts) + b"\n")
-    if not quiet:
-        say(summary_line(facts))

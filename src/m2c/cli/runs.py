@@ -169,7 +169,7 @@ def stats_facts(engine: Engine, figures: GenerationStats, predicted: float) -> d
     predicted: tokens per second that were expected before.
     """
     steps = max(1, figures.decode_steps)
-    decode = figures.decode
+    decode, prefill = figures.decode, figures.prefill
     assert decode is not None
     achieved = decode.ssd.nbytes / decode.ssd.busy_s if decode.ssd.busy_s else 0.0
     # disks swing: the roof is at least what this very run has reached
@@ -198,7 +198,7 @@ def stats_facts(engine: Engine, figures: GenerationStats, predicted: float) -> d
         "prefill_tps": figures.prefill_tps,
         "decode_tps": figures.decode_tps,
         "predicted_tps": predicted,
-        "prefill_ssd_nbytes": figures.prefill_ssd_nbytes,
+        "prefill_ssd_nbytes": prefill.ssd.nbytes if prefill else 0,
         "ssd_nbytes_per_token": moved,
         "ssd_bytes_per_second": achieved,
         "ssd_roof_bytes_per_second": ssd_bandwidth,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from m2c.cli import complete, options
-from m2c.cli.console import result, tables
+from m2c.cli.console import result, say, tables
 
 if TYPE_CHECKING:
     from m2c.bundle.bundle import Bundle
@@ -25,18 +25,27 @@ def command(
         ),
     ] = None,
     ssd: options.Ssd = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Write a page with curves, sizes and this machine's plan here (.html)."),
+    ] = None,
     json_output: options.Json = False,
 ) -> None:
     """Show a bundle or a profile.
 
-    Sizes of the planes, the default mix, the importance and coverage curves.
+    Sizes of the planes, the default mix, the importance and coverage curves. The page of --html is
+    one file that loads nothing from elsewhere.
     """
     from m2c.bundle.bundle import open_bundle
     from m2c.bundle.importance import read_importance
     from m2c.bundle.strict import dump_json
     from m2c.cli.names import bundle_path
+    from m2c.cli.pages import require_page
     from m2c.contents import importance_of
 
+    if html is not None:
+        require_page(html, "--html", (".html",))
+    bundle = None
     if path is not None and Path(path).is_file():
         importance, _ = read_importance(Path(path))
         facts: dict[str, Any] = {}
@@ -45,12 +54,28 @@ def command(
         importance = importance_of(bundle)
         facts = _bundle_facts(bundle)
     facts |= _importance_facts(importance)
+    if html is not None:
+        _write_page(html, facts, importance, bundle)
     if json_output:
         result(dump_json(facts).decode())
         return
     if "planes" in facts:
         _print_bundle(facts)
     _print_importance(facts)
+
+
+def _write_page(
+    path: Path, facts: dict[str, Any], importance: "Importance", bundle: "Bundle | None"
+) -> None:
+    from datetime import date
+
+    from m2c.bundle.files import write_atomic
+    from m2c.cli.pages import default_plans
+    from m2c.pages.show_page import show_page
+
+    plans = default_plans(bundle, importance) if bundle is not None else []
+    write_atomic(path, show_page(facts, importance, plans, created=date.today().isoformat()))
+    say(f"m2c: wrote {path}")
 
 
 def _bundle_facts(bundle: "Bundle") -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Self-contained HTML pages about bundles and runs: no network, no scripts."""
