@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -140,6 +141,9 @@ def test_history_is_private_bounded_and_forgiving(tmp_path: Path) -> None:
 # -- at a terminal ---------------------------------------------------------------------------------
 
 
+_PATIENCE_S = 120
+
+
 class Screen:
     """m2c chat in a terminal of its own."""
 
@@ -159,20 +163,29 @@ class Screen:
         shown = ""
         for text in texts:
             while text not in self._text:
-                try:
-                    part = os.read(self.side, 1 << 16)
-                except OSError:
-                    part = b""
+                part = self._read()
                 assert part, f"{text!r} never came: {self._text!r}"
-                self._text += part.decode(errors="replace").replace("\r", "")
+                self._text += part
             before, _, self._text = self._text.partition(text)
             shown += before + text
         return shown
 
     def more(self) -> None:
         """Wait for anything to be shown."""
-        while not self._text:
-            self._text = os.read(self.side, 1 << 16).decode(errors="replace").replace("\r", "")
+        while not self._text.strip():
+            part = self._read()
+            assert part, "nothing came"
+            self._text += part
+
+    def _read(self) -> str:
+        """What comes next, without what switches pastes on and off; empty when nothing does."""
+        if not select.select([self.side], [], [], _PATIENCE_S)[0]:
+            return ""
+        try:
+            part = os.read(self.side, 1 << 16).decode(errors="replace")
+        except OSError:
+            return ""
+        return re.sub("\x1b\\[\\?2004[hl]|\r", "", part) or "\n"
 
     def type(self, text: str) -> None:
         os.write(self.side, text.encode())
