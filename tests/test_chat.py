@@ -44,6 +44,15 @@ def test_what_published_templates_use(template: str, expected: str) -> None:
     assert render(template, MESSAGES, bos_token="<s>", eos_token="</s>") == expected
 
 
+def test_a_format_without_a_place_for_a_system_message() -> None:
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    template = refusal + "{{ raise_exception('neither') }}"
+    with pytest.raises(BadInput, match="no; try without a system message"):
+        render(template, [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}])
+    with pytest.raises(BadInput, match="neither; use another template"):
+        render(template, [{"role": "user", "content": "y"}])
+
+
 def test_text_that_is_not_valid_unicode_comes_back_as_it_went() -> None:
     assert render("{{ messages[0].content }}", [{"content": "a\udc80"}]) == "a\udc80"
 

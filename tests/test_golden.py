@@ -20,9 +20,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import xxhash
+from safetensors import safe_open
+from safetensors.numpy import load, save
 
 from m2c.bundle.bundle import Bundle, open_bundle
-from m2c.bundle.importance import read_importance
+from m2c.bundle.importance import decode_importance, read_importance
 from m2c.bundle.shard import read_index
 from m2c.check import check_bundle, compare_with_source, exact_section
 from m2c.contents import config_of, importance_of, tokenizer_of, vectors_of
@@ -196,7 +198,17 @@ def test_another_bundle_version_is_refused(copy: Path) -> None:
     rewrite_manifest(copy, lambda facts: facts.update(version=1))
     with pytest.raises(BadInput, match=r"manifest\.json: bundle format 1, this m2c reads 3") as why:
         open_bundle(copy)
-    assert why.value.hint
+    assert "m2c profile MODEL | m2c pack - --ssd DIR" in why.value.hint
+
+
+def test_a_profile_of_an_older_m2c_is_refused(tmp_path: Path) -> None:
+    tensors = load((GOLDEN / "importance.safetensors").read_bytes())
+    with safe_open(GOLDEN / "importance.safetensors", "numpy") as file:
+        metadata = file.metadata()
+    del tensors["head_directions"]
+    with pytest.raises(BadInput, match="head_directions is missing") as why:
+        decode_importance(save(tensors, metadata=metadata), tmp_path / "old")
+    assert "m2c profile MODEL" in why.value.hint
 
 
 @pytest.mark.parametrize("where", [None, "mix", "source"])

@@ -29,6 +29,7 @@ _CPU_SECONDS = 5
 _WALL_SECONDS = 60  # generous: the child sleeps only while it waits for a busy machine
 _ADDRESS_SPACE_NBYTES = 1 << 30
 
+_NO_SYSTEM = "try without a system message (no --system; in chat: /system alone)"
 _OTHER_TEMPLATE = "use another template, or give the prompt without one"
 
 
@@ -62,7 +63,10 @@ def render(
     }
     answer = _in_child(json.dumps(request).encode())
     if "error" in answer:
-        raise BadInput(f"the chat template failed: {answer['error']}", _OTHER_TEMPLATE)
+        # not every model's format has a place for one: gemma's refuses it
+        has_system = any(message.get("role") == "system" for message in messages)
+        hint = _NO_SYSTEM if has_system else _OTHER_TEMPLATE
+        raise BadInput(f"the chat template failed: {answer['error']}", hint)
     return answer["prompt"]
 
 

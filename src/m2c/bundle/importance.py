@@ -157,5 +157,8 @@ def _layer(tensors: dict[str, Any], i: int, path: Path) -> LayerImportance:
 def _tensor(tensors: dict[str, Any], name: str, dtype: type, path: Path) -> Any:
     array = tensors.get(name)
     if array is None or array.dtype != dtype or not np.isfinite(array).all():
-        raise BadInput(f"{path}: {name} is missing, of a wrong type or not finite")
+        raise BadInput(
+            f"{path}: {name} is missing, of a wrong type or not finite",
+            "an older m2c may have written it; measure again: m2c profile MODEL",
+        )
     return array

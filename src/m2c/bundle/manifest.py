@@ -88,7 +88,7 @@ def read_manifest(directory: Path) -> Manifest:
     if facts.get("version") != VERSION:
         raise BadInput(
             f"{path}: bundle format {facts.get('version')!r}, this m2c reads {VERSION}",
-            "pack the model again",
+            "pack the model again: m2c profile MODEL | m2c pack - --ssd DIR",
         )
     checksum = facts.pop("checksum", None)
     if checksum != hashlib.sha256(dump_json(facts)).hexdigest():
