@@ -10,7 +10,7 @@ from m2c.bundle.bundle import Bundle
 from m2c.engine import Engine
 from m2c.predict import Speeds, measured_speeds, predicted_tps
 from m2c.tiers.ssd import LinkStats
-from m2c.tiers.store import StoreStats
+from m2c.tiers.traffic import StoreStats
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from m2c.hardware import probe_dram
 from m2c.model.config import parameter_count
 from m2c.model.footprint import RunShape
 from m2c.tiers.plan import Plan
-from m2c.tiers.store import StoreStats
+from m2c.tiers.traffic import StoreStats
 from m2c.units import MiB
 
 # of a plain read of memory, what the kernels reach on whole layers (BENCHMARKS.md, "Kernels")

@@ -24,7 +24,7 @@ from m2c.modes import exact_options
 from m2c.sampling import Sampler, SamplingParams
 from m2c.tiers.plan import Budget, Footprint, make_plan
 from m2c.tiers.ssd import LinkStats
-from m2c.tiers.store import StoreStats
+from m2c.tiers.traffic import StoreStats
 
 WAYS: Final = ("mixed", "exact", "streaming")
 _WARM_TOKENS: Final = 8
