@@ -112,9 +112,9 @@ def assumed_acceptance(plan: Plan) -> float:
     return _OTHERS if draft.name else _ACCEPTED
 
 
-def expected_tps(engine: Engine, stats: StoreStats | None = None) -> float:
+def expected_tps(engine: Engine) -> float:
     """Tokens per second of the engine's mode on this machine as it is now."""
-    speeds = measured_speeds(engine, stats)
+    speeds = measured_speeds(engine)
     if not engine.speculates:
         return predicted_tps(engine.plan, speeds)
     weights = parameter_count(engine.config)

@@ -67,15 +67,14 @@ def command(
     """
     from m2c.bundle.strict import dump_json
     from m2c.cli.figures import Figures
-    from m2c.cli.modes import asked_mode, require_precision
+    from m2c.cli.modes import asked_mode, leaves_exact, require_precision
     from m2c.cli.runs import describe_plan, plan_facts, run_options
 
     chosen = run_options(
         mix=mix, drop=drop, dense=dense, ctx_size=ctx_size, kv=kv, dram=dram, hbm=hbm,
         device=device, policy=policy, depth=depth, threads=threads, kernel=kernel,
     )  # fmt: skip
-    plain = mix is None and dense is None and policy is None and not drop
-    plain = plain and device == "cpu" and not chosen.hbm
+    plain = leaves_exact(chosen, drop)
     asked = asked_mode(mode, exact, plain)
     require_precision(asked, exact_precision)
     given = {"ssd": ssd_speed, "link": link_speed, "dram": dram_speed, "hbm": hbm_speed}
