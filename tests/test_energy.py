@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from command_line import m2c
+from running import smallest_dram
 
 from m2c.bundle.bundle import Bundle
 from m2c.energy import carbon
@@ -423,6 +424,11 @@ def test_every_way_decodes_as_many_tokens_of_its_own_model(deep_bundle: Bundle) 
                 assert not engine.plan.in_dram
                 assert engine.plan.ssd_nbytes_per_token > 0
     assert ids["exact"] == ids["streaming"]
+
+
+def test_streaming_has_the_least_memory_there_is_a_plan_for(deep_bundle: Bundle) -> None:
+    options = options_for(deep_bundle, "streaming", RunOptions(ctx_size=32, threads=1))
+    assert options.dram == smallest_dram(deep_bundle, options)
 
 
 @pytest.mark.parametrize("words", [("-p", 0), ("-n", 1), ("-d", 3)])

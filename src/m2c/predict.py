@@ -47,14 +47,6 @@ class Speeds:
     memory: float  # that the kernels compute on, plainly read
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A speed and where it is from."""
-
-    bytes_per_s: float
-    source: str  # "given", "measured", "remembered" or "assumed"
-
-
 def measured_speeds(engine: Engine, stats: StoreStats | None = None) -> Speeds:
     """What this machine gives now. stats: traffic of a run, if there was one.
 

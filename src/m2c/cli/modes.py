@@ -7,7 +7,7 @@ from pathlib import Path
 
 from m2c.bundle.bundle import Bundle, open_bundle
 from m2c.cli.names import bundle_path
-from m2c.cli.runs import tps
+from m2c.cli.words import tps
 from m2c.contents import tokenizer_of
 from m2c.engine import RunOptions
 from m2c.errors import UsageError

@@ -153,7 +153,7 @@ def _taken(
 
 def _predicted(found: "dict[str, Outlook]", figures: "Figures") -> list[str]:
     """What the modes would reach. Nothing of a GPU: its predictions were never held to runs."""
-    from m2c.cli.runs import tps
+    from m2c.cli.words import tps
     from m2c.predict import assumed_acceptance
 
     parts = []
@@ -187,14 +187,12 @@ def _facts(
 def _draw(taken: "Outlook", nbytes: int) -> None:
     """A bar per tier, on a terminal."""
     from m2c.cli.bars import Tier, coloured, lines_of
-    from m2c.tiers.parts import dram_parts, hbm_parts
+    from m2c.tiers.parts import tier_parts
 
     if not sys.stdout.isatty():
         return
     plan = taken.plan
-    tiers = [Tier("DRAM", dram_parts(plan), plan.budget.dram, "free")]
-    if plan.budget.hbm:
-        tiers.insert(0, Tier("HBM", hbm_parts(plan), plan.budget.hbm, "free"))
+    tiers = [Tier(t["name"], t["parts"], t["budget"], "free") for t in tier_parts(plan)]
     use = "pass" if taken.shape.speculates else "token"
     read = {f"read for every {use}": n} if (n := min(plan.ssd_nbytes_per_token, nbytes)) else {}
     tiers.append(Tier("SSD", read, nbytes, "not read while decoding"))
