@@ -87,7 +87,7 @@ def test_the_json_keeps_its_shape(tmp_path: Path) -> None:
     }  # fmt: skip
     assert [model["model"] for model in found["models"]] == list(FEW)
     assert {f["what"] for f in found["folders"]} == {"M2C_HOME", "Hugging Face cache", "--ssd"}
-    assert found["memory"]["bytes_per_s"] > 1e8
+    assert found["memory"]["bytes_per_s"] > 0
 
 
 def test_kernels_are_those_of_a_run() -> None:
@@ -216,7 +216,7 @@ def test_a_disk_is_measured_and_left_as_it_was(
         pytest.skip(found.why)
     measured = [(s.request_nbytes, s.depth) for s in found.settings]
     assert measured == [(n, depth) for n in (64 << 10, *REQUESTS) for depth in DEPTHS]
-    assert all(s.bytes_per_s > 1e5 for s in found.settings)
+    assert all(s.bytes_per_s > 0 for s in found.settings)
     assert sum(steps) == 8 + len(found.settings)
 
 

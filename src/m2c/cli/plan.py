@@ -23,8 +23,8 @@ def command(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="An alias such as llama2-70b, a checkpoint, or a bundle [default: the one packed "
-            "last].",
+            help="An alias such as llama2-70b, a checkpoint, org/name[@revision] of the Hugging "
+            "Face hub, or a bundle [default: the one packed last].",
             autocompletion=complete.models_and_bundles,
         ),
     ] = None,
@@ -57,13 +57,15 @@ def command(
     ] = None,
     threads: options.Threads = None,
     kernel: options.Kernel = "auto",
+    offline: options.Offline = False,
     json_output: options.Json = False,
 ) -> None:
     """Say what would lie in which tier, and how fast that could be.
 
     Prints bytes per tier, drawn on a terminal, bytes per token on each link, the bound on tok/s
     that follows, and what each mode is predicted to reach on this machine. The mode is the one
-    that m2c run would take. A GPU need not be there if --hbm says how much memory it has.
+    that m2c run would take. A GPU need not be there if --hbm says how much memory it has. Of
+    a model that is not on this machine only config.json is fetched, into the Hugging Face cache.
     """
     from m2c.bundle.strict import dump_json
     from m2c.cli.figures import Figures
@@ -78,7 +80,7 @@ def command(
     asked = asked_mode(mode, exact, plain)
     require_precision(asked, exact_precision)
     given = {"ssd": ssd_speed, "link": link_speed, "dram": dram_speed, "hbm": hbm_speed}
-    subject = _subject(model, ssd)
+    subject = _subject(model, ssd, offline)
     figures = Figures(given, subject.bundle, ssd)
     found = _outlooks(subject.planner, chosen, plain, exact_precision, figures)
     taken = _taken(found, asked, subject.planner, chosen, exact_precision)
@@ -101,12 +103,12 @@ class _Subject:
     bundle: "Bundle | None" = None
 
 
-def _subject(model: str | None, ssd: Path | None) -> _Subject:
+def _subject(model: str | None, ssd: Path | None, offline: bool) -> _Subject:
     from m2c.bundle.bundle import open_bundle
+    from m2c.cli.fetch import config_here
     from m2c.cli.names import bundle_path, find_bundle
     from m2c.engine import ASSUMED_EXACT_TYPE
-    from m2c.hub import alias_config, resolve_model
-    from m2c.model.checkpoint import open_checkpoint
+    from m2c.hub import alias_config
     from m2c.model.config import parameter_count
     from m2c.model.footprint import bundle_nbytes
     from m2c.modes import planner_of_bundle, planner_of_config
@@ -116,7 +118,7 @@ def _subject(model: str | None, ssd: Path | None) -> _Subject:
         bundle = open_bundle(bundle_path(model, ssd))
         nbytes = sum(index.header.payload_nbytes for index in bundle.shards.values())
         return _Subject(f"{bundle.path}", planner_of_bundle(bundle), nbytes, bundle)
-    config = alias_config(model) or open_checkpoint(resolve_model(model, ssd).path).config
+    config = alias_config(model) or config_here(model, ssd, offline=offline)
     nbytes = bundle_nbytes(config, ASSUMED_EXACT_TYPE)
     count = parameter_count(config)
     title = f"{model}: {count / 1e9:.2f} G weights, about {format_size(nbytes)} of SSD (estimate)"
