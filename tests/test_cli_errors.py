@@ -193,6 +193,14 @@ def test_files_that_are_something_else(tmp_path: Path) -> None:
     assert "is not a usable trace" in m2c("bench", "--replay", junk).reason
 
 
+@pytest.mark.parametrize("one", ["--probe", "--energy"])
+def test_bench_measures_one_thing(one: str, tmp_path: Path) -> None:
+    other = ("--replay", tmp_path / "t") if one == "--probe" else ("--probe",)
+    said = m2c("bench", one, *other)
+    assert said.code == 2
+    assert "do not go together; leave one out" in said.reason
+
+
 # -- the machine says no ---------------------------------------------------------------------------
 
 

@@ -173,6 +173,15 @@ def test_folders_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert f"--ssd is not writable: {blocked}" in found
 
 
+def test_a_folder_for_bundles_that_is_not_there(tmp_path: Path) -> None:
+    """pack would refuse it, so it is no "no problems"."""
+    missing = tmp_path / "a" / "b"
+    found = problems("--ssd", missing)
+    assert found[f"--ssd: no such folder: {missing}"]["fix"] == f"mkdir -p {missing}"
+    missing.mkdir(parents=True)
+    assert not any("no such folder" in what for what in problems("--ssd", missing))
+
+
 def test_too_little_memory_for_anything() -> None:
     assert any("not enough memory" in what for what in problems("--dram", "1MiB", code=7))
 

@@ -1,5 +1,6 @@
 """Another model drafts: the text stays the exact model's, and both caches stay in step."""
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -250,7 +251,11 @@ def test_on_the_command_line(
     plain = m2c(*words, "--exact")
     said = m2c(*words, "--exact", "--draft", small.path)
     assert (said.code, said.out) == (0, plain.out)
-    assert ", drafts from " in said.err
+    promise = re.search(
+        r", drafts from .+ \(promised ([\d.]+) against ([\d.]+) from .+\):", said.err
+    )
+    assert promise, said.err
+    assert float(promise[1]) >= float(promise[2])
     refused = m2c(*words, "--mode", "mixed", "--draft", small.path)
     assert refused.code == 2
     assert "--draft is for exact mode" in refused.err

@@ -79,6 +79,7 @@ class Folder:
     what: str
     path: str
     writable: bool
+    exists: bool
 
 
 @dataclass(frozen=True)
@@ -191,12 +192,13 @@ def read_folders(ssd: Path | None) -> list[Folder]:
         try:
             path = place()
         except RuntimeError:  # a user without a home folder
-            found.append(Folder(what, "", False))
+            found.append(Folder(what, "", False, False))
             continue
         # a file where a folder should be makes it unwritable, too
-        blocked = os.path.exists(path) and not os.path.isdir(path)
+        exists = os.path.exists(path)
+        blocked = exists and not os.path.isdir(path)
         writable = not blocked and os.access(existing_folder(path), os.W_OK | os.X_OK)
-        found.append(Folder(what, str(path), writable))
+        found.append(Folder(what, str(path), writable, exists))
     return found
 
 
@@ -271,6 +273,10 @@ def problems_of(report: Report, asked_for_probe: bool) -> list[Problem]:
     for folder in report.folders:
         if not folder.writable:
             found.append(_closed(folder))
+        elif folder.what == "--ssd" and not folder.exists:
+            # pack refuses: it might be the mount point of a disk that is not there
+            what = f"--ssd: no such folder: {folder.path}"
+            found.append(Problem("folders", what, f"mkdir -p {folder.path}"))
     if report.models and all(m.exact_tps is None and m.mixed_tps is None for m in report.models):
         what = "there is not enough memory for the smallest of these models"
         fix = "free some, or raise the container's limit"

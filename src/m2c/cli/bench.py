@@ -88,6 +88,9 @@ def command(
     if output not in _FORMATS:
         raise UsageError(f"--output {output}: choose one of {', '.join(_FORMATS)}")
     as_json = json_output or output == "json"
+    instead = {"--replay": replay is not None, "--probe": probe, "--energy": energy}
+    if len(asked := [name for name, wanted in instead.items() if wanted]) > 1:
+        raise UsageError(f"{' and '.join(asked)} do not go together", "leave one out")
     if replay is not None:
         print_replay(replay, plane=plane, shares=share or [10, 25, 50], as_json=as_json)
         return

@@ -65,11 +65,16 @@ def alternatives(choice: Choice) -> str:
 
 
 def draft_words(choice: Choice) -> str:
-    """Where drafts come from, and what else was weighed; empty if there was no choice."""
+    """Where drafts come from, and what else was weighed; empty if there was no choice.
+
+    With the figure of the source taken, too: memory was measured again after loading, and what is
+    expected now may be less than what the others promised before.
+    """
     if len(choice.drafts) < 2:
         return ""
     best, *others = sorted(choice.drafts, key=lambda name: -choice.drafts[name])
-    return f", drafts from {best} ({', '.join(f'{n} {tps(choice.drafts[n])}' for n in others)})"
+    against = ", ".join(f"{tps(choice.drafts[name])} from {name}" for name in others)
+    return f", drafts from {best} (promised {tps(choice.drafts[best])} against {against})"
 
 
 def opened_draft(text: str, ssd: Path | None, bundle: Bundle) -> Bundle:
