@@ -1,6 +1,7 @@
 """The command line as its users type it: what goes where, and that the text stays the same."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -267,16 +268,22 @@ def smollm_ssd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_embedded_model_from_profile_to_text(smollm_ssd: Path, tmp_path: Path) -> None:
     line = '"$@" profile smollm2-135m --tokens 512 | "$@" pack - --ssd "$SSD"'
     piped = subprocess.run(
-        ["bash", "-c", f"set -o pipefail; {line}", "bash", *COMMAND], timeout=300,
-        capture_output=True, text=True, env={"SSD": str(smollm_ssd), "M2C_HOME": str(tmp_path)},
+        ["bash", "-c", f"set -o pipefail; {line}", "bash", *COMMAND], timeout=900,
+        capture_output=True, text=True,
+        env={**os.environ, "SSD": str(smollm_ssd), "M2C_HOME": str(tmp_path)},
     )  # fmt: skip
     assert piped.returncode == 0, piped.stderr
     path = Path(piped.stdout.removesuffix("\n"))
     assert path == smollm_ssd / "smollm2-135m.m2c"
-    options = ("-c", 512, "-n", 24, "-q", "-p", "What is the capital of France?")
+    auto = m2c("run", path, "-c", 512, "-n", 2, "-p", "x")
+    assert auto.code == 0
+    assert re.search(r"^m2c: (exact|mixed) mode, expecting \d.* tok/s", auto.err, re.MULTILINE)
+    # which of them auto takes depends on speeds, and the text on the mode
+    mixed = ("--mode", "mixed", "-c", 512)
+    options = (*mixed, "-n", 24, "-q", "-p", "What is the capital of France?")
     text = m2c_ok("run", path, *options)
     assert "Paris" in text
-    dram, hbm = (smallest(path, flag, "-c", 512) for flag in ("--dram", "--hbm"))
+    dram, hbm = (smallest(path, flag, *mixed) for flag in ("--dram", "--hbm"))
     assert m2c_ok("run", path, *options, "--dram", f"{dram}MiB") == text
     assert m2c_ok("run", path, *options, "--hbm", f"{hbm}MiB", "--dram", "120MiB") == text
     assert "bit-exact" in m2c_ok("check", path, "--source", "smollm2-135m")

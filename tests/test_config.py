@@ -44,6 +44,16 @@ LLAMA3 = {
 SLIDES = {"model_type": "qwen2", "use_sliding_window": True}
 SLIDING, FULL = "sliding_attention", "full_attention"
 
+# Of Gemma 3 that sees pictures: patches, places, 27 layers and a norm of width 1152
+_EYES = (3 * 14 * 14 + 1 + 4096) * 1152 + 2 * 1152
+_EYES += 27 * (4 * (1152 + 1) * 1152 + 2 * 4304 * 1152 + 4304 + 1152 + 4 * 1152)
+
+
+def _text_of_gemma3(published: int, hidden: int) -> int:
+    """Without what reads pictures and what makes tokens of them."""
+    return published - _EYES - 1152 * (hidden + 1)
+
+
 # numbers of weights in the published safetensors files
 PUBLISHED = {
     "llama2-7b": 6_738_415_616,
@@ -65,6 +75,23 @@ PUBLISHED = {
     "qwen2.5-32b": 32_763_876_352,
     "qwen2.5-72b": 72_706_203_648,
     "qwen2.5-coder-0.5b": 494_032_768,
+    "qwen3-0.6b": 751_632_384 - 151936 * 1024,  # the files hold the tied embeddings twice
+    "qwen3-1.7b": 2_031_739_904 - 151936 * 2048,  # likewise
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
+    "mistral-7b": 7_248_023_552,
+    "mistral-small-24b": 23_572_403_200,
+    "phi3-mini-4k": 3_821_079_552,
+    "gemma2-2b": 2_614_341_888,
+    "gemma2-9b": 9_241_705_984,
+    "gemma2-27b": 27_227_128_320,
+    "gemma3-270m": 268_098_176,
+    "gemma3-1b": 999_885_952,
+    "gemma3-4b": _text_of_gemma3(4_300_079_472, 2560),
+    "gemma3-12b": _text_of_gemma3(12_187_325_040, 3840),
+    "gemma3-27b": _text_of_gemma3(27_432_406_640, 5376),
     "smollm2-135m": 134_515_008,
     "smollm2-360m": 361_821_120,
     "smollm2-1.7b": 1_711_376_384,

@@ -20,7 +20,7 @@ from vocabularies import llama_pieces, spm_model
 
 from m2c import download
 from m2c.errors import BadInput, Busy, M2CError, NoSpace, StorageError, UnsupportedModel
-from m2c.hub import Absent, find_model, repo_folder
+from m2c.hub import Absent, cache_folder, find_model, repo_folder
 from m2c.model.aliases import ALIASES
 
 NAME = "org/small"
@@ -134,7 +134,8 @@ def test_a_token_goes_to_the_hub_and_not_to_the_store(
 def test_what_passes_is_overcome(
     hub: FakeHub, monkeypatch: pytest.MonkeyPatch, fault: str | int
 ) -> None:
-    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "0.3")
+    if fault == "stall":
+        monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "1")
     name = shard_of(hub)
     hub.faults[name] = ["cut", fault]
     path = fetch()
@@ -176,17 +177,18 @@ def test_wrong_bytes_after_a_cut(hub: FakeHub) -> None:
     [
         (["cut", 502, 502, 502], "answers 502"),
         (["cut", "stall", "stall", "stall", 500, 500, 500], "answers 500"),
-        (["stall-at-once"] * 3, "nothing came for 0.3 s"),
+        (["stall-at-once"] * 3, "nothing came for 1 s"),
     ],
 )
 def test_a_connection_that_stays_bad_keeps_what_came(
     hub: FakeHub, monkeypatch: pytest.MonkeyPatch, faults: list[str | int], reason: str
 ) -> None:
-    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "0.3")
     name = shard_of(hub)
     hub.faults[name] = list(faults)
-    with pytest.raises(StorageError, match="broke off at") as caught:
-        fetch()
+    with monkeypatch.context() as patched:
+        patched.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "1")
+        with pytest.raises(StorageError, match="broke off at") as caught:
+            fetch()
     assert reason in caught.value.message
     assert "run the same command to go on" in caught.value.hint
     assert_nothing_is_trusted()
@@ -442,6 +444,73 @@ def test_a_model_that_m2c_does_not_run_is_refused_before_its_weights(hub: FakeHu
     assert said.code == 3
     assert f"{NAME}/config.json" in said.err
     assert not any(server == "store" for server, _, _ in hub.seen)
+
+
+def fetched(hub: FakeHub) -> set[str]:
+    """The files whose bytes were asked for."""
+    return {path.split("/")[-1] for _, path, _ in hub.seen if not path.startswith("/api/")}
+
+
+def test_plan_fetches_the_config_alone(hub: FakeHub) -> None:
+    speed = ("--mode", "mixed", "--dram", "1GiB", "--dram-speed", "9GB")
+    said = m2c("plan", NAME, *speed)
+    assert said.code == 0, said.err
+    assert said.out.startswith(f"{NAME}: 0.00 G weights, about ")
+    assert said.reason == f"{NAME}: not in {cache_folder()}; asking the hub for its config.json"
+    assert fetched(hub) == {"config.json"}
+    hub.seen.clear()
+    again = m2c("plan", NAME, *speed, "--offline")
+    assert (again.out, again.err, hub.seen) == (said.out, "", [])
+    # for every other command the model is still to be fetched
+    assert isinstance(find_model(NAME), Absent)
+    assert m2c("run", NAME).code == 4
+    assert m2c("profile", NAME, "--tokens", 64).code == 0
+    assert m2c("plan", NAME, *speed, "--offline").out == said.out
+
+
+def test_plan_of_a_revision(hub: FakeHub) -> None:
+    assert "no revision v9" in m2c("plan", f"{NAME}@v9").err
+    assert json.loads(m2c_ok("plan", f"{NAME}@{COMMIT}", "--dram", "1GiB", "--json"))["mode"]
+    assert m2c("plan", NAME, "--offline").code == 4  # that commit is not said to be main
+
+
+def test_plan_of_what_a_stopped_download_left(hub: FakeHub) -> None:
+    path = fetch()
+    (path / shard_of(hub)).unlink()
+    hub.seen.clear()
+    m2c_ok("plan", NAME, "--dram", "1GiB")
+    (path / "config.json").resolve().unlink()
+    assert not hub.seen
+    m2c_ok("plan", NAME, "--dram", "1GiB")
+    assert fetched(hub) == {"config.json"}
+
+
+def test_plan_when_the_config_cannot_be_had(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    repo = hub.repos[NAME]
+
+    def reason(code: int) -> str:
+        said = m2c("plan", NAME, "--dram", "1GiB")
+        assert (said.code, said.out) == (code, "")
+        return said.err.splitlines()[-1]
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "run it once without --offline, HF_HUB_OFFLINE unset" in reason(4)
+    assert not hub.seen
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "huggingface_hub", None)
+        assert 'pip install "m2cache[hub]"' in reason(4)
+    repo.gated = True
+    assert "is gated" in reason(4)
+    repo.gated = False
+    hub.faults["config.json"] = ["flip"]
+    assert "other bytes than the hub promises" in reason(4)
+    assert_nothing_is_trusted()
+    repo.files["config.json"] = b"{" + b" " * (4 << 20) + b"}"
+    assert "at most 4194304 do" in reason(4)
+    repo.files["config.json"] = b'{"model_type": "mamba"}'
+    assert "model_type 'mamba' is not supported" in reason(3)
+    assert "no such repository" in m2c("plan", "org/nothing").err
 
 
 def test_offline_says_what_to_do(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:

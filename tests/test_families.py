@@ -22,6 +22,7 @@ from running import MIXES, decode, options_for, same, smallest_dram
 from safetensors.torch import load_file, save_file
 from tiny_models import job_for, make_checkpoint_script, profile_folder, run_pack
 
+from m2c import speculate
 from m2c.bundle.bundle import Bundle, open_bundle
 from m2c.engine import Engine
 from m2c.generate import generate_step, prefill
@@ -167,7 +168,12 @@ def test_tiers_do_not_change_a_bit(made: Made) -> None:
 
 @every_model
 @pytest.mark.skipif(not LIBRARY.exists(), reason="exact mode needs the native kernels")
-def test_exact_mode_gives_the_tokens_of_one_by_one_decoding(made: Made) -> None:
+def test_exact_mode_gives_the_tokens_of_one_by_one_decoding(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # drafts of three tokens by the INT4 planes, whatever was measured
+    monkeypatch.setattr(speculate.Depth, "again", lambda _, sure, following=None: len(sure) < 3)
+    monkeypatch.setattr(speculate.Lookup, "propose", lambda *_: [])
     options = exact_options(options_for(MIXES["0/25/75"], ctx_size=64), "fp16")
     ids, greedy = IDS.tolist(), Sampler(SamplingParams())
     with Engine(made.bundle, replace(options, speculate=False)) as engine:
@@ -176,7 +182,7 @@ def test_exact_mode_gives_the_tokens_of_one_by_one_decoding(made: Made) -> None:
         assert engine.draft is not None
         speculator = Speculator(engine.model, engine.draft, greedy)
         found = list(speculator.tokens(prefill(engine.model, ids), ids, 32))
-        assert speculator.figures.passes < 32
+        assert speculator.figures.accepted > 0
     assert found == expected
 
 

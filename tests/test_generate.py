@@ -18,7 +18,7 @@ from m2c.generate import GenerationStats, StopWatch, stream_generate
 from m2c.model.config import ModelConfig
 from m2c.sampling import Sampler, SamplingParams
 from m2c.tiers.ssd import LinkStats
-from m2c.tiers.store import StoreStats
+from m2c.tiers.traffic import StoreStats
 from m2c.tokenizer import Tokenizer
 
 END = 1

@@ -72,6 +72,13 @@ def test_a_revision_that_is_not_there(cache: Path, revision: str) -> None:
     assert find_snapshot("org/name", revision) is None
 
 
+@pytest.mark.parametrize("revision", ["/tmp/x", "../x", "a/../../x", "./x", "a//b", "a/"])
+def test_a_revision_that_leads_elsewhere_is_never_fetched(cache: Path, revision: str) -> None:
+    """What is fetched is noted in a file of the revision's name."""
+    with pytest.raises(BadInput, match="is no revision"):
+        find_model(f"org/name@{revision}")
+
+
 def test_a_reference_that_leads_elsewhere(cache: Path) -> None:
     snapshot = put(cache, "org/name")
     for content in (b"..", b"../../..", b"", b"\xff" * 40, b"a" * 10_000):

@@ -14,9 +14,9 @@ from running import MIXES, budgets, options_for, plan_of, smallest_dram
 
 from m2c.bundle.bundle import Bundle
 from m2c.pages import html
-from m2c.pages.places import tier_parts
 from m2c.pages.run_page import run_page
 from m2c.pages.svg import Axis, Bar, Line, bar_chart, line_chart, number, share_ticks
+from m2c.tiers.parts import tier_parts
 
 HOSTILE = "</pre><script>alert('x')</script><img src=x onerror=alert(1)>&amp;\"\x00\x1b[31m"
 VOID = {"meta", "line", "polyline", "circle", "rect", "img", "br", "link"}

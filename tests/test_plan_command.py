@@ -138,9 +138,10 @@ def test_both_modes_are_predicted(bundle: Path) -> None:
         assert set(facts(subject, "--dram", "12GiB")["predicted_tps"]) == {"mixed", "exact"}
     assert set(facts(bundle, "--mix", "0/0/100")["predicted_tps"]) == {"mixed"}
     assert facts(bundle, "--hbm", "1GiB")["predicted_tps"] == {}
-    said = " ".join(m2c_ok("plan", "llama2-70b", "--dram", "6GiB", "--exact").split())
+    words = ("--dram", "6GiB", "--exact", "--dram-speed", "9GB")
+    said = " ".join(m2c_ok("plan", "llama2-70b", *words).split())
     assert re.search(r"bound: 0\.02\d* passes/s, by the SSD at 2 GB/s predicted: mixed", said)
-    assert "if 30 % of the drafts are right; SSD 2 GB/s assumed, DRAM" in said
+    assert "if 30 % of the drafts are right; SSD 2 GB/s assumed, DRAM 9 GB/s given" in said
 
 
 def test_what_does_not_fit_is_refused_for_the_mode_asked() -> None:

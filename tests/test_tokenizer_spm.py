@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vocabularies import BYTE_PIECES, HOSTILE, llama_pieces, spm_metadata, spm_model
 
+from m2c import spm_file
 from m2c.data import calibration_text
 from m2c.errors import BadInput, UnsupportedModel
 from m2c.prompt import chat_ids, raw_ids
@@ -201,6 +202,15 @@ def test_what_cannot_be_converted_exactly_is_named(reason: str, data: Callable[[
 def test_malformed_files_are_bad_input(data: bytes) -> None:
     with pytest.raises(BadInput, match=r"tokenizer\.model"):
         converted(data)
+
+
+def test_what_would_take_forever_is_refused_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A piece is cut at each of its letters; pieces of two bytes fill memory with objects."""
+    with pytest.raises(BadInput, match="more than 1024 letters"):
+        converted(spm_model([*llama_pieces(), ("a" * 2_000_000, -9.0, 1)]))
+    monkeypatch.setattr(spm_file, "_MAX_PIECES", 5)
+    with pytest.raises(BadInput, match="more than 5 pieces"):
+        converted(b"\x0a\x00" * 6 + b"\xff" * 40)
 
 
 @given(st.integers(0, 10**6), st.binary(max_size=4), st.booleans())

@@ -5,6 +5,7 @@ Finds every damage and names it; mends nothing. Knows nothing about printing.
 
 import hashlib
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,9 @@ from m2c.bundle.manifest import MANIFEST, Manifest, read_manifest
 from m2c.bundle.shard import read_index
 from m2c.contents import importance_of
 from m2c.errors import M2CError
+from m2c.hardware import auto_threads
+from m2c.kernels.dispatch import exact_weights
+from m2c.kernels.workers import Workers
 from m2c.model.attention import MATRICES
 from m2c.model.checkpoint import Checkpoint
 from m2c.model.weights import matrix_name, neuron_records
@@ -25,8 +29,6 @@ from m2c.tiers.blocks import block_of
 from m2c.tiers.memory import aligned_buffer
 from m2c.tiers.ssd import SsdReader
 from m2c.tiers.store import EMBED, FFN
-
-_ROWS = 1024
 
 
 def check_bundle(
@@ -83,10 +85,10 @@ def compare_with_source(
 
     A checkpoint of another type than the bundle's is first rounded to it, as pack does.
     """
-    config = checkpoint.config
-    with torch.no_grad():
-        for kind, name, section, source in _pairs(bundle, checkpoint, config.num_hidden_layers):
-            restored = exact_section(bundle, kind, name, section)
+    layers = checkpoint.config.num_hidden_layers
+    with torch.no_grad(), closing(Workers(auto_threads(), kernel="auto")) as workers:
+        for kind, name, section, source in _pairs(bundle, checkpoint, layers):
+            restored = exact_section(bundle, kind, name, section, workers)
             true = _bits(source, bundle.manifest.exact_type)
             if not np.array_equal(restored, true):
                 wrong = int((restored != true).sum()) if restored.shape == true.shape else -1
@@ -94,8 +96,13 @@ def compare_with_source(
             progress(true.size)
 
 
-def exact_section(bundle: Bundle, kind: str, name: int | str, section: str) -> np.ndarray:
-    """The checkpoint's bits of one matrix, restored from all planes: u16 [rows, weights]."""
+def exact_section(
+    bundle: Bundle, kind: str, name: int | str, section: str, workers: Workers | None = None
+) -> np.ndarray:
+    """The checkpoint's bits of one matrix, restored from all planes: u16 [rows, weights].
+
+    workers: whose kernels decode; None for the numpy reference.
+    """
     block = block_of(bundle, kind, name, "fp16")
     buffer = aligned_buffer(block.streamed_nbytes)
     reader = SsdReader()
@@ -103,9 +110,8 @@ def exact_section(bundle: Bundle, kind: str, name: int | str, section: str) -> n
         block.read(reader, buffer).wait()
     finally:
         reader.close()
-    rows = block.rows(buffer)[section]
-    pieces = [rows.exact_bits(i, min(i + _ROWS, len(rows))) for i in range(0, len(rows), _ROWS)]
-    return np.concatenate(pieces)
+    exact = exact_weights(block.rows(buffer)[section], workers)
+    return exact.view(torch.int16).numpy().view(np.uint16)
 
 
 def _pairs(bundle: Bundle, checkpoint: Checkpoint, layers: int) -> Iterator[tuple]:

@@ -17,7 +17,9 @@ from m2c.disk import remembered
 from m2c.errors import BadInput, DoesNotFit, M2CError, StorageError
 from m2c.gpus import Gpu
 from m2c.hardware import (
+    ASSUMED_SSD,
     Cpu,
+    Figure,
     MemoryLimit,
     available_memory,
     memory_limit,
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
     from m2c.engine import RunOptions
 
 OTHER_PACKAGE: Final = "m2c"  # on PyPI; ours is m2cache, and both bring a package and a command m2c
-ASSUMED_SSD: Final = 2e9
 _IN_MEMORY: Final = (" tmpfs", " ramfs")
 _REBUILD: Final = "install a C compiler (apt install gcc), then install m2c again"
 
@@ -82,12 +83,6 @@ class Folder:
 
 
 @dataclass(frozen=True)
-class SsdSpeed:
-    bytes_per_s: float
-    source: str  # "remembered" of a bundle's reads, "measured" just now, or "assumed"
-
-
-@dataclass(frozen=True)
 class Verdict:
     """What a model would do here. Tokens per second; None: the mode does not fit."""
 
@@ -108,7 +103,7 @@ class Report:
     memory: Memory
     dram: int
     disk: DiskFacts
-    ssd: SsdSpeed  # what the predictions count with
+    ssd: Figure  # what the predictions count with
     gpus: list[Gpu]
     folders: list[Folder]
     models: list[Verdict] = field(default_factory=list)
@@ -175,13 +170,13 @@ def read_memory(threads: int) -> Memory:
     return Memory(total_memory(), available, limit, probe_dram(threads))
 
 
-def ssd_speed(disk: DiskFacts) -> SsdSpeed:
+def ssd_speed(disk: DiskFacts) -> Figure:
     """A bundle's own reads are nearer the truth than those of a file just written."""
     if known := remembered(disk.device):
-        return SsdSpeed(known.bytes_per_s, "remembered")
+        return Figure(known.bytes_per_s, "remembered")
     if disk.settings:
-        return SsdSpeed(max(setting.bytes_per_s for setting in disk.settings), "measured")
-    return SsdSpeed(ASSUMED_SSD, "assumed")
+        return Figure(max(setting.bytes_per_s for setting in disk.settings), "measured")
+    return Figure(ASSUMED_SSD, "assumed")
 
 
 def read_folders(ssd: Path | None) -> list[Folder]:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Final
 from m2c.bundle.files import disk_errors, sync_directory, write_atomic
 from m2c.errors import BadInput, Busy, NoSpace, StorageError, UnsupportedModel
 from m2c.hub import repo_folder
-from m2c.model.hf_folder import INDEX, SINGLE, small_files, weight_map
+from m2c.model.hf_folder import CONFIG, INDEX, SINGLE, small_files, weight_map
 from m2c.remote import HubFile, Interrupted, Remote
 from m2c.units import format_size
 
@@ -30,7 +30,8 @@ _STEP = 4 << 20
 
 
 class Download:
-    """One model on its way. Call in this order: small, weights, survey, fetch, finish."""
+    """One model on its way. Call in this order: small, weights, survey, fetch, finish; or config
+    and finish, for its config.json alone."""
 
     def __init__(self, repo: str, revision: str) -> None:
         """Asks the hub what there is. Raises BadInput, StorageError, UnsupportedModel."""
@@ -41,6 +42,11 @@ class Download:
         self._blobs = self.folder / "blobs"
         self._wanted: dict[str, HubFile] = {}
         self._refuse_without_weights()
+
+    def config(self) -> None:
+        """Fetches config.json, and nothing else."""
+        self._make_folder()
+        self._fetch_small(CONFIG, small_files([CONFIG])[CONFIG])
 
     def small(self) -> dict[str, bytes]:
         """Config, tokenizer and the like, fetched: file name to bytes."""
@@ -53,11 +59,7 @@ class Download:
             limits[INDEX] = _INDEX_NBYTES
         found = {}
         for name, limit in limits.items():
-            file = self._want(name)
-            if file.nbytes > limit:
-                raise BadInput(f"{self.repo}: {name} takes {file.nbytes} bytes, at most {limit} do")
-            if not self._is_intact(file):
-                self.fetch(file)
+            file = self._fetch_small(name, limit)
             with disk_errors(self._blobs / file.etag):
                 found[name] = (self._blobs / file.etag).read_bytes()
         return found
@@ -134,6 +136,15 @@ class Download:
                 write_atomic(reference, commit.encode())
         return snapshot
 
+    def _fetch_small(self, name: str, limit: int) -> HubFile:
+        """A file that may have at most `limit` bytes, here when this returns."""
+        file = self._want(name)
+        if file.nbytes > limit:
+            raise BadInput(f"{self.repo}: {name} takes {file.nbytes} bytes, at most {limit} do")
+        if not self._is_intact(file):
+            self.fetch(file)
+        return file
+
     def _receive(
         self, file: HubFile, part: BinaryIO, digest: Any, have: int, advance: Advance
     ) -> None:
@@ -194,7 +205,7 @@ class Download:
 
     def _refuse_without_weights(self) -> None:
         names = self._listing.files
-        if "config.json" in names and (SINGLE in names or INDEX in names):
+        if CONFIG in names and (SINGLE in names or INDEX in names):
             return
         if ggufs := sorted(name for name in names if name.endswith(".gguf")):
             raise BadInput(
@@ -207,7 +218,7 @@ class Download:
                 "find a version of this model with safetensors files",
             )
         raise BadInput(
-            f"{self.repo} is no model that m2c reads: config.json or {SINGLE} is not there",
+            f"{self.repo} is no model that m2c reads: {CONFIG} or {SINGLE} is not there",
             f"look at it: https://huggingface.co/{self.repo}/tree/main",
         )
 

@@ -19,7 +19,7 @@ from m2c.model.transformer import Stopped, Transformer
 from m2c.sampling import Sampler
 from m2c.speculate import Speculation, Speculator
 from m2c.tiers.ssd import LinkStats
-from m2c.tiers.store import StoreStats
+from m2c.tiers.traffic import StoreStats
 from m2c.tokenizer import StreamDecoder
 
 _Steps = tuple[Iterator[int], "Speculation | None"]

@@ -21,6 +21,7 @@ from m2c.units import GiB, MiB
 OVERHEAD_NBYTES: Final = 400 * MiB
 _PROBE_NBYTES: Final = 64 * MiB  # of each thread
 _PROBE_THREADS: Final = 8  # more find no more bandwidth, and hold more memory
+ASSUMED_SSD: Final = 2e9  # bytes per second, where nothing is known of a disk
 _UNLIMITED: Final = 1 << 60
 _ROOT: Final = Path("/")
 
@@ -44,6 +45,14 @@ class Quota:
 
     file: Path
     cores: float
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A speed and where it is from."""
+
+    bytes_per_s: float
+    source: str  # "given", "measured", "remembered" (of a bundle's reads) or "assumed"
 
 
 @dataclass(frozen=True)

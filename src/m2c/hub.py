@@ -70,8 +70,10 @@ def find_model(text: str, ssd: Path | None = None) -> Resolved | Absent:
         return _from_path(path)
     if match := _REPO.fullmatch(text):
         repo, revision = f"{match[1]}/{match[2]}", match[3] or "main"
-        if ".." in revision.split("/"):
-            raise BadInput(f"{text}: {revision} is no revision")
+        if not _is_revision(revision):
+            raise BadInput(
+                f"{text}: {revision} is no revision", "give a branch, a tag or a commit after the @"
+            )
         return _in_cache(text, repo, revision, match[2])
     near = get_close_matches(text.lower(), ALIASES, n=1)
     hint = f"did you mean {near[0]}?" if near else f"aliases are {', '.join(sorted(ALIASES))}"
@@ -101,7 +103,7 @@ def repo_folder(repo: str) -> Path:
 
 def find_snapshot(repo: str, revision: str) -> Path | None:
     """The cached snapshot folder of `org/name` at a branch, tag or full commit; None if absent."""
-    if any(part in ("", ".", "..") for part in revision.split("/")):
+    if not _is_revision(revision):
         return None
     folder = repo_folder(repo)
     commit = revision
@@ -114,6 +116,11 @@ def find_snapshot(repo: str, revision: str) -> Path | None:
             return None
     snapshot = folder / "snapshots" / commit
     return snapshot if _COMMIT.fullmatch(commit) and snapshot.is_dir() else None
+
+
+def _is_revision(text: str) -> bool:
+    """Whether it is a path below `refs`: what is fetched is noted there, too."""
+    return not any(part in ("", ".", "..") for part in text.split("/"))
 
 
 def _existing(text: str) -> Path | None:

@@ -17,7 +17,7 @@ from m2c.hardware import probe_dram
 from m2c.model.config import parameter_count
 from m2c.model.footprint import RunShape
 from m2c.tiers.plan import Plan
-from m2c.tiers.store import StoreStats
+from m2c.tiers.traffic import StoreStats
 from m2c.units import MiB
 
 # of a plain read of memory, what the kernels reach on whole layers (BENCHMARKS.md, "Kernels")
@@ -45,14 +45,6 @@ class Speeds:
     ssd: float
     link: float  # DRAM to HBM
     memory: float  # that the kernels compute on, plainly read
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A speed and where it is from."""
-
-    bytes_per_s: float
-    source: str  # "given", "measured", "remembered" or "assumed"
 
 
 def measured_speeds(engine: Engine, stats: StoreStats | None = None) -> Speeds:
@@ -120,9 +112,9 @@ def assumed_acceptance(plan: Plan) -> float:
     return _OTHERS if draft.name else _ACCEPTED
 
 
-def expected_tps(engine: Engine, stats: StoreStats | None = None) -> float:
+def expected_tps(engine: Engine) -> float:
     """Tokens per second of the engine's mode on this machine as it is now."""
-    speeds = measured_speeds(engine, stats)
+    speeds = measured_speeds(engine)
     if not engine.speculates:
         return predicted_tps(engine.plan, speeds)
     weights = parameter_count(engine.config)

@@ -58,23 +58,27 @@ def shard_groups(
 ) -> Iterator[Group]:
     """All groups, in the order they are written."""
     config = checkpoint.config
-    yield _group("dense", "embed", [embedding(checkpoint)])
+    head = Inputs(importance.head_input, importance.head_directions)
+    # a tied embedding is the head too: what its rows meet there is what their errors cost
+    embed = embedding(checkpoint, head if config.tie_word_embeddings else None, steering)
+    yield _group("dense", "embed", [embed])
     for layer in range(config.num_hidden_layers):
         known = importance.layers[layer]
         yield _group("dense", layer, _attention_matrices(checkpoint, known, layer, steering))
         yield _group("neurons", layer, [_neurons(checkpoint, known, layer, steering)])
     if not config.tie_word_embeddings:
-        inputs = Inputs(importance.head_input, importance.head_directions)
-        head = _matrix(checkpoint, "lm_head.weight", "lm_head", inputs, steering)
-        yield _group("dense", "head", [head])
+        matrix = _matrix(checkpoint, "lm_head.weight", "lm_head", head, steering)
+        yield _group("dense", "head", [matrix])
 
 
 def _group(kind: str, name: str | int, matrices: list[Matrix]) -> Group:
     return Group({plane: shard_name(kind, name, plane) for plane in PLANES}, matrices)
 
 
-def embedding(checkpoint: Checkpoint) -> Matrix:
-    return _matrix(checkpoint, "model.embed_tokens.weight", EMBED)
+def embedding(
+    checkpoint: Checkpoint, inputs: Inputs | None = None, steering: Steering | None = None
+) -> Matrix:
+    return _matrix(checkpoint, "model.embed_tokens.weight", EMBED, inputs, steering)
 
 
 def _attention_matrices(

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from m2c.engine import Engine
 from m2c.generate import prefill
 from m2c.predict import measured_speeds, predicted_tps
-from m2c.tiers.store import StoreStats
+from m2c.tiers.traffic import StoreStats
 
 _WARM_TOKENS: Final = 16  # decoded before the clock starts: caches fill, threads and disk wake up
 _SEED: Final = 1

@@ -61,14 +61,16 @@ def _read(data: bytes) -> SpmFile:
     settings = {2: trainer, 3: normalizer, 5: denormalizer}
     for number, value in _fields(data):
         if number == 1:
+            if len(pieces) == _MAX_PIECES:
+                raise ValueError(f"more than {_MAX_PIECES} pieces")
             piece = dict(_fields(_bytes(value)))
             pieces.append(_bytes(piece.get(1, b"")).decode("utf-8"))
             scores.append(struct.unpack("<f", _bytes(piece.get(2, bytes(4))))[0])
             kinds.append(_int(piece.get(3, 1)))
         elif number in settings:
             settings[number].update(_fields(_bytes(value)))
-    if not 0 < len(pieces) < _MAX_PIECES:
-        raise ValueError(f"{len(pieces)} pieces")
+    if not pieces:
+        raise ValueError("no pieces")
     return SpmFile(
         pieces, scores, kinds,
         model_type=_int(trainer.get(3, UNIGRAM)),

@@ -17,6 +17,7 @@ from m2c.spm_file import BPE, MODEL_TYPES, SpmFile, read_spm
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 SPACE: Final = "▁"
+_MAX_PIECE: Final = 1024  # letters: a piece is cut at each of them, and trainers stop far below
 _AGAIN = "fetch the file again from where the model came from"
 _OTHER_FILE = (
     "get a version of this model that has a tokenizer.json, or make one: "
@@ -167,6 +168,8 @@ def _check(vocabulary: Vocabulary) -> None:
     texts = [*pieces, *(text for text, _ in vocabulary.more)]
     if len(set(texts)) != len(texts) or "" in texts:
         raise BadInput(f"{source}: a token is empty or there twice", _AGAIN)
+    if any(len(text) > _MAX_PIECE for text in texts):
+        raise BadInput(f"{source}: a token of more than {_MAX_PIECE} letters", _AGAIN)
     if not all(map(math.isfinite, vocabulary.scores)):
         raise BadInput(f"{source}: a score is not a number", _AGAIN)
     listed = list(zip(pieces, vocabulary.kinds, strict=True))

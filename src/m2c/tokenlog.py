@@ -6,7 +6,8 @@ Told by `stream_generate`; one snapshot of the store's counters a token. Knows n
 from itertools import pairwise
 from typing import Any
 
-from m2c.tiers.store import NeuronStore, StoreStats
+from m2c.tiers.store import NeuronStore
+from m2c.tiers.traffic import StoreStats
 
 
 class TokenLog:

@@ -74,7 +74,8 @@ def steer(values: F32, scales: F32, factors: Factors) -> I8:
     for i, value in enumerate(values):
         # reductions run along axis 0 in a fixed order
         pull = np.add.reduce(factors.feedback[i][:, None] * felt, axis=0)
-        chosen = np.rint((value - pull) * inverse[i])
+        with np.errstate(over="ignore"):  # a scale that all but vanished: the end is taken
+            chosen = np.rint((value - pull) * inverse[i])
         q = np.minimum(np.maximum(chosen, low[i]), high[i])
         felt += factors.directions[i][:, None] * (q * scales[i] - value)
         codes[i] = q.astype(np.int8)

@@ -38,14 +38,17 @@ def page_width() -> int:
     return max(20, min(shutil.get_terminal_size().columns, 100))
 
 
-def result_page(lines: list[str], *, indent: int = 2) -> None:
-    """Lines of the result, broken where the page ends; what follows a break is indented more."""
+def result_page(lines: list[str]) -> None:
+    """Lines of the result, broken between words where the page ends; the rest is indented more.
+
+    A path or an address that is longer than a line stays whole: it is there to be copied.
+    """
     width = page_width()
     for line in lines:
         start = " " * (len(line) - len(line.lstrip()))
         broken = textwrap.wrap(
-            line.strip(), width, initial_indent=start, subsequent_indent=start + " " * indent,
-            break_on_hyphens=False,
+            line.strip(), width, initial_indent=start, subsequent_indent=start + "  ",
+            break_on_hyphens=False, break_long_words=False,
         )  # fmt: skip
         result("\n".join(broken))
 

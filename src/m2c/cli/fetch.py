@@ -1,4 +1,5 @@
-"""Getting a model by its name: found on this machine, else fetched with a bar on stderr.
+"""Getting a model, or what it is, by its name: found on this machine, else fetched, with a bar on
+stderr.
 
 Knows nothing about how files are fetched or verified (`m2c.download`).
 """
@@ -12,6 +13,7 @@ from m2c.cli.console import progress, say
 if TYPE_CHECKING:
     from m2c.download import Download
     from m2c.hub import Absent, Resolved
+    from m2c.model.config import ModelConfig
     from m2c.remote import HubFile
 
 
@@ -22,10 +24,7 @@ def model_here(text: str, ssd: Path | None, *, offline: bool, quiet: bool) -> "R
     found = find_model(text, ssd)
     if not isinstance(found, Absent):
         return found
-    if offline:
-        raise found.error(
-            "offline, so nothing is fetched: run it once without --offline, HF_HUB_OFFLINE unset"
-        )
+    _require_online(found, offline)
     try:
         path = _fetch(found, quiet)
     except BaseException as error:
@@ -33,6 +32,33 @@ def model_here(text: str, ssd: Path | None, *, offline: bool, quiet: bool) -> "R
             say("m2c: what came is kept; the same command goes on from there")
         raise
     return Resolved("hf", path, found.name, f"fetched from {found.repo}")
+
+
+def config_here(text: str, ssd: Path | None, *, offline: bool) -> "ModelConfig":
+    """What the model `text` is, whose weights need not be here: config.json is fetched alone."""
+    from m2c.download import Download
+    from m2c.hub import Absent, find_model, find_snapshot
+    from m2c.model.checkpoint import open_checkpoint
+    from m2c.model.hf_folder import CONFIG, HfFolder
+
+    found = find_model(text, ssd)
+    if not isinstance(found, Absent):
+        return open_checkpoint(found.path).config
+    snapshot = find_snapshot(found.repo, found.revision)
+    if snapshot is None or not (snapshot / CONFIG).is_file():
+        _require_online(found, offline)
+        say(f"m2c: {found.text}: {found.why}; asking the hub for its {CONFIG}")
+        download = Download(found.repo, found.revision)
+        download.config()
+        snapshot = download.finish()
+    return HfFolder(snapshot, weights=False).config
+
+
+def _require_online(absent: "Absent", offline: bool) -> None:
+    if offline:
+        raise absent.error(
+            "offline, so nothing is fetched: run it once without --offline, HF_HUB_OFFLINE unset"
+        )
 
 
 def _fetch(absent: "Absent", quiet: bool) -> Path:

@@ -10,13 +10,13 @@ from typing import Final
 from m2c.bundle.bundle import Bundle
 from m2c.disk import device_of, disk_profile, remembered
 from m2c.errors import M2CError, UsageError
-from m2c.hardware import auto_threads, probe_dram
+from m2c.hardware import ASSUMED_SSD, Figure, auto_threads, probe_dram
 from m2c.home import home
-from m2c.predict import Figure, Speeds
+from m2c.predict import Speeds
 from m2c.tiers.plan import Plan
 from m2c.units import parse_size
 
-_ASSUMED: Final = {"ssd": 2e9, "link": 12e9, "dram": 20e9, "hbm": 300e9}
+_ASSUMED: Final = {"ssd": ASSUMED_SSD, "link": 12e9, "dram": 20e9, "hbm": 300e9}
 _WORDS: Final = {"ssd": "SSD", "link": "DRAM to HBM", "dram": "DRAM", "hbm": "HBM"}
 
 

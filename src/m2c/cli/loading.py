@@ -9,7 +9,8 @@ from pathlib import Path
 from m2c.bundle.bundle import Bundle
 from m2c.cli.console import progress, say
 from m2c.cli.modes import alternatives, draft_words
-from m2c.cli.runs import tps, tracing_engine, where_weights_lie
+from m2c.cli.runs import tracing_engine, where_weights_lie
+from m2c.cli.words import tps
 from m2c.engine import Engine, RunOptions
 from m2c.model.mix import Mix
 from m2c.modes import Choice

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from m2c.bundle.bundle import Bundle, open_bundle
 from m2c.cli.names import bundle_path
-from m2c.cli.runs import tps
+from m2c.cli.words import tps
 from m2c.contents import tokenizer_of
 from m2c.engine import RunOptions
 from m2c.errors import UsageError
@@ -15,8 +15,14 @@ from m2c.model.mix import PRECISIONS
 from m2c.modes import MODES, Choice, choose_draft, choose_mode, exact_options
 
 
+def leaves_exact(options: RunOptions, drop: float) -> bool:
+    """Whether nothing was asked for that only mixed mode has."""
+    plain = options.mix is None and options.dense is None and options.policy is None and not drop
+    return plain and options.device == "cpu" and not options.hbm
+
+
 def asked_mode(mode: str | None, exact: bool, plain: bool) -> str:
-    """One of MODES. plain: nothing was asked for that only mixed mode has."""
+    """One of MODES. plain: as `leaves_exact`."""
     if mode not in (None, *MODES):
         raise UsageError(f"--mode {mode}: choose one of {', '.join(MODES)}")
     if exact:

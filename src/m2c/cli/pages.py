@@ -43,8 +43,8 @@ def default_plans(bundle: "Bundle", importance: "Importance") -> "list[Planned]"
     from m2c.engine import RunOptions, plan_for, run_shape
     from m2c.errors import DoesNotFit
     from m2c.modes import exact_options
-    from m2c.pages.places import tier_parts
     from m2c.pages.show_page import Planned
+    from m2c.tiers.parts import tier_parts
 
     config, found = config_of(bundle), []
     for title, options in (

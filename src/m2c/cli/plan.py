@@ -23,8 +23,8 @@ def command(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="An alias such as llama2-70b, a checkpoint, or a bundle [default: the one packed "
-            "last].",
+            help="An alias such as llama2-70b, a checkpoint, org/name[@revision] of the Hugging "
+            "Face hub, or a bundle [default: the one packed last].",
             autocompletion=complete.models_and_bundles,
         ),
     ] = None,
@@ -57,29 +57,30 @@ def command(
     ] = None,
     threads: options.Threads = None,
     kernel: options.Kernel = "auto",
+    offline: options.Offline = False,
     json_output: options.Json = False,
 ) -> None:
     """Say what would lie in which tier, and how fast that could be.
 
     Prints bytes per tier, drawn on a terminal, bytes per token on each link, the bound on tok/s
     that follows, and what each mode is predicted to reach on this machine. The mode is the one
-    that m2c run would take. A GPU need not be there if --hbm says how much memory it has.
+    that m2c run would take. A GPU need not be there if --hbm says how much memory it has. Of
+    a model that is not on this machine only config.json is fetched, into the Hugging Face cache.
     """
     from m2c.bundle.strict import dump_json
     from m2c.cli.figures import Figures
-    from m2c.cli.modes import asked_mode, require_precision
+    from m2c.cli.modes import asked_mode, leaves_exact, require_precision
     from m2c.cli.runs import describe_plan, plan_facts, run_options
 
     chosen = run_options(
         mix=mix, drop=drop, dense=dense, ctx_size=ctx_size, kv=kv, dram=dram, hbm=hbm,
         device=device, policy=policy, depth=depth, threads=threads, kernel=kernel,
     )  # fmt: skip
-    plain = mix is None and dense is None and policy is None and not drop
-    plain = plain and device == "cpu" and not chosen.hbm
+    plain = leaves_exact(chosen, drop)
     asked = asked_mode(mode, exact, plain)
     require_precision(asked, exact_precision)
     given = {"ssd": ssd_speed, "link": link_speed, "dram": dram_speed, "hbm": hbm_speed}
-    subject = _subject(model, ssd)
+    subject = _subject(model, ssd, offline)
     figures = Figures(given, subject.bundle, ssd)
     found = _outlooks(subject.planner, chosen, plain, exact_precision, figures)
     taken = _taken(found, asked, subject.planner, chosen, exact_precision)
@@ -102,12 +103,12 @@ class _Subject:
     bundle: "Bundle | None" = None
 
 
-def _subject(model: str | None, ssd: Path | None) -> _Subject:
+def _subject(model: str | None, ssd: Path | None, offline: bool) -> _Subject:
     from m2c.bundle.bundle import open_bundle
+    from m2c.cli.fetch import config_here
     from m2c.cli.names import bundle_path, find_bundle
     from m2c.engine import ASSUMED_EXACT_TYPE
-    from m2c.hub import alias_config, resolve_model
-    from m2c.model.checkpoint import open_checkpoint
+    from m2c.hub import alias_config
     from m2c.model.config import parameter_count
     from m2c.model.footprint import bundle_nbytes
     from m2c.modes import planner_of_bundle, planner_of_config
@@ -117,7 +118,7 @@ def _subject(model: str | None, ssd: Path | None) -> _Subject:
         bundle = open_bundle(bundle_path(model, ssd))
         nbytes = sum(index.header.payload_nbytes for index in bundle.shards.values())
         return _Subject(f"{bundle.path}", planner_of_bundle(bundle), nbytes, bundle)
-    config = alias_config(model) or open_checkpoint(resolve_model(model, ssd).path).config
+    config = alias_config(model) or config_here(model, ssd, offline=offline)
     nbytes = bundle_nbytes(config, ASSUMED_EXACT_TYPE)
     count = parameter_count(config)
     title = f"{model}: {count / 1e9:.2f} G weights, about {format_size(nbytes)} of SSD (estimate)"
@@ -151,7 +152,7 @@ def _taken(
 
 def _predicted(found: "dict[str, Outlook]", figures: "Figures") -> list[str]:
     """What the modes would reach. Nothing of a GPU: its predictions were never held to runs."""
-    from m2c.cli.runs import tps
+    from m2c.cli.words import tps
     from m2c.predict import assumed_acceptance
 
     parts = []
@@ -185,14 +186,12 @@ def _facts(
 def _draw(taken: "Outlook", nbytes: int) -> None:
     """A bar per tier, on a terminal."""
     from m2c.cli.bars import Tier, coloured, lines_of
-    from m2c.tiers.parts import dram_parts, hbm_parts
+    from m2c.tiers.parts import tier_parts
 
     if not sys.stdout.isatty():
         return
     plan = taken.plan
-    tiers = [Tier("DRAM", dram_parts(plan), plan.budget.dram, "free")]
-    if plan.budget.hbm:
-        tiers.insert(0, Tier("HBM", hbm_parts(plan), plan.budget.hbm, "free"))
+    tiers = [Tier(t["name"], t["parts"], t["budget"], "free") for t in tier_parts(plan)]
     use = "pass" if taken.shape.speculates else "token"
     read = {f"read for every {use}": n} if (n := min(plan.ssd_nbytes_per_token, nbytes)) else {}
     tiers.append(Tier("SSD", read, nbytes, "not read while decoding"))

@@ -29,8 +29,8 @@ from m2c.errors import UsageError
 from m2c.generate import GenerationStats
 from m2c.hardware import read_cpu, total_memory
 from m2c.pages.html import MARK
-from m2c.pages.places import tier_parts
 from m2c.pages.run_page import run_page
+from m2c.tiers.parts import tier_parts
 from m2c.tokenlog import TokenLog
 from m2c.units import format_size
 

@@ -92,7 +92,7 @@ def command(
 
     from m2c.bundle.bundle import open_bundle
     from m2c.cli.loading import expected_speed, open_engine, say_price, with_drop
-    from m2c.cli.modes import asked_mode, opened_draft, with_mode
+    from m2c.cli.modes import asked_mode, leaves_exact, opened_draft, with_mode
     from m2c.cli.names import bundle_path, require_unicode, require_writable
     from m2c.cli.report import Story, Watch, Wishes, leave, metering
     from m2c.cli.runs import run_options
@@ -103,8 +103,7 @@ def command(
         mix=mix, drop=drop, dense=dense, ctx_size=ctx_size, kv=kv, dram=dram, hbm=hbm,
         device=device, policy=policy, depth=depth, threads=threads, kernel=kernel,
     )  # fmt: skip
-    plain = mix is None and dense is None and policy is None and trace is None and not drop
-    mode = asked_mode(mode, exact, plain and device == "cpu" and not chosen.hbm)
+    mode = asked_mode(mode, exact, leaves_exact(chosen, drop) and trace is None)
     sampler = Sampler(
         SamplingParams(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,

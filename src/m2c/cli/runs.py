@@ -10,7 +10,6 @@ from typing import Any
 
 from m2c.bundle.bundle import Bundle
 from m2c.cli.names import parse_budget
-from m2c.cli.words import tps as tps
 from m2c.engine import Engine, RunOptions
 from m2c.errors import UsageError
 from m2c.generate import GenerationStats

@@ -34,15 +34,13 @@ def wh_per_1k(joules_per_token: float) -> float:
     return joules_per_token / 3.6
 
 
-def operational_g(joules: float, grid_g_per_kwh: float, pue: float = PUE) -> float:
-    return joules / _KWH_J * pue * grid_g_per_kwh
+def operational_g(joules: float, grid_g_per_kwh: float) -> float:
+    return joules / _KWH_J * PUE * grid_g_per_kwh
 
 
-def embodied_g(
-    total_g: float, seconds: float, *, lifetime_years: float = LIFETIME_YEARS, share: float = 1.0
-) -> float:
-    """What `seconds` of use owe of the grams that making it took. share: of the hardware."""
-    return total_g * seconds / (lifetime_years * YEAR_S) * share
+def embodied_g(total_g: float, seconds: float) -> float:
+    """What `seconds` of use owe of the grams that making all of the hardware took."""
+    return total_g * seconds / (LIFETIME_YEARS * YEAR_S)
 
 
 def parts_of(dram_nbytes: int, ssd_nbytes: int, gpus: int) -> list[Part]:

@@ -24,7 +24,7 @@ from m2c.modes import exact_options
 from m2c.sampling import Sampler, SamplingParams
 from m2c.tiers.plan import Budget, Footprint, make_plan
 from m2c.tiers.ssd import LinkStats
-from m2c.tiers.store import StoreStats
+from m2c.tiers.traffic import StoreStats
 
 WAYS: Final = ("mixed", "exact", "streaming")
 _WARM_TOKENS: Final = 8
@@ -60,15 +60,11 @@ def options_for(bundle: Bundle, way: str, options: RunOptions) -> RunOptions:
 
 def smallest_dram(footprint: Footprint, depth: int) -> int:
     """The fewest bytes for which there is a plan: what is streamed needs no more than its ring."""
-    low, high = 0, 1 << 48
-    while high - low > 1:
-        middle = (low + high) // 2
-        try:
-            make_plan(footprint, Budget(middle), policy="pinned", depth=depth)
-            high = middle
-        except DoesNotFit:
-            low = middle
-    return high
+    try:
+        make_plan(footprint, Budget(0), policy="pinned", depth=depth)
+    except DoesNotFit as error:
+        return error.smallest
+    return 0
 
 
 def measure_way(

@@ -96,6 +96,76 @@ _QWEN25: Final = {
     "eos_token_id": [151645, 151643],
 }
 _QWEN25_SMALL: Final = {**_QWEN25, "vocab_size": 151936, "tie_word_embeddings": True}
+_QWEN3: Final = {
+    **_QWEN25,
+    "model_type": "qwen3",
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+}
+_QWEN3_SMALL: Final = {**_QWEN3, "tie_word_embeddings": True}
+_MISTRAL: Final = {
+    "model_type": "mistral",
+    "hidden_act": "silu",
+    "head_dim": 128,
+    "vocab_size": 32768,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1000000.0,
+    "max_position_embeddings": 32768,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_MISTRAL_SMALL: Final = {**_MISTRAL, "vocab_size": 131072, "rope_theta": 100000000.0}
+_PHI3: Final = {
+    "model_type": "phi3",
+    "hidden_act": "silu",
+    "vocab_size": 32064,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 4096,
+    "sliding_window": 2047,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 32000,
+}
+# Gemma's repositories differ in which ids end a text, and a plan needs none
+_GEMMA2: Final = {
+    "model_type": "gemma2",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "vocab_size": 256000,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 8192,
+    "sliding_window": 4096,
+    "bos_token_id": 2,
+}
+_GEMMA3: Final = {
+    "model_type": "gemma3_text",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "vocab_size": 262144,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "rope_local_base_freq": 10000.0,
+    "max_position_embeddings": 32768,
+    "sliding_window": 512,
+    "bos_token_id": 2,
+}
+# what reads text in a model that sees pictures too
+_GEMMA3_LARGE: Final = {
+    **_GEMMA3,
+    "vocab_size": 262208,
+    "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    "max_position_embeddings": 131072,
+    "sliding_window": 1024,
+}
 _SMOLLM2: Final = {
     "model_type": "llama",
     "hidden_act": "silu",
@@ -141,6 +211,28 @@ ALIASES: Final[Mapping[str, Alias]] = {
         _model("Qwen/Qwen2.5-Coder-14B-Instruct", _QWEN25, (5120, 13824, 48, 40, 8)),
     "qwen2.5-coder-32b":
         _model("Qwen/Qwen2.5-Coder-32B-Instruct", _QWEN25, (5120, 27648, 64, 40, 8)),
+    "qwen3-0.6b": _model("Qwen/Qwen3-0.6B", _QWEN3_SMALL, (1024, 3072, 28, 16, 8)),
+    "qwen3-1.7b": _model("Qwen/Qwen3-1.7B", _QWEN3_SMALL, (2048, 6144, 28, 16, 8)),
+    "qwen3-4b": _model("Qwen/Qwen3-4B", _QWEN3_SMALL, (2560, 9728, 36, 32, 8)),
+    "qwen3-8b": _model("Qwen/Qwen3-8B", _QWEN3, (4096, 12288, 36, 32, 8)),
+    "qwen3-14b": _model("Qwen/Qwen3-14B", _QWEN3, (5120, 17408, 40, 40, 8)),
+    "qwen3-32b": _model("Qwen/Qwen3-32B", _QWEN3, (5120, 25600, 64, 64, 8)),
+    "mistral-7b":
+        _model("mistralai/Mistral-7B-Instruct-v0.3", _MISTRAL, (4096, 14336, 32, 32, 8)),
+    "mistral-small-24b":
+        _model("mistralai/Mistral-Small-24B-Instruct-2501", _MISTRAL_SMALL,
+               (5120, 32768, 40, 32, 8)),
+    "phi3-mini-4k": _model("microsoft/Phi-3-mini-4k-instruct", _PHI3, (3072, 8192, 32, 32, 32)),
+    "gemma2-2b": _model("google/gemma-2-2b-it", _GEMMA2, (2304, 9216, 26, 8, 4)),
+    "gemma2-9b": _model("google/gemma-2-9b-it", _GEMMA2, (3584, 14336, 42, 16, 8)),
+    "gemma2-27b": _model("google/gemma-2-27b-it", _GEMMA2, (4608, 36864, 46, 32, 16),
+                         head_dim=128, query_pre_attn_scalar=144),
+    "gemma3-270m": _model("google/gemma-3-270m-it", _GEMMA3, (640, 2048, 18, 4, 1)),
+    "gemma3-1b": _model("google/gemma-3-1b-it", _GEMMA3, (1152, 6912, 26, 4, 1)),
+    "gemma3-4b": _model("google/gemma-3-4b-it", _GEMMA3_LARGE, (2560, 10240, 34, 8, 4)),
+    "gemma3-12b": _model("google/gemma-3-12b-it", _GEMMA3_LARGE, (3840, 15360, 48, 16, 8)),
+    "gemma3-27b": _model("google/gemma-3-27b-it", _GEMMA3_LARGE, (5376, 21504, 62, 32, 16),
+                         head_dim=128, query_pre_attn_scalar=168),
     "smollm2-135m": _model("HuggingFaceTB/SmolLM2-135M-Instruct", _SMOLLM2, (576, 1536, 30, 9, 3)),
     "smollm2-360m": _model("HuggingFaceTB/SmolLM2-360M-Instruct", _SMOLLM2, (960, 2560, 32, 15, 5)),
     "smollm2-1.7b": _model("HuggingFaceTB/SmolLM2-1.7B-Instruct", _SMOLLM2,

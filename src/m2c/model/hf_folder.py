@@ -17,6 +17,7 @@ from m2c.model.config import ModelConfig
 from m2c.model.ranged_file import RangedFile
 from m2c.model.safetensors_file import Entry, SafetensorsFile
 
+CONFIG: Final = "config.json"
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
 _MAX_SHARDS = 512  # all stay open, and 1024 open files are a common limit
@@ -38,8 +39,11 @@ _MAX_LEGAL, _LEGAL_NBYTES = 16, _MIB
 class HfFolder:
     """`shards` maps file name -> opened file; `config` has generation_config.json merged in."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises BadInput for a folder that is no checkpoint or a damaged one."""
+    def __init__(self, path: Path, *, weights: bool = True) -> None:
+        """weights: open them too, if they are there.
+
+        Raises BadInput for a folder that is no checkpoint or a damaged one.
+        """
         self.path = path
         self._root = path.resolve()
         self._blobs = _blobs_of(self._root)
@@ -47,6 +51,8 @@ class HfFolder:
         self.config = self._read_config()
         self.shards: Mapping[str, SafetensorsFile] = {}
         self._shard_of: Mapping[str, str] = {}
+        if not weights:
+            return
         if self._has(SINGLE):
             self.shards = {SINGLE: SafetensorsFile(self._inside(SINGLE))}
             self._shard_of = dict.fromkeys(self.shards[SINGLE].entries, SINGLE)

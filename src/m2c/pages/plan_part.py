@@ -14,7 +14,7 @@ _MUCH: Final = 4
 
 
 def plan_figure(title: str, tiers: Sequence[dict[str, Any]], words: Sequence[str] = ()) -> str:
-    """tiers: of `places.tier_parts`. words: the plan in lines."""
+    """tiers: of `tiers.parts.tier_parts`. words: the plan in lines."""
     most = max(sum(tier["parts"].values()) for tier in tiers)
     budget = max(tier["budget"] for tier in tiers)
     # beside a budget that is hardly touched nothing could be told apart

@@ -3,6 +3,8 @@
 Knows nothing about drawing them.
 """
 
+from typing import Any
+
 from m2c.tiers.plan import Plan
 
 ATTENTION, FFN, HEAD = "attention", "FFN", "head"
@@ -11,6 +13,16 @@ KV, RING, WORK = "KV cache", "ring", "work"
 _KINDS = {"dense": ATTENTION, "neurons": FFN, "head": HEAD}
 
 Parts = dict[str, int]  # kind -> bytes, none of them zero
+
+
+def tier_parts(plan: Plan) -> list[dict[str, Any]]:
+    """The tiers that there are, fastest first: name, budget and parts, for charts and programs."""
+    tiers = (
+        ("HBM", plan.budget.hbm, hbm_parts(plan)), ("DRAM", plan.budget.dram, dram_parts(plan))
+    )  # fmt: skip
+    return [
+        {"name": name, "budget": nbytes, "parts": parts} for name, nbytes, parts in tiers if parts
+    ]
 
 
 def hbm_parts(plan: Plan) -> Parts:

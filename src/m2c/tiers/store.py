@@ -6,7 +6,7 @@ upgrades on demand. It knows bytes and tiers; which neurons a token needs is dec
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -22,27 +22,12 @@ from m2c.tiers.memory import aligned_buffer
 from m2c.tiers.plan import BlockFact, Plan
 from m2c.tiers.ring import BlockRing
 from m2c.tiers.ssd import REQUEST_BLOCKS, THREADS, LinkStats, Pending, SsdReader
+from m2c.tiers.traffic import StoreStats
 from m2c.tiers.upgrades import HitStats, UpgradePlane
 
 Ids = npt.NDArray[np.int32]
 U8 = npt.NDArray[np.uint8]
 FFN = "ffn"  # section of the neuron shards
-
-
-@dataclass
-class StoreStats:
-    """A snapshot of the traffic since the last reset. `upgrades`: plane to who served it."""
-
-    ssd: LinkStats
-    link: LinkStats  # DRAM to HBM
-    upgrades: dict[str, HitStats] = field(default_factory=dict)
-
-    def add(self, other: "StoreStats") -> None:
-        for mine, its in ((self.ssd, other.ssd), (self.link, other.link)):
-            mine.nbytes += its.nbytes
-            mine.busy_s += its.busy_s
-        for plane, hits in other.upgrades.items():
-            self.upgrades.setdefault(plane, HitStats()).add(hits)
 
 
 @dataclass
