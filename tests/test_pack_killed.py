@@ -10,19 +10,20 @@ from pathlib import Path
 import pytest
 from tiny_models import digest, pack_again, run_pack
 
-from m2c.bundle.bundle import Bundle, open_bundle
+from m2c.bundle.bundle import open_bundle
+from m2c.bundle.importance import write_importance
 from m2c.check import check_bundle
-from m2c.contents import IMPORTANCE
 from m2c.errors import BadInput
 from m2c.pack import PackJob
 
 
 @pytest.fixture
 def kill_pack(
-    processes: ForkServerContext, tiny_checkpoint: Path, tiny_bundle: Bundle
+    processes: ForkServerContext, tiny_checkpoint: Path, job: PackJob, tmp_path: Path
 ) -> Callable[..., bool]:
     """A function that packs into a folder and kills; False if the pack was done before."""
-    profile = tiny_bundle.path / IMPORTANCE
+    profile = tmp_path / "profile.safetensors"
+    write_importance(profile, job.importance)
 
     def kill(out: Path, *, after_s: float = 60.0, at_call: int = 0) -> bool:
         arguments = (tiny_checkpoint, profile, out, at_call)
