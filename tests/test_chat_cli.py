@@ -172,6 +172,18 @@ class Screen:
             shown += before + text
         return shown
 
+    def computes(self, seconds: float) -> None:
+        """Wait until the process took so much time of the processor: it shows nothing meanwhile."""
+        enough = self._cpu_s() + seconds
+        deadline = time.monotonic() + _PATIENCE_S
+        while self._cpu_s() < enough:
+            assert time.monotonic() < deadline, "it does not compute"
+            time.sleep(0.005)
+
+    def _cpu_s(self) -> float:
+        stat = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
+
     def more(self) -> None:
         """Wait for anything to be shown."""
         while not self._text.strip():
@@ -284,7 +296,7 @@ def test_ctrl_c_before_the_answer_begins(screen: Screen) -> None:
         screen.type("x" * 1000 + "\n")
         screen.until("... ")
     screen.taken('"""\n')
-    time.sleep(0.5)  # from the line to the prompt's first layer; nothing tells when
+    screen.computes(0.2)  # a template is rendered in between, by another process
     screen.process.send_signal(signal.SIGINT)
     screen.until("stopped before the answer began; the message is forgotten", "> ")
     screen.type("/stats\n")
