@@ -5,6 +5,7 @@ Knows nothing about planes or files.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -46,6 +47,7 @@ class Inputs:
     mean_square: F32  # [inputs]
     directions: F32  # [inputs, rank]
 
+    @cached_property
     def factors(self) -> Factors | None:
         """None where no directions are known: then codes are the nearest."""
         if not self.directions.shape[1]:
@@ -100,7 +102,7 @@ def _matrix(
     rows, columns = checkpoint.shape(name)
 
     def opened(workers: Workers) -> Read:
-        factors = None if inputs is None else inputs.factors()
+        factors = None if inputs is None else inputs.factors
         whole = checkpoint.read(name) if held else None
 
         def read(start: int, stop: int) -> Piece:
@@ -127,7 +129,7 @@ def _neurons(
     def opened(workers: Workers) -> Read:
         gate, up = workers.map(lambda i: checkpoint.read(names[i]), 2)
         matrices = gate, up, _columns(checkpoint, names[2], workers)
-        factors, down = inputs.factors(), None
+        factors, down = inputs.factors, None
         if factors is not None:
             columns = matrices[2].index_select(0, torch.from_numpy(order))
             down = steering.columns(columns, _down_factors(known), workers)
