@@ -64,12 +64,10 @@ def command(
     From a pipe every line is a message, word for word (no /commands); answers go to stdout. The
     model must have a chat format: one that only continues text is for m2c run.
     """
-    from dataclasses import replace
-
     from m2c.bundle.bundle import open_bundle
     from m2c.cli.chat_session import Session
-    from m2c.cli.loading import expected_speed, open_engine, say_price, with_drop
-    from m2c.cli.modes import asked_mode, leaves_exact, opened_draft, with_mode
+    from m2c.cli.loading import completed, expected_speed, open_engine, say_price
+    from m2c.cli.modes import asked_mode, leaves_exact, with_mode
     from m2c.cli.names import bundle_path, require_unicode
     from m2c.cli.runs import run_options
     from m2c.contents import tokenizer_of
@@ -89,9 +87,7 @@ def command(
     opened = open_bundle(bundle_path(bundle, ssd))
     tokenizer = tokenizer_of(opened)
     template = _template(opened, tokenizer, system)
-    chosen = with_drop(opened, chosen, drop)
-    if draft is not None:
-        chosen = replace(chosen, draft=opened_draft(draft, ssd, opened))
+    chosen = completed(opened, chosen, drop=drop, draft=draft, ssd=ssd)
     choice = with_mode(opened, chosen, mode, exact_precision)
     say_price(opened, drop, quiet)
     with open_engine(opened, tokenizer, choice.options, None, quiet) as engine:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from m2c.bundle.bundle import Bundle
 from m2c.cli.console import progress, say
-from m2c.cli.modes import alternatives, draft_words
+from m2c.cli.modes import alternatives, draft_words, opened_draft
 from m2c.cli.runs import tracing_engine, where_weights_lie
 from m2c.cli.words import tps
 from m2c.engine import Engine, RunOptions
@@ -18,11 +18,16 @@ from m2c.predict import expected_tps
 from m2c.tokenizer import Tokenizer
 
 
-def with_drop(bundle: Bundle, chosen: RunOptions, drop: float) -> RunOptions:
-    """--drop without --mix drops from the bundle's own mix."""
-    if not drop or chosen.mix is not None:
-        return chosen
-    return replace(chosen, mix=Mix.of_percent(bundle.manifest.mix.percent, drop=drop))
+def completed(
+    bundle: Bundle, chosen: RunOptions, *, drop: float, draft: str | None, ssd: Path | None
+) -> RunOptions:
+    """The options with what only the bundle can say: the mix that --drop drops from, and whether
+    --draft speaks its vocabulary. Raises UsageError when it does not."""
+    if drop and chosen.mix is None:
+        chosen = replace(chosen, mix=Mix.of_percent(bundle.manifest.mix.percent, drop=drop))
+    if draft is not None:
+        chosen = replace(chosen, draft=opened_draft(draft, ssd, bundle))
+    return chosen
 
 
 def say_price(bundle: Bundle, drop: float, quiet: bool) -> None:

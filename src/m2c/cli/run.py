@@ -88,11 +88,9 @@ def command(
     estimate for the SSD; each is marked measured, estimated or absent. It takes a second more, for
     the idle level.
     """
-    from dataclasses import replace
-
     from m2c.bundle.bundle import open_bundle
-    from m2c.cli.loading import expected_speed, open_engine, say_price, with_drop
-    from m2c.cli.modes import asked_mode, leaves_exact, opened_draft, with_mode
+    from m2c.cli.loading import completed, expected_speed, open_engine, say_price
+    from m2c.cli.modes import asked_mode, leaves_exact, with_mode
     from m2c.cli.names import bundle_path, require_unicode, require_writable
     from m2c.cli.report import Story, Watch, Wishes, leave, metering
     from m2c.cli.runs import run_options
@@ -116,9 +114,7 @@ def command(
     if trace is not None:
         require_writable(trace, "--trace")
     opened = open_bundle(bundle_path(bundle, ssd))
-    chosen = with_drop(opened, chosen, drop)
-    if draft is not None:
-        chosen = replace(chosen, draft=opened_draft(draft, ssd, opened))
+    chosen = completed(opened, chosen, drop=drop, draft=draft, ssd=ssd)
     if plan:
         _print_plan(opened, with_mode(opened, chosen, mode, exact_precision).options)
         return

@@ -97,10 +97,11 @@ class Transformer:
                 x = self._layer(layer, x)
         self.kv.advance(len(ids))
         logits = self._logits(x if all_logits else x[-1:])
-        if self.config.final_logit_softcapping is not None:
-            logits = soft_capped(logits, self.config.final_logit_softcapping)
+        # before a soft cap, which makes a large number of an infinite one
         if not all(math.isfinite(end) for end in logits.aminmax()):
             raise BadInput("the model's output is not finite", "check the bundle with m2c check")
+        if self.config.final_logit_softcapping is not None:
+            logits = soft_capped(logits, self.config.final_logit_softcapping)
         return logits if all_logits else logits[0]
 
     def _logits(self, x: Tensor) -> Tensor:
