@@ -4,6 +4,9 @@
  * A strip of lanes goes through all steps. Rows: a lane is a row, a step one of its weights. Down
  * columns: a lane is an output, a step a neuron. Knows nothing of threads: calls share nothing. */
 
+/* nobody asks which comparisons trapped: loops over lanes may compute both sides of a choice */
+#pragma GCC optimize("no-trapping-math")
+
 #include <math.h>
 #include <string.h>
 
@@ -43,57 +46,73 @@ INLINE float clamp(float x, float low, float high)
     return x > high ? high : x;
 }
 
-/* Step i of the strip: values and scales of its lanes; those past `count` are zeros. */
-INLINE void load_step(const struct steer_call *c, int64_t i, int64_t first, int count, float *x,
-                      float *scale)
+/* Values of step i; lanes past `count` are zeros. */
+INLINE void load_values(const struct steer_call *c, int64_t i, int64_t first, int count, float *x)
 {
     const uint16_t *from = c->weights + i * c->step + first * c->lane;
-    const uint16_t *scales = c->scales + i / c->step_group * c->scale_step;
-    uint16_t bits[LANES] = { 0 }, halves[LANES] = { 0 };
-    for (int l = 0; l < count; l++) {
+    uint16_t bits[LANES] = { 0 };
+    for (int l = 0; l < count; l++)
         bits[l] = from[l * c->lane];
-        halves[l] = scales[(first + l) / c->lane_group * c->scale_lane];
-    }
     for (int l = 0; l < LANES; l++) {
         uint32_t wide = (uint32_t)bits[l] << 16;
         float value;
         memcpy(&value, &wide, 4);
         x[l] = clamp(c->is_bf16 ? value : half_value(bits[l]), -LARGEST, LARGEST);
-        scale[l] = half_value(halves[l]);
     }
 }
 
-/* The code of each lane; `pull`: what the errors so far ask of it. error: left by the codes. */
-INLINE void choose(const float *x, const float *scale, const float *pull, float *error, int8_t *codes)
+/* Scales of the group that step i begins; places: where in a row of scales those of the lanes are. */
+INLINE void load_scales(const struct steer_call *c, int64_t i, const int64_t *places, int count,
+                        float *scale, float *inverse)
+{
+    const uint16_t *from = c->scales + i / c->step_group * c->scale_step;
+    uint16_t halves[LANES] = { 0 };
+    for (int l = 0; l < count; l++)
+        halves[l] = from[places[l]];
+    for (int l = 0; l < LANES; l++) {
+        scale[l] = half_value(halves[l]);
+        inverse[l] = scale[l] != 0 ? 1 / scale[l] : 0;
+    }
+}
+
+/* The code of each lane; `pull`: what the errors so far ask of it. error: left by the codes. All in one
+ * type, so that lanes are computed side by side. */
+INLINE void choose(const float *x, const float *scale, const float *inverse, const float *pull,
+                   float *error, float *codes)
 {
     for (int l = 0; l < LANES; l++) {
-        float inverse = scale[l] != 0 ? 1 / scale[l] : 0;
-        float ratio = clamp(x[l] * inverse, -9, 9);
+        float ratio = clamp(x[l] * inverse[l], -9, 9);
         float low = clamp(ceilf(ratio - REACH), -8, 7), high = clamp(floorf(ratio + REACH), -8, 7);
-        float q = clamp(rintf((x[l] - pull[l]) * inverse), low, high);
+        float q = clamp(rintf((x[l] - pull[l]) * inverse[l]), low, high);
         error[l] = q * scale[l] - x[l];
-        codes[l] = (int8_t)q;
+        codes[l] = q;
     }
 }
 
 INLINE void strip(const struct steer_call *c, int64_t first, int count)
 {
     float felt[MOST_DIRECTIONS][LANES]; /* the errors so far, along each direction */
+    float scale[LANES], inverse[LANES];
+    int64_t places[LANES];
     memset(felt, 0, sizeof felt[0] * (size_t)c->rank);
+    for (int l = 0; l < count; l++)
+        places[l] = (first + l) / c->lane_group * c->scale_lane;
     for (int64_t i = 0; i < c->steps; i++) {
         const float *v = c->directions + i * c->rank, *u = c->feedback + i * c->rank;
-        float x[LANES], scale[LANES], pull[LANES] = { 0 }, error[LANES];
-        int8_t codes[LANES];
-        load_step(c, i, first, count, x, scale);
+        float x[LANES], pull[LANES] = { 0 }, error[LANES], codes[LANES];
+        load_values(c, i, first, count, x);
+        if (i % c->step_group == 0)
+            load_scales(c, i, places, count, scale, inverse);
         for (int k = 0; k < c->rank; k++)
             for (int l = 0; l < LANES; l++)
                 pull[l] += u[k] * felt[k][l];
-        choose(x, scale, pull, error, codes);
+        choose(x, scale, inverse, pull, error, codes);
         for (int k = 0; k < c->rank; k++)
             for (int l = 0; l < LANES; l++)
                 felt[k][l] += v[k] * error[l];
+        int8_t *to = c->codes + i * c->step + first * c->lane;
         for (int l = 0; l < count; l++)
-            c->codes[i * c->step + (first + l) * c->lane] = codes[l];
+            to[l * c->lane] = (int8_t)codes[l];
     }
 }
 
