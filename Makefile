@@ -3,10 +3,11 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 DEMO ?= demo
+CAMPAIGN ?= campaign
 # all of m2c's own files of the demo stay in its folder
 DEMO_ENV := M2C_HOME=$(DEMO)/home
 
-.PHONY: help install demo test check format docs bench clean
+.PHONY: help install demo test check campaign format docs bench clean
 
 help:  ## Print this list
 	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -37,6 +38,10 @@ check: install  ## Format, lint, types, fast tests, generated docs up to date
 	$(BIN)/mypy
 	$(BIN)/python scripts/make_cli_docs.py --check
 	$(BIN)/python -m pytest -m "not slow"
+
+campaign: install  ## The large counts of docs/RELIABILITY.md: hours, goes on where it was
+	M2C_CAMPAIGN=$(CAMPAIGN) $(BIN)/python -m pytest -m campaign -s
+	$(BIN)/python scripts/campaign.py $(CAMPAIGN)
 
 format: install  ## Format the code and sort imports
 	$(BIN)/ruff check --fix .
