@@ -53,7 +53,7 @@ class Trial:
         return self._seed
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> bool:
-        if kind is None or not issubclass(kind, Exception | AssertionError):
+        if kind is None or issubclass(kind, KeyboardInterrupt | SystemExit | GeneratorExit):
             return False
         print(f"\n{self._promise}: trial {self._seed} failed", flush=True)
         if self._state is not None:
