@@ -69,7 +69,7 @@ def forge(folder: Path, change: Callable[[dict[str, Any]], None], *, sign: bool 
     change(facts)
     if sign:
         checksum = hashlib.sha256(dump_json(facts)).hexdigest()
-    (folder / MANIFEST).write_bytes(dump_json({**facts, "checksum": checksum}))
+    (folder / MANIFEST).write_bytes(dump_json({**facts, "checksum": checksum}) + b"\n")
     return folder
 
 
