@@ -74,7 +74,7 @@ def _mend_files(job: PackJob, path: Path, manifest: Manifest, damaged: set[str])
 def _mend_shards(
     job: PackJob, path: Path, manifest: Manifest, damaged: set[str], workers: Workers
 ) -> None:
-    """A group of shards is encoded together; only the damaged ones of its files are put in place."""
+    """A group of shards is encoded together; only those that are damaged are put in place."""
     tools = Tools(job.exact_type, workers, load_encoder(), lambda weights: None, Spent())
     recipe, steering = job.shard_recipe, Steering(job.exact_type, tools.encoder)
     for group in shard_groups(job.checkpoint, job.importance, steering):
