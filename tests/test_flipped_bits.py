@@ -1,13 +1,12 @@
 """R3 end to end: no damage of a bundle ever becomes a token.
 
-One trial damages one file in one of twelve ways and runs the command line in one of ten modes. The run
-must end with 4, having said nothing but the beginning of what the undisturbed bundle says; or, if
-no read that it waited for touched the damage, say exactly what the undisturbed bundle says.
+One trial damages one file in one of twelve ways and runs the command line in one of ten modes. The
+run must end with 4, having said nothing but the beginning of what the undisturbed bundle says; or,
+if it read no block that is damaged, say exactly what the undisturbed bundle says.
 """
 
 import random
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from tiny_models import pack_folder, write_checkpoint
 from trials import trials
 
 from m2c.bundle.bundle import Bundle
-from m2c.bundle.manifest import MANIFEST
 from m2c.bundle.shard import PAGE
 from m2c.engine import RunOptions
 from m2c.errors import DoesNotFit
@@ -112,7 +110,7 @@ class Reads:
 
 
 @pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Reads]:
+def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
     """What the run under way reads of payloads; cleared by whoever starts one."""
     fill, noted = ssd._fill, Reads()
 
@@ -121,7 +119,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Reads]:
         fill(request)
 
     monkeypatch.setattr(ssd, "_fill", noting)
-    yield noted
+    return noted
 
 
 def run(path: Path, mode: tuple[object, ...]) -> Said:
