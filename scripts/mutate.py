@@ -43,7 +43,7 @@ def trial(guard: Guard, work: Path, *, whole: bool) -> str:
     if guard.file.endswith((".c", ".h")) and not build(tree):
         return BROKEN
     named = [word for word in guard.tests.split() if (tree / word).exists()]
-    if not passes(tree, named):
+    if named and not passes(tree, named):
         return NAMED
     if whole and not passes(tree, [f"--ignore={word}" for word in named]):
         return WHOLE
