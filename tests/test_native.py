@@ -148,6 +148,26 @@ def test_extreme_values(kernels: NativeKernels, workers: Workers, kind: str) -> 
     assert torch.isfinite(dense).all()
 
 
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+@pytest.mark.parametrize("code", [0x00, 0xFF])
+def test_sums_over_down_columns_hold_the_largest_codes_and_factors(
+    kernels: NativeKernels, workers: Workers, kind: str, code: int
+) -> None:
+    """Sums of a tile run in 16 bits with AVX2: factors of 128 mod 256 have the largest low byte."""
+    layout, count = RecordLayout(3, 96), 32
+    records = torch.full((count, layout.nbytes("int4")), code, dtype=torch.uint8)
+    scales = torch.ones(count, 3 * layout.groups, dtype=torch.float16)
+    records[:, layout.code_nbytes :] = scales.view(torch.uint8)
+    second = torch.full((count, layout.nbytes("int8")), code, dtype=torch.uint8)
+    rows = PackedRows(layout, records, second if kind == "int8" else None)
+    for sign in (1, -1):
+        h = torch.full((1, count), sign * (128 + 256 * 126) / 32512)
+        h[:, 0] = 1
+        total = torch.zeros(1, 96)
+        kernels.down(h, rows, into=total)
+        close(total, reference.down(h, rows, workers), columns=True)
+
+
 def test_dispatch_falls_back_where_native_cannot() -> None:
     workers = Workers(1, kernel="auto")
     assert workers.native is not None
