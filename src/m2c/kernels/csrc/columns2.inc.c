@@ -31,12 +31,16 @@ INLINE void factors_of(const struct codes *columns, const float *h, int count, i
                        const struct factors *to)
 {
     const __m256 sign = _mm256_set1_ps(-0.0f), least = _mm256_set1_ps(1e-30f);
-    __m256 products[TILE], largest = _mm256_setzero_ps();
+    __m256 products[TILE];
+    /* as integers: of magnitudes the order is the same, and NaN is above all, never passed over */
+    __m256i top = _mm256_setzero_si256();
     for (int n = 0; n < count; n++) {
         __m256 scales = eight_scales(columns[n].scales + 2 * g, groups - g);
         products[n] = _mm256_mul_ps(scales, _mm256_set1_ps(h[n]));
-        largest = _mm256_max_ps(largest, _mm256_andnot_ps(sign, products[n]));
+        __m256i magnitude = _mm256_castps_si256(_mm256_andnot_ps(sign, products[n]));
+        top = _mm256_max_epu32(top, magnitude);
     }
+    __m256 largest = _mm256_castsi256_ps(top);
     __m256 inverse = _mm256_and_ps(_mm256_cmp_ps(largest, least, _CMP_GT_OQ),
                                    _mm256_div_ps(_mm256_set1_ps(LARGEST), largest));
     __m256 step = _mm256_mul_ps(largest, _mm256_set1_ps(1.0f / LARGEST));
