@@ -82,7 +82,7 @@ WRITES: Final = (
         "tests/test_pack_killed.py",
     ),
     Guard(
-        "the profile belongs to the checkpoint", "pack.py", "    _require_matching(job)\n", "",
+        "the profile belongs to the checkpoint", "pack.py", "    require_matching(job)\n", "",
         "tests/test_pack.py tests/test_cli_errors.py",
     ),
     Guard(
@@ -96,8 +96,16 @@ WRITES: Final = (
 )  # fmt: skip
 
 BUNDLES: Final = (
-    _never("the manifest's checksum", "bundle/manifest.py",
-           "checksum != hashlib.sha256(dump_json(facts)).hexdigest()", "tests/test_manifest.py"),
+    Guard(
+        "the manifest's checksum", "bundle/manifest.py",
+        "sound = checksum == hashlib.sha256(dump_json(facts)).hexdigest()", "sound = True",
+        "tests/test_manifest.py tests/test_every_bit.py",
+    ),
+    Guard(
+        "the manifest is canonical", "bundle/manifest.py",
+        ' or data != dump_json({**facts, "checksum": checksum}) + b"\\n"', "",
+        "tests/test_manifest.py",
+    ),
     _never("the bundle's version", "bundle/manifest.py", 'facts.get("version") != VERSION',
            "tests/test_manifest.py"),
     Guard(
@@ -155,7 +163,50 @@ RUNS: Final = (
         "                index.verify(request.block + i // BLOCK, view[i : i + BLOCK])",
         "                pass", "tests/test_store_failures.py tests/test_shard.py",
     ),
-    _never("a read that ends early", "tiers/ssd.py", "not got", "tests/test_store_failures.py"),
+    _never("a read that ends early", "tiers/ssd.py", "whole == done",
+           "tests/test_disk_fails.py"),
+    Guard(
+        "a short direct read goes on at a page", "tiers/ssd.py",
+        "reached // PAGE * PAGE if request.direct and reached < len(view) else reached", "reached",
+        "tests/test_disk_fails.py",
+    ),
+    Guard(
+        "a short read of an index is read on", "bundle/files.py",
+        "        data += part\n", "        data += part\n        break\n",
+        "tests/test_disk_fails.py",
+    ),
+    Guard(
+        "a failed read names the byte", "tiers/ssd.py",
+        'with disk_errors(f"{request.index.path} at byte {begin + done}"):',
+        "with disk_errors(request.index.path):", "tests/test_disk_fails.py",
+    ),
+    Guard(
+        "a disk that does not answer cannot hold a process", "cli/app.py",
+        '    exit_in_time(code, "interrupted" if number == signal.SIGINT else "terminated")\n', "",
+        "tests/test_disk_fails.py",
+    ),
+    _never("norms are finite", "contents.py", "not np.isfinite(array).all()",
+           "tests/test_not_finite.py"),
+    Guard(
+        "NaN is above all products (AVX-512)", "kernels/csrc/columns512.inc.c",
+        "top = _mm512_max_epu32(top, _mm512_castps_si512(_mm512_abs_ps(products[n])));",
+        "top = _mm512_castps_si512(_mm512_max_ps(_mm512_castsi512_ps(top), "
+        "_mm512_abs_ps(products[n])));", "tests/test_native.py",
+    ),
+    Guard(
+        "NaN is above all products (AVX2)", "kernels/csrc/columns2.inc.c",
+        "top = _mm256_max_epu32(top, magnitude);",
+        "top = _mm256_castps_si256(_mm256_max_ps(_mm256_castsi256_ps(top), "
+        "_mm256_castsi256_ps(magnitude)));", "tests/test_native.py",
+    ),
+    Guard(
+        "NaN passes a ReLU", "kernels/csrc/ffn.c", "gate <= act.threshold ? 0 : gate",
+        "gate > act.threshold ? gate : 0", "tests/test_native.py",
+    ),
+    Guard(
+        "a soft cap hides no infinite score", "kernels/csrc/attention.c",
+        " * cap + (scores[p] - scores[p])", " * cap", "tests/test_native.py",
+    ),
     Guard(
         "reads have ended before their buffer is used again", "tiers/ssd.py",
         "            self.cancel()  # whoever gets this may reuse the buffer at once\n", "",
@@ -271,4 +322,75 @@ SOURCES: Final = (
     ),
 )  # fmt: skip
 
-GUARDS: Final = (*WRITES, *BUNDLES, *RUNS, *SOURCES)
+REPAIRS: Final = (
+    _never(
+        "what is made again is the manifest's",
+        "repair.py",
+        "sha256 != fact.sha256",
+        "tests/test_repair.py",
+    ),
+    _never(
+        "a bundle of other weights is not mended",
+        "repair.py",
+        "manifest.source.fingerprint != job.checkpoint.fingerprint()",
+        "tests/test_repair.py",
+    ),
+    Guard(
+        "a bundle of another profile is not mended",
+        "repair.py",
+        "        _require_same_recipe(job, path, sorted(set(manifest.shards) - damaged))\n",
+        "",
+        "tests/test_repair.py",
+    ),
+    Guard(
+        "a folder without a manifest is ours",
+        "repair.py",
+        "        _require_ours(job, path)\n",
+        "",
+        "tests/test_repair.py",
+    ),
+    Guard(
+        "only what is damaged is put in place",
+        "repair.py",
+        "names = damaged & set(group.files.values())",
+        "names = set(group.files.values()) if damaged & set(group.files.values()) else set()",
+        "tests/test_repair.py",
+    ),
+    Guard(
+        "a repair leaves no temporary file",
+        "repair.py",
+        "file.unlink(missing_ok=True)",
+        "pass",
+        "tests/test_repair.py",
+    ),
+    Guard(
+        "a folder is held before its manifest goes",
+        "bundle/claim.py",
+        "        _lock(descriptor, path)\n",
+        "        if not reclaim:\n            _lock(descriptor, path)\n",
+        "tests/test_repair.py",
+    ),
+    Guard(
+        "a marker before the manifest goes",
+        "bundle/claim.py",
+        """    write_atomic(path / MARKER, recipe.encode() + b"\\n")
+    with disk_errors(path / MANIFEST):""",
+        "    with disk_errors(path / MANIFEST):",
+        "tests/test_repair.py",
+    ),
+    Guard(
+        "check goes on after a damaged block",
+        "bundle/bundle.py",
+        "                yield error\n",
+        "                yield error\n                return\n",
+        "tests/test_repair.py",
+    ),
+    _never(
+        "check compares sha256",
+        "check.py",
+        'hashlib.file_digest(data, "sha256").hexdigest() != fact.sha256',
+        "tests/test_repair.py",
+    ),
+)
+
+GUARDS: Final = (*WRITES, *BUNDLES, *REPAIRS, *RUNS, *SOURCES)
