@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from running import MIXES, GiB, options_for, plan_of
+from running import MIXES, GiB, named_smallest, options_for, plan_of
 from shadow import require_true_copies
 from tiny_models import pack_folder, write_checkpoint
 from trials import trials
@@ -18,7 +18,7 @@ from m2c.bundle.bundle import Bundle
 from m2c.bundle.shard import BLOCK
 from m2c.disk import DiskProfile
 from m2c.engine import Engine, RunOptions
-from m2c.errors import DoesNotFit, UsageError
+from m2c.errors import UsageError
 from m2c.generate import prefill
 from m2c.kernels.native import CHOICES, NativeKernels
 from m2c.model.mix import PRECISIONS, Mix
@@ -125,18 +125,12 @@ def draw_room(rng: np.random.Generator) -> float:
 def with_budgets(bundle: Bundle, case: Case) -> RunOptions:
     options = case.options
     if case.hbm_room is not None:
-        smallest = smallest_that_works(bundle, replace(options, hbm=1, dram=GiB))
+        smallest = named_smallest(bundle, replace(options, hbm=1, dram=GiB))
         most = plan_of(bundle, replace(options, hbm=GiB, dram=GiB)).used_hbm
         options = replace(options, hbm=smallest + int((most - smallest) * case.hbm_room))
-    smallest = smallest_that_works(bundle, replace(options, dram=1))
+    smallest = named_smallest(bundle, replace(options, dram=1))
     most = max(smallest, plan_of(bundle, replace(options, dram=GiB)).used_dram)
     return replace(options, dram=smallest + int((most - smallest) * case.room))
-
-
-def smallest_that_works(bundle: Bundle, options: RunOptions) -> int:
-    with pytest.raises(DoesNotFit) as caught:
-        plan_of(bundle, options)
-    return caught.value.smallest
 
 
 def one_by_one(engine: Engine, batches: list[list[int]], tokens: int) -> Run:
