@@ -17,6 +17,7 @@ from m2c import __version__
 from m2c.bundle.importance import Calibration, Importance, LayerImportance
 from m2c.directions import principal_directions
 from m2c.errors import BadInput
+from m2c.hardware import give_back_freed
 from m2c.kernels.reference import apply_norm, attention, down, gate_up, rms_norm
 from m2c.kernels.rows import ExactRows
 from m2c.kernels.workers import Workers
@@ -59,6 +60,8 @@ def profile(
         if not all(bool(torch.isfinite(x).all()) for x in states):
             raise BadInput(f"{checkpoint.path}: activations of layer {layer} are not finite")
         layers.append(tally.result())
+        del rows, tally  # before the next are read: memory holds one layer
+        give_back_freed()
         progress(1)
     final = [rms_norm(x, vectors["model.norm.weight"], config.rms_norm_eps) for x in states]
     calibration = Calibration(
