@@ -17,6 +17,7 @@ from tiny_models import (
     digest,
     job_for,
     mend_again,
+    run_pack,
     run_repair,
     write_checkpoint,
 )
@@ -273,6 +274,23 @@ def test_a_repair_that_is_killed(
             require_old_or_new(copy, subject, torn)
             run_repair(subject.job, copy)
             assert digest(copy) == whole
+
+
+def test_a_manifest_goes_behind_a_marker(
+    subject: Subject, processes: ForkServerContext, tmp_path: Path
+) -> None:
+    """Killed at each of its first steps, a repair leaves what a plain pack or a repair ends."""
+    for call in range(1, 6):
+        copy = subject.copied(tmp_path / "copy.m2c")
+        flip(copy / MANIFEST, 99)
+        arguments = (subject.job.checkpoint.path, subject.profile, copy, call)
+        process = processes.Process(target=mend_again, args=arguments)
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        again = run_repair if (copy / MANIFEST).exists() else run_pack
+        again(subject.job, copy)
+        assert digest(copy) == digest(subject.bundle.path)
 
 
 def require_old_or_new(copy: Path, subject: Subject, torn: dict[str, bytes]) -> None:

@@ -19,7 +19,6 @@ from torch import Tensor
 from m2c.bundle.bundle import Bundle
 from m2c.bundle.importance import Importance
 from m2c.bundle.manifest import MixChoice
-from m2c.bundle.shard import PAGE
 from m2c.engine import Engine, RunOptions
 from m2c.generate import prefill
 from m2c.kernels.dispatch import exact_weights
@@ -31,6 +30,7 @@ from m2c.model.mix import LEVELS, Mix, bits_per_weight
 from m2c.prompt import raw_ids
 from m2c.tiers.blocks import block_of
 from m2c.tiers.memory import aligned_buffer
+from m2c.tiers.ssd import SsdReader
 
 FP16_SHARES: Final = (0, 1, 2, 5, 10)
 SAMPLED_LAYERS: Final = 8
@@ -193,14 +193,9 @@ def _layer_errors(
 
 
 def _read_neurons(bundle: Bundle, layer: int) -> PackedRows:
-    """All planes of a layer's neurons, read plainly; pack has just verified them."""
+    """All planes of a layer's neurons, verified."""
     block = block_of(bundle, "neurons", layer, "fp16")
     payload = aligned_buffer(block.streamed_nbytes)
-    position = 0
-    for index in block.shards:
-        with open(index.path, "rb") as file:
-            file.seek(PAGE)
-            view = payload.data[position : position + index.header.payload_nbytes]
-            file.readinto(view)
-        position += index.header.payload_nbytes
+    with closing(SsdReader()) as reader:
+        block.read(reader, payload).wait()
     return block.rows(payload)["ffn"]
