@@ -11,9 +11,12 @@ import pytest
 import torch
 from running import MIXES, Run, decode, options_for
 from shards import write_exact, write_int4
+from syscalls import require_watching
 from tiny_models import digest, job_for, pack_folder, write_checkpoint
+from watched_pack import WatchedPack
 
 from m2c.bundle.bundle import Bundle
+from m2c.bundle.importance import write_importance
 from m2c.engine import Engine
 from m2c.errors import UsageError
 from m2c.kernels.native import CHOICES, NativeKernels
@@ -98,6 +101,24 @@ def processes() -> ForkServerContext:
     first.start()
     first.join()
     return context
+
+
+@pytest.fixture(scope="session")
+def watched(
+    processes: ForkServerContext, tiny_checkpoint: Path, job: PackJob,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> WatchedPack:  # fmt: skip
+    """`job` in a process whose file calls are watched."""
+    require_watching()
+    profile = tmp_path_factory.mktemp("profile") / "profile.safetensors"
+    write_importance(profile, job.importance)
+    return WatchedPack(processes, tiny_checkpoint, profile)
+
+
+@pytest.fixture(scope="session")
+def calls(watched: WatchedPack, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The names of all writing calls of a pack that nothing happens to."""
+    return watched.names(tmp_path_factory.mktemp("watched"))
 
 
 @pytest.fixture

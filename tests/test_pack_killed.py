@@ -1,6 +1,7 @@
 """`pack` killed at any moment: never a wrong bundle, and running it again finishes the job."""
 
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -8,7 +9,10 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
+from syscalls import KILL, End
 from tiny_models import digest, pack_again, run_pack
+from trials import trials
+from watched_pack import OUT, WatchedPack
 
 from m2c.bundle.bundle import open_bundle
 from m2c.bundle.importance import write_importance
@@ -47,20 +51,42 @@ def require_sound(out: Path) -> None:
     assert not list(check_bundle(out, read_data=True))
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.campaign
 def test_killed_at_random_moments(
-    kill_pack: Callable[..., bool], job: PackJob, undisturbed: str, tmp_path: Path, seed: int
+    kill_pack: Callable[..., bool], job: PackJob, undisturbed: str, tmp_path: Path
 ) -> None:
-    rng = random.Random(seed)
+    """Trial N: killed up to three times, then finished."""
     start = time.monotonic()
     kill_pack(tmp_path / "whole")
     whole = time.monotonic() - start
-    for moment in range(4):
-        out = tmp_path / str(moment)
-        kill_pack(out, after_s=rng.random() * whole)
-        require_sound(out)
-        run_pack(job, out)
-        assert digest(out) == undisturbed
+    out = tmp_path / "out"
+    for trial in trials("R1-random-moment", ci=20, campaign=1000):
+        with trial as seed:
+            rng = random.Random(seed)
+            for _ in range(rng.choice((1, 1, 2, 3))):
+                kill_pack(out, after_s=rng.random() * whole)
+                require_sound(out)
+            run_pack(job, out)
+            assert digest(out) == undisturbed
+            shutil.rmtree(out)
+
+
+@pytest.mark.slow
+@pytest.mark.campaign
+def test_killed_at_every_call(
+    watched: WatchedPack, calls: list[str], job: PackJob, undisturbed: str, tmp_path: Path
+) -> None:
+    """Right before each mkdir, open, write, fsync, close, rename and unlink of every thread."""
+    for trial in trials("R1-every-call", ci=12, campaign=len(calls)):
+        with trial as seed:
+            folder = tmp_path / str(seed)
+            folder.mkdir()
+            out = folder / OUT
+            assert watched.at(folder, calls[seed * 61 % len(calls)], KILL) == (End(None), True)
+            require_sound(out)
+            run_pack(job, out)
+            assert digest(out) == undisturbed
+            shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("first", range(1, 6))
@@ -85,7 +111,7 @@ def test_killed_again_and_again(
     """Each attempt goes on where the one before was stopped, and the last one finishes."""
     out = tmp_path / "out"
     attempts = 0
-    while kill_pack(out, at_call=20):
+    while kill_pack(out, at_call=30):
         require_sound(out)
         attempts += 1
         assert attempts < 20
