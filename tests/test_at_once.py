@@ -83,7 +83,7 @@ def test_the_second_of_two_packs_is_told(
 ) -> None:
     """Trial N: it comes right before call N of the first."""
     told = 0
-    for trial in trials("R15-second-pack", ci=6, campaign=len(calls)):
+    for trial in trials("R15-second-pack", ci=4, campaign=len(calls)):
         with trial as seed:
             folder, call = tmp_path / str(seed), calls[seed * STRIDE % len(calls)]
             folder.mkdir()
@@ -112,7 +112,7 @@ def test_two_packs_where_locks_do_nothing(
 ) -> None:  # fmt: skip
     """A whole second pack before call N of the first: either may fail, the bundle is right."""
     monkeypatch.setattr(claim.fcntl, "flock", lambda descriptor, how: None)
-    for trial in trials("R15-no-locks", ci=6, campaign=len(calls)):
+    for trial in trials("R15-no-locks", ci=4, campaign=len(calls)):
         with trial as seed:
             folder, call = tmp_path / str(seed), calls[seed * STRIDE % len(calls)]
             folder.mkdir()
@@ -179,7 +179,7 @@ def test_packs_of_two_recipes_where_locks_do_nothing(
     """They race for an empty folder; shards of both never pass for one bundle."""
     monkeypatch.setattr(claim.fcntl, "flock", lambda descriptor, how: None)
     other = replace(job, exact_type="f16")
-    for trial in trials("R15-two-recipes", ci=4, campaign=len(calls)):
+    for trial in trials("R15-two-recipes", ci=3, campaign=len(calls)):
         with trial as seed:
             early = [c for c in calls if c.startswith(f"mkdir {OUT} ") or MARKER in c]
             call = early[seed % len(early)] if seed < len(early) else calls[seed]
@@ -231,7 +231,7 @@ def test_readers_checks_and_a_pack_do_not_meet(
     ids, logits = reference[MIX]
     expected = ids, hashlib.sha256(logits.numpy().tobytes()).hexdigest()
     processes = watched.processes
-    for trial in trials("R15-all-at-once", ci=2, campaign=100):
+    for trial in trials("R15-all-at-once", ci=1, campaign=100):
         with trial as seed:
             rng = random.Random(seed)
             out = tmp_path / str(seed)

@@ -79,7 +79,7 @@ def test_stopped_at_random_moments(
 ) -> None:
     """Trial N: one of the commands, one of the signals, sometimes twice, at some moment."""
     took = []
-    for trial in trials("R20-random-moment", ci=12, campaign=2000):
+    for trial in trials("R20-random-moment", ci=8, campaign=2000):
         with trial as seed:
             rng = random.Random(seed)
             command, number = COMMANDS[seed % 4], list(CODES)[seed // 4 % 2]
