@@ -9,6 +9,7 @@ from uuid import uuid4
 
 import pytest
 import torch
+from every_mode import Subject, make_subject
 from running import MIXES, Run, decode, options_for
 from shards import write_exact, write_int4
 from syscalls import require_watching
@@ -90,6 +91,12 @@ def job(tiny_checkpoint: Path) -> PackJob:
 def undisturbed(tiny_bundle: Bundle) -> str:
     """Digest of the files that `job` makes when nothing happens."""
     return digest(tiny_bundle.path)
+
+
+@pytest.fixture(scope="session")
+def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    """A bundle, its job, another of the same shape, and every way to run it. Do not change it."""
+    return make_subject(tmp_path_factory.mktemp("subject"))
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from running import MIXES, Run, decode, options_for, same, smallest_dram
 from syscalls import KILL, End, Event
 from tiny_models import digest, job_for, pack_again, pack_folder, run_pack, write_checkpoint
 from trials import trials
-from watched_pack import OUT, Names, WatchedPack
+from watched_pack import OUT, Names, WatchedPack, spread
 
 from m2c.bundle import claim
 from m2c.bundle.bundle import Bundle, open_bundle
@@ -34,7 +34,6 @@ from m2c.errors import BadInput, Busy, UsageError
 from m2c.model.mix import Mix
 from m2c.pack import PackJob
 
-STRIDE: Final = 61
 MIX: Final = MIXES["5/15/80"]
 
 
@@ -85,7 +84,7 @@ def test_the_second_of_two_packs_is_told(
     told = 0
     for trial in trials("R15-second-pack", ci=4, campaign=len(calls)):
         with trial as seed:
-            folder, call = tmp_path / str(seed), calls[seed * STRIDE % len(calls)]
+            folder, call = tmp_path / str(seed), calls[spread(seed, len(calls))]
             folder.mkdir()
 
             def second(folder: Path = folder) -> None:
@@ -114,7 +113,7 @@ def test_two_packs_where_locks_do_nothing(
     monkeypatch.setattr(claim.fcntl, "flock", lambda descriptor, how: None)
     for trial in trials("R15-no-locks", ci=4, campaign=len(calls)):
         with trial as seed:
-            folder, call = tmp_path / str(seed), calls[seed * STRIDE % len(calls)]
+            folder, call = tmp_path / str(seed), calls[spread(seed, len(calls))]
             folder.mkdir()
             out = folder / OUT
 

@@ -16,7 +16,7 @@ import pytest
 from syscalls import SHORT, End
 from tiny_models import digest, pack_again, run_pack
 from trials import trials
-from watched_pack import OUT, WatchedPack
+from watched_pack import OUT, WatchedPack, spread
 
 from m2c import pack as pack_module
 from m2c import pipeline
@@ -28,7 +28,6 @@ from m2c.bundle.shard import ShardIndex
 from m2c.errors import BadInput, NoSpace, StorageError
 from m2c.pack import PackJob
 
-STRIDE: Final = 29  # the few of the default suite are spread over the pack
 NEEDS_SPACE: Final = ("mkdir", "openat", "write", "rename")
 
 
@@ -37,7 +36,7 @@ def chosen(
 ) -> tuple[str, int]:
     """Trial `seed` of every call of those kinds with each of `codes`."""
     every = [call for call in calls if call.split()[0] in kinds]
-    call = seed * STRIDE % (len(every) * len(codes))
+    call = spread(seed, len(every) * len(codes), stride=29)
     return every[call % len(every)], codes[call // len(every)]
 
 

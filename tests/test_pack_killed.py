@@ -12,10 +12,11 @@ import pytest
 from syscalls import KILL, End
 from tiny_models import digest, pack_again, run_pack
 from trials import trials
-from watched_pack import OUT, WatchedPack
+from watched_pack import OUT, WatchedPack, spread
 
 from m2c.bundle.bundle import open_bundle
 from m2c.bundle.importance import write_importance
+from m2c.bundle.manifest import MANIFEST
 from m2c.check import check_bundle
 from m2c.errors import BadInput
 from m2c.pack import PackJob
@@ -82,11 +83,24 @@ def test_killed_at_every_call(
             folder = tmp_path / str(seed)
             folder.mkdir()
             out = folder / OUT
-            assert watched.at(folder, calls[seed * 61 % len(calls)], KILL) == (End(None), True)
+            assert watched.at(folder, calls[spread(seed, len(calls))], KILL) == (End(None), True)
             require_sound(out)
             run_pack(job, out)
             assert digest(out) == undisturbed
             shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("call", ["openat", "write", "fsync", "close", "rename"])
+def test_killed_while_the_manifest_is_written(
+    watched: WatchedPack, job: PackJob, undisturbed: str, tmp_path: Path, call: str
+) -> None:
+    """No part of one has its name; a folder with half a manifest would be nobody's."""
+    deadly = f"{call} {OUT}/TEMPORARY-{MANIFEST} 1"
+    assert watched.at(tmp_path, deadly, KILL) == (End(None), True)
+    with pytest.raises(BadInput, match="not a complete bundle"):
+        open_bundle(tmp_path / OUT)
+    run_pack(job, tmp_path / OUT)
+    assert digest(tmp_path / OUT) == undisturbed
 
 
 @pytest.mark.parametrize("first", [1, 9, 18, 26])

@@ -10,7 +10,7 @@ from powercut import History, cuts, history_of, put, random_cut
 from syscalls import KILL, End, Event
 from tiny_models import digest, run_pack
 from trials import trials
-from watched_pack import Names, WatchedPack
+from watched_pack import Names, WatchedPack, spread
 
 from m2c.bundle.bundle import open_bundle
 from m2c.bundle.files import TEMPORARY_PREFIX
@@ -85,10 +85,9 @@ def test_a_bundle_that_was_announced_stays(
 def test_a_cut_at_every_call(events: Trace, job: PackJob, undisturbed: str, tmp_path: Path) -> None:
     """Trial N: every state that a cut before call N may leave."""
     history, seen = history_of(events), set()
-    stride = 61  # the few of the default suite are spread over the pack
     for trial in trials("R2-every-call", ci=3, campaign=len(events) + 1):
         with trial as seed:
-            step = seed * stride % (len(events) + 1)
+            step = spread(seed, len(events) + 1)
             for state in cuts(history, step, random.Random(seed)):
                 if (name := identity(state)) not in seen:
                     seen.add(name)
@@ -114,7 +113,7 @@ def test_killed_finished_and_then_cut(
     """What a killed pack never synced must not be trusted by the one that goes on."""
     for trial in trials("R2-killed-then-cut", ci=2, campaign=len(calls)):
         with trial as seed:
-            call = calls[seed * 61 % len(calls)]
+            call = calls[spread(seed, len(calls))]
             finish_and_cut(watched, tmp_path, call, random.Random(seed), job, undisturbed)
 
 

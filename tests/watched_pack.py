@@ -8,6 +8,8 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
+from math import gcd
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any, Final
@@ -19,6 +21,11 @@ from m2c.bundle.files import TEMPORARY_PREFIX
 
 OUT: Final = "out.m2c"
 _TEMPORARY: Final = re.compile(re.escape(TEMPORARY_PREFIX) + r"\d+-[0-9a-f]{8}-")
+
+
+def spread(trial: int, things: int, stride: int = 61) -> int:
+    """What trial N is about: a few are far apart, as many as there are `things` are all."""
+    return trial * next(s for s in count(stride) if gcd(s, things) == 1) % things
 
 
 class Names:

@@ -17,7 +17,7 @@ from m2c.bundle.files import (
     read_small,
     sync_directory,
     write_atomic,
-)  # fmt: skip
+)
 from m2c.bundle.manifest import MANIFEST, read_manifest
 from m2c.errors import BadInput, Busy, UsageError
 
@@ -26,12 +26,14 @@ FOLDERS: Final = ("dense", "neurons", "model")
 
 
 @contextmanager
-def claim_folder(path: Path, recipe: str) -> Iterator[bool]:
+def claim_folder(path: Path, recipe: str, *, reclaim: bool = False) -> Iterator[bool]:
     """Hold `path` for packing `recipe`; yields True when the bundle is already complete there.
 
+    reclaim: the caller knows that the folder is a bundle of `recipe` without a usable manifest.
     Raises UsageError when the folder holds anything else, Busy when another process packs there.
     """
-    _refuse_foreign(path, recipe)
+    if not reclaim:
+        _refuse_foreign(path, recipe)
     with disk_errors(path):
         path.mkdir(parents=True, exist_ok=True)
         sync_directory(path.parent)
@@ -39,7 +41,10 @@ def claim_folder(path: Path, recipe: str) -> Iterator[bool]:
     try:
         _lock(descriptor, path)
         # another process may have changed the folder before we had the lock
-        _refuse_foreign(path, recipe)
+        if reclaim:
+            _reclaim(path, recipe)
+        else:
+            _refuse_foreign(path, recipe)
         _remove_temporaries(path)
         if not (path / MANIFEST).exists() and not (path / MARKER).exists():
             write_atomic(path / MARKER, recipe.encode() + b"\n")
@@ -58,6 +63,14 @@ def _make_durable(path: Path) -> None:
         for folder in FOLDERS:
             (path / folder).mkdir(exist_ok=True)
             sync_directory(path / folder)
+
+
+def _reclaim(path: Path, recipe: str) -> None:
+    """Turn a bundle whose manifest is damaged or gone into an unfinished one of `recipe`."""
+    write_atomic(path / MARKER, recipe.encode() + b"\n")
+    with disk_errors(path / MANIFEST):
+        (path / MANIFEST).unlink(missing_ok=True)
+        sync_directory(path)
 
 
 def _lock(descriptor: int, path: Path) -> None:
