@@ -10,6 +10,7 @@ from uuid import uuid4
 import pytest
 import torch
 from every_mode import Subject, make_subject
+from hypothesis import settings
 from running import MIXES, Run, decode, options_for
 from shards import write_exact, write_int4
 from syscalls import require_watching
@@ -23,6 +24,10 @@ from m2c.errors import UsageError
 from m2c.kernels.native import CHOICES, NativeKernels
 from m2c.model.mix import Mix
 from m2c.pack import PackJob
+
+# how long an example takes says something about the machine
+settings.register_profile("m2c", deadline=None)
+settings.load_profile("m2c")
 
 
 @pytest.fixture(autouse=True)
