@@ -9,6 +9,8 @@ import re
 import select
 import shutil
 import signal
+import subprocess
+import sys
 import termios
 import time
 from collections.abc import Callable, Iterator
@@ -120,6 +122,24 @@ def percentiles(seconds: list[float]) -> str:
     ordered = sorted(seconds)
     parts = {"median": 0.5, "99 %": 0.99, "longest": 1.0}
     return ", ".join(f"{k} {ordered[int((len(ordered) - 1) * v)]:.2f} s" for k, v in parts.items())
+
+
+@pytest.mark.parametrize(
+    "order", ["signal(words)", "code = true(words); signal(words); return code"]
+)
+def test_stopped_just_before_or_after_the_work(order: str) -> None:
+    script = f"""
+import os
+from m2c.cli import app
+true = app.call
+def signal(_): os.kill(os.getpid(), 15)
+def call(words): {order}
+app.call = call
+app.main()
+"""
+    command = [sys.executable, "-c", script, "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (143, "m2c: terminated\n")
 
 
 @pytest.mark.parametrize("command", ["profile", "pack", "run", "chat", "show", "check", "plan"])
