@@ -32,17 +32,46 @@ WRITES: Final = (
     ),
     Guard(
         "fsync of the folder after a rename", "bundle/files.py",
-        "            sync_directory(path.parent)\n", "", "tests/test_power_cut.py",
+        "        sync_directory(path.parent)\n    except", "        pass\n    except",
+        "tests/test_power_cut.py",
     ),
     Guard(
         "files appear by rename", "bundle/files.py",
-        'temporary = path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}")',
+        'temporary = path.with_name(f"{TEMPORARY_PREFIX}{unique}-{path.name}")',
         "temporary = path", "tests/test_pack_killed.py",
     ),
     Guard(
         "a failed write leaves no temporary file", "bundle/files.py",
         "            temporary.unlink(missing_ok=True)\n            raise", "            raise",
-        "tests/test_pack.py tests/test_cli_errors.py tests/test_no_space.py",
+        "tests/test_pack.py tests/test_cli_errors.py tests/test_pack_faults.py",
+    ),
+    Guard(
+        "a signal leaves no temporary file", "bundle/files.py",
+        "        except BaseException:\n            temporary",
+        "        except Exception:\n            temporary",
+        "tests/test_signals.py tests/test_cli_process.py",
+    ),
+    Guard(
+        "bytes reach the file before its fsync", "bundle/files.py",
+        "                file.flush()\n", "", "tests/test_power_cut.py",
+    ),
+    Guard(
+        "a name whose sync failed is taken back", "bundle/files.py",
+        "        path.unlink(missing_ok=True)\n        raise", "        raise",
+        "tests/test_pack_faults.py",
+    ),
+    _never("a file system without syncs of folders", "bundle/files.py",
+           "error.errno != errno.EINVAL", "tests/test_pack_faults.py"),
+    Guard(
+        "temporary names do not repeat", "bundle/files.py",
+        "-{os.urandom(4).hex()}", "-00000000", "tests/test_pack_faults.py",
+    ),
+    Guard(
+        "a quota is a full disk", "bundle/files.py", "errno.EDQUOT, ", "", "tests/test_pack.py",
+    ),
+    Guard(
+        "a limit on files is a full disk", "bundle/files.py", ", errno.EFBIG", "",
+        "tests/test_pack_faults.py",
     ),
     _never(
         "devices and links are not replaced", "bundle/files.py",
@@ -62,6 +91,29 @@ WRITES: Final = (
         "        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)", "        pass",
         "tests/test_pack.py",
     ),
+    Guard(
+        "the bundle's own name is synced", "bundle/claim.py",
+        "        sync_directory(path.parent)\n", "", "tests/test_power_cut.py",
+    ),
+    Guard(
+        "names in the bundle are synced by a pack that goes on", "bundle/claim.py",
+        "    with disk_errors(path):\n        sync_directory(path)\n        for",
+        "    with disk_errors(path):\n        for", "tests/test_power_cut.py",
+    ),
+    Guard(
+        "names in its folders are, too", "bundle/claim.py",
+        "            sync_directory(path / folder)\n", "", "tests/test_power_cut.py",
+    ),
+    Guard(
+        "an unfinished bundle is marked", "bundle/claim.py",
+        "        if not (path / MANIFEST).exists() and not (path / MARKER).exists():\n"
+        '            write_atomic(path / MARKER, recipe.encode() + b"\\n")\n', "",
+        "tests/test_pack_killed.py",
+    ),
+    Guard(
+        "the recipe is looked at again under the lock", "bundle/claim.py",
+        "        else:\n            _refuse_foreign(path, recipe)\n", "", "tests/test_at_once.py",
+    ),
     _never("a bundle of another recipe is not overwritten", "bundle/claim.py", "packed != recipe",
            "tests/test_pack.py"),
     Guard(
@@ -80,6 +132,14 @@ WRITES: Final = (
         "a finished shard is intact", "pipeline.py",
         "        for _ in verify_blocks(index):\n            pass\n", "",
         "tests/test_pack_killed.py",
+    ),
+    Guard(
+        "a finished shard that cannot be read is written again", "pipeline.py",
+        "except (BadInput, StorageError)", "except BadInput", "tests/test_pack_faults.py",
+    ),
+    Guard(
+        "a full disk says how much is missing", "pack.py", "with _sizes_said(job, path), ", "with ",
+        "tests/test_pack_faults.py",
     ),
     Guard(
         "the profile belongs to the checkpoint", "pack.py", "    require_matching(job)\n", "",
@@ -158,6 +218,12 @@ BUNDLES: Final = (
 )  # fmt: skip
 
 RUNS: Final = (
+    Guard(
+        "SIGTERM is tidied up after", "cli/app.py",
+        "    signal.signal(signal.SIGTERM, _unwind)\n", "", "tests/test_signals.py",
+    ),
+    _never("a reader that leaves is no error", "cli/app.py",
+           "isinstance(error, BrokenPipeError)", "tests/test_signals.py"),
     Guard(
         "blocks are verified on arrival", "tiers/ssd.py",
         "                index.verify(request.block + i // BLOCK, view[i : i + BLOCK])",

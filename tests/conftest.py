@@ -14,7 +14,9 @@ from every_mode import Subject, make_subject
 from hypothesis import settings
 from running import MIXES, Run, decode, options_for
 from shards import write_exact, write_int4
+from syscalls import require_watching
 from tiny_models import digest, job_for, pack_folder, run_pack, write_checkpoint
+from watched_pack import WatchedPack
 
 from m2c.bundle.bundle import Bundle, open_bundle
 from m2c.bundle.importance import write_importance
@@ -131,6 +133,24 @@ def processes() -> ForkServerContext:
     first.start()
     first.join()
     return context
+
+
+@pytest.fixture(scope="session")
+def watched(
+    processes: ForkServerContext, tiny_checkpoint: Path, job: PackJob,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> WatchedPack:  # fmt: skip
+    """`job` in a process whose file calls are watched."""
+    require_watching()
+    profile = tmp_path_factory.mktemp("profile") / "profile.safetensors"
+    write_importance(profile, job.importance)
+    return WatchedPack(processes, tiny_checkpoint, profile)
+
+
+@pytest.fixture(scope="session")
+def calls(watched: WatchedPack, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The names of all writing calls of a pack that nothing happens to."""
+    return watched.names(tmp_path_factory.mktemp("watched"))
 
 
 @pytest.fixture

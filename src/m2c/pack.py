@@ -8,7 +8,8 @@ constant. Knows nothing about printing.
 import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -129,7 +130,7 @@ def pack(
     require_space(job, path)
     # derived once: every use reads samples of the whole checkpoint
     recipe, shard_recipe = job.recipe, job.shard_recipe
-    with claim_folder(path, recipe, reclaim=reclaim) as complete:
+    with _sizes_said(job, path), claim_folder(path, recipe, reclaim=reclaim) as complete:
         if complete:
             return False
         tools = Tools(job.exact_type, workers, load_encoder(), progress, Spent())
@@ -172,6 +173,28 @@ def choose_exact_type(checkpoint: Checkpoint) -> str:
 
 def require_space(job: PackJob, path: Path) -> tuple[int, int]:
     """(bytes needed, bytes free). Raises NoSpace when the bundle will not fit."""
+    needed, free = _space(job, path)
+    if needed > free:
+        raise NoSpace(
+            f"{path}: the bundle needs {format_size(needed)}, {format_size(free)} are free",
+            "free some space or give another --ssd",
+        )
+    return needed, free
+
+
+@contextmanager
+def _sizes_said(job: PackJob, path: Path) -> Iterator[None]:
+    """A disk that is full before the end: how much is missing is said with it."""
+    try:
+        yield
+    except NoSpace as error:
+        needed, free = _space(job, path)
+        sizes = f"{format_size(needed)} more are needed, {format_size(free)} are free"
+        raise NoSpace(f"{error.message}: {sizes}", error.hint) from None
+
+
+def _space(job: PackJob, path: Path) -> tuple[int, int]:
+    """(bytes that are still to be written, bytes free)."""
     existing = path
     while not existing.exists():
         existing = existing.parent
@@ -179,13 +202,7 @@ def require_space(job: PackJob, path: Path) -> tuple[int, int]:
         stats = os.statvfs(existing)
     free = stats.f_bavail * stats.f_frsize
     done = sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) if path.is_dir() else 0
-    needed = max(0, bundle_nbytes(job.checkpoint.config, job.exact_type) - done)
-    if needed > free:
-        raise NoSpace(
-            f"{path}: the bundle needs {format_size(needed)}, {format_size(free)} are free",
-            "free some space or give another --ssd",
-        )
-    return needed, free
+    return max(0, bundle_nbytes(job.checkpoint.config, job.exact_type) - done), free
 
 
 def estimate_seconds(job: PackJob, workers: Workers) -> float:

@@ -17,7 +17,7 @@ from typing import Final
 
 from m2c.bundle.bundle import Bundle
 from m2c.bundle.claim import claim_folder
-from m2c.bundle.files import TEMPORARY_PREFIX, disk_errors, sync_directory, write_atomic
+from m2c.bundle.files import TEMPORARY_PREFIX, disk_errors, put_in_place, write_atomic
 from m2c.bundle.manifest import MANIFEST, FileFact, Manifest, MixChoice, ShardFact, read_manifest
 from m2c.bundle.shard import read_index
 from m2c.check import find_damage
@@ -110,8 +110,7 @@ def _put(made: Path, path: Path) -> None:
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise UsageError(f"{path} is not a regular file", "remove it yourself")
     with disk_errors(path):
-        os.rename(made, path)
-        sync_directory(path.parent)
+        put_in_place(made, path)
 
 
 def _require_same(path: Path, sha256: str, fact: FileFact | ShardFact) -> None:

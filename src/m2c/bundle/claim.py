@@ -36,6 +36,7 @@ def claim_folder(path: Path, recipe: str, *, reclaim: bool = False) -> Iterator[
         _refuse_foreign(path, recipe)
     with disk_errors(path):
         path.mkdir(parents=True, exist_ok=True)
+        sync_directory(path.parent)
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         _lock(descriptor, path)
@@ -47,13 +48,21 @@ def claim_folder(path: Path, recipe: str, *, reclaim: bool = False) -> Iterator[
         _remove_temporaries(path)
         if not (path / MANIFEST).exists() and not (path / MARKER).exists():
             write_atomic(path / MARKER, recipe.encode() + b"\n")
-        for folder in FOLDERS:
-            with disk_errors(path / folder):
-                (path / folder).mkdir(exist_ok=True)
+        _make_durable(path)
         yield (path / MANIFEST).exists()
         (path / MARKER).unlink(missing_ok=True)
     finally:
         os.close(descriptor)
+
+
+def _make_durable(path: Path) -> None:
+    """The folders, and the names in them: a killed pack may have left some that were never synced,
+    and what we build on must not vanish under a manifest."""
+    with disk_errors(path):
+        sync_directory(path)
+        for folder in FOLDERS:
+            (path / folder).mkdir(exist_ok=True)
+            sync_directory(path / folder)
 
 
 def _reclaim(path: Path, recipe: str) -> None:

@@ -40,7 +40,11 @@ def main() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _unwind)
     _fill_closed_streams()
-    code = call(sys.argv[1:])
+    try:
+        code = call(sys.argv[1:])
+    except BaseException as error:  # a signal just before or after what `call` guards
+        code, text = _explain(error)
+        say(f"m2c: {text}")
     # reads ahead and worker threads would keep the shell waiting
     os._exit(code)
 
