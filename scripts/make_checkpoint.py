@@ -28,7 +28,7 @@ from m2c.errors import BadInput, M2CError
 from m2c.model.aliases import ALIASES
 from m2c.model.checkpoint import open_checkpoint, read_stored
 from m2c.model.config import ModelConfig
-from m2c.model.places import norm_offset, stored_tensors
+from m2c.model.places import file_name, norm_offset, stored_tensors
 from m2c.tokenizer_gguf import build_from_gguf, build_tokenizer_config
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
@@ -78,7 +78,9 @@ def write_checkpoint(
 
     shapes = stored_tensors(facts)
     groups = by_layer(shapes)
-    shards = ({name: tensor(name, shapes[name]) for name in names} for names in groups)
+    shards = (
+        {file_name(facts, name): tensor(name, shapes[name]) for name in names} for names in groups
+    )
     write_shards(directory, shards, len(groups))
 
 
@@ -201,8 +203,9 @@ def export_gguf(
         return tensor.to(DTYPES[dtype]).contiguous()
 
     generator = torch.Generator().manual_seed(seed)
-    groups = by_layer(stored_tensors(checkpoint.config))
-    shards = ({name: tensor(name) for name in names} for names in groups)
+    facts = checkpoint.config
+    groups = by_layer(stored_tensors(facts))
+    shards = ({file_name(facts, name): tensor(name) for name in names} for names in groups)
     write_shards(directory, shards, len(groups))
 
 

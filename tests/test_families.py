@@ -69,9 +69,28 @@ MODELS: dict[str, dict[str, Any]] = {
         "attn_logit_softcapping": 1.0, "rope_parameters": {
             SLIDING: {"rope_type": "default", "rope_theta": 500.0},
             FULL: {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e5}}},
+    "falcon-7b": {"model_type": "falcon"},
+    "falcon-40b": {"model_type": "falcon", "new_decoder_architecture": True, "num_kv_heads": 2,
+        "ffn_hidden_size": 96, "tie_word_embeddings": False},
+    "falcon-one-norm": {"model_type": "falcon", "new_decoder_architecture": True,
+        "num_kv_heads": 2, "num_ln_in_parallel_attn": 1, "bias": True, "activation": "relu"},
+    "falcon-after": {"model_type": "falcon", "parallel_attn": False, "multi_query": False,
+        "bias": True},
 }  # fmt: skip
-IN_GGUF = ["mistral", "qwen3", "phi3", "phi3-windows", "gemma2", "gemma3"]
-WITHOUT_GGUF = ["mistral-windows", "qwen2-windows", "gemma3-odd", "sparsellama"]
+IN_GGUF = [
+    "mistral",
+    "qwen3",
+    "phi3",
+    "phi3-windows",
+    "gemma2",
+    "gemma3",
+    "falcon-7b",
+    "falcon-40b",
+]
+WITHOUT_GGUF = [
+    "mistral-windows", "qwen2-windows", "gemma3-odd", "sparsellama", "falcon-one-norm",
+    "falcon-after",
+]  # fmt: skip
 
 
 @cache
@@ -98,7 +117,10 @@ class Made:
         generator = torch.Generator().manual_seed(0)
         for key, weight in model.named_parameters():
             # norms near what they are born with, matrices that keep activations near 1
-            norm, wide = "norm" in key, 0.3 if "embed" in key else weight.shape[-1] ** -0.5
+            norm, wide = (
+                "norm" in key or ".ln_" in key,
+                0.3 if "embed" in key else weight.shape[-1] ** -0.5,
+            )
             drawn = torch.randn(weight.shape, generator=generator) * (0.1 if norm else wide)
             drawn = drawn + weight.data if norm else drawn
             weight.data = drawn.bfloat16().float()
@@ -247,7 +269,7 @@ def test_the_language_model_of_a_multimodal_checkpoint(
     assert all(torch.equal(checkpoint.read(name), plain.read(name)) for name in plain.names())
 
 
-@pytest.mark.parametrize("made", ["gemma2", "phi3"], indirect=True)
+@pytest.mark.parametrize("made", ["gemma2", "phi3", "falcon-40b"], indirect=True)
 def test_a_gguf_exported_as_a_folder_is_the_same_checkpoint(made: Made, tmp_path: Path) -> None:
     """Fused matrices are put together again, and norms lose the one that GGUF adds."""
     source = open_checkpoint(made.checkpoint)

@@ -15,7 +15,7 @@ from m2c.bundle.importance import Importance, decode_importance
 from m2c.bundle.shard import PLANES
 from m2c.errors import BadInput
 from m2c.model.attention import MATRICES
-from m2c.model.config import ModelConfig, dense_matrices, expected_tensors
+from m2c.model.config import ModelConfig, dense_matrices, expected_tensors, up_bias_name
 from m2c.model.weights import matrix_name
 from m2c.tiers.store import EMBED, FFN
 from m2c.tokenizer import Tokenizer
@@ -53,7 +53,7 @@ def _shard_shapes(
     for layer in range(config.num_hidden_layers):
         attention = {short: matrices[matrix_name(layer, short)] for short in MATRICES}
         found["dense", layer] = {short: (n, 1, length) for short, (n, length) in attention.items()}
-        found["neurons", layer] = {FFN: (config.intermediate_size, 3, hidden)}
+        found["neurons", layer] = {FFN: (config.intermediate_size, config.vectors, hidden)}
     if not config.tie_word_embeddings:
         found["dense", "head"] = {"lm_head": (config.vocab_size, 1, hidden)}
     return found
@@ -84,6 +84,17 @@ def vectors_of(bundle: Bundle, config: ModelConfig) -> dict[str, torch.Tensor]:
             if array is None or array.shape != shape or array.dtype != np.float32:
                 raise BadInput(f"{path}: {name} is missing or of a wrong shape")
             found[name] = torch.from_numpy(array.copy())
+    return found
+
+
+def in_shard_order(
+    vectors: dict[str, torch.Tensor], importance: Importance
+) -> dict[str, torch.Tensor]:
+    """`vectors` with the biases of neurons in the order of the bundle's records."""
+    found = dict(vectors)
+    for i, layer in enumerate(importance.layers):
+        if (name := up_bias_name(i)) in found:
+            found[name] = found[name][torch.from_numpy(layer.order.astype(np.int64))]
     return found
 
 

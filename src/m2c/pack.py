@@ -82,7 +82,7 @@ class PackJob:
         """Weights that `pack` reports progress in."""
         config = self.checkpoint.config
         dense = sum(rows * columns for rows, columns in dense_matrices(config).values())
-        ffn = 3 * config.hidden_size * config.intermediate_size
+        ffn = config.vectors * config.hidden_size * config.intermediate_size
         return dense + config.num_hidden_layers * ffn
 
     @property

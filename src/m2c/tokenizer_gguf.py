@@ -19,7 +19,7 @@ _WORDS = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
-_PRE_TOKENIZERS = ("smollm", "gpt-2", "qwen2", *_LLAMA3)
+_PRE_TOKENIZERS = ("smollm", "gpt-2", "qwen2", "falcon", *_LLAMA3)
 _BPE, _SPM = "gpt2", "llama"  # values of tokenizer.ggml.model; gemma files say llama too
 
 
@@ -88,6 +88,8 @@ def _pipeline(name: Any) -> tuple[dict[str, Any] | None, dict[str, Any]]:
         return None, {"type": "Sequence", "pretokenizers": steps}
     if name == "qwen2":
         return {"type": "NFC"}, _split_words(digits="")
+    if name == "falcon":
+        return None, _falcon()
     if name in _LLAMA3:
         return None, _split_words(digits="{1,3}")
     raise UnsupportedModel(
@@ -125,6 +127,18 @@ def _split_words(*, digits: str) -> dict[str, Any]:
     pattern = {"Regex": _WORDS.replace("DIGITS", digits)}
     split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
     return {"type": "Sequence", "pretokenizers": [split, _byte_level()]}
+
+
+def _falcon() -> dict[str, Any]:
+    """Runs of punctuation apart, then GPT-2's words, digits three by three."""
+    digits = {"type": "Digits", "individual_digits": False}
+    threes = {
+        "type": "Split", "pattern": {"Regex": "[0-9][0-9][0-9]"}, "behavior": "Isolated",
+        "invert": False,
+    }  # fmt: skip
+    punctuation = {"type": "Punctuation", "behavior": "Contiguous"}
+    steps = [punctuation, _byte_level(use_regex=True), digits, threes]
+    return {"type": "Sequence", "pretokenizers": steps}
 
 
 def _spm_vocabulary(metadata: dict[str, Any]) -> Vocabulary:

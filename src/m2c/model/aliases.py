@@ -177,6 +177,15 @@ _SMOLLM2: Final = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_FALCON: Final = {
+    "model_type": "falcon",
+    "vocab_size": 65024,
+    "layer_norm_epsilon": 1e-5,
+    "alibi": False,
+    "bias": False,
+    "bos_token_id": 11,
+    "eos_token_id": 11,
+}
 
 # fmt: off
 ALIASES: Final[Mapping[str, Alias]] = {
@@ -241,5 +250,11 @@ ALIASES: Final[Mapping[str, Alias]] = {
         _model("SparseLLM/prosparse-llama-2-7b", _PROSPARSE, (4096, 11008, 32, 32, 32)),
     "prosparse-llama2-13b":
         _model("SparseLLM/prosparse-llama-2-13b", _PROSPARSE, (5120, 13824, 40, 40, 40)),
+    "falcon-7b": Alias("tiiuae/falcon-7b", {
+        **_FALCON, "hidden_size": 4544, "num_hidden_layers": 32, "num_attention_heads": 71,
+        "multi_query": True, "parallel_attn": True, "new_decoder_architecture": False}),
+    "falcon-40b": Alias("tiiuae/falcon-40b", {
+        **_FALCON, "hidden_size": 8192, "num_hidden_layers": 60, "num_attention_heads": 128,
+        "num_kv_heads": 8, "new_decoder_architecture": True}),
 }
 # fmt: on
