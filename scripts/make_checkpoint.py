@@ -109,7 +109,7 @@ def weight_std(name: str, shape: tuple[int, ...], layers: int) -> float:
     """Keeps activations near 1 through any number of layers (0.016 at a hidden size of 4096)."""
     if name.endswith(".bias"):
         return 0.1
-    if "embed_tokens" in name:
+    if ".embed_" in name:
         return 0.3
     std = 1 / math.sqrt(shape[1])
     # 2 * layers outputs add up in the residual stream

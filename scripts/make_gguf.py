@@ -85,6 +85,11 @@ def _refuse_unsayable(checkpoint: Checkpoint) -> None:
     config = checkpoint.config
     arch = FAMILIES[config.model_type].gguf
     family = FAMILIES[config.model_type]
+    if not arch:
+        raise UnsupportedModel(
+            f"{checkpoint.path}: GGUF has no word for {config.model_type}",
+            "compare with a program that reads safetensors",
+        )
     if config.hidden_act != family.defaults.get(family.act_key, "silu"):
         raise UnsupportedModel(
             f"{checkpoint.path}: GGUF has no word for {config.hidden_act} in {arch}",

@@ -104,6 +104,11 @@ PUBLISHED = {
     "prosparse-llama2-13b": 13_015_864_320,
     "falcon-7b": 7_217_189_760 - 65024 * 4544,  # the files hold the tied embeddings twice
     "falcon-40b": 41_835_970_560 - 65024 * 8192,  # likewise
+    "opt-1.3b": 1_315_758_080,
+    "opt-6.7b": 6_658_473_984,
+    "opt-13b": 12_853_473_280,
+    "opt-30b": 29_974_540_288,
+    "opt-66b": 65_719_701_504,  # counted as the others are: there is no safetensors file
 }
 
 
@@ -348,6 +353,10 @@ FIELDS = [
     "multi_query",
     "parallel_attn",
     "bias",
+    "ffn_dim",
+    "activation_function",
+    "enable_bias",
+    "word_embed_proj_dim",
 ]
 
 
@@ -371,6 +380,10 @@ def test_any_value_of_any_field_is_accepted_or_refused_politely(
             {"model_type": "falcon", "new_decoder_architecture": True, "parallel_attn": False},
             "new_decoder_architecture",
         ),
+        ({"model_type": "opt", "do_layer_norm_before": False}, "do_layer_norm_before False"),
+        ({"model_type": "opt", "word_embed_proj_dim": 32}, "word_embed_proj_dim"),
+        ({"model_type": "opt", "_remove_final_layer_norm": True}, "_remove_final_layer_norm"),
+        ({"model_type": "opt", "layer_norm_elementwise_affine": False}, "elementwise_affine"),
     ],
 )
 def test_variants_of_a_family_that_do_not_run_are_named(change: dict[str, Any], named: str) -> None:

@@ -76,6 +76,9 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_kv_heads": 2, "num_ln_in_parallel_attn": 1, "bias": True, "activation": "relu"},
     "falcon-after": {"model_type": "falcon", "parallel_attn": False, "multi_query": False,
         "bias": True},
+    "opt": {"model_type": "opt", "ffn_dim": 96, "word_embed_proj_dim": 64},
+    "opt-no-bias": {"model_type": "opt", "ffn_dim": 300, "word_embed_proj_dim": 64,
+        "activation_function": "gelu", "enable_bias": False, "tie_word_embeddings": False},
 }  # fmt: skip
 IN_GGUF = [
     "mistral",
@@ -89,7 +92,7 @@ IN_GGUF = [
 ]
 WITHOUT_GGUF = [
     "mistral-windows", "qwen2-windows", "gemma3-odd", "sparsellama", "falcon-one-norm",
-    "falcon-after",
+    "falcon-after", "opt",
 ]  # fmt: skip
 
 

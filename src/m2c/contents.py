@@ -15,7 +15,7 @@ from m2c.bundle.importance import Importance, decode_importance
 from m2c.bundle.shard import PLANES
 from m2c.errors import BadInput
 from m2c.model.attention import MATRICES
-from m2c.model.config import ModelConfig, dense_matrices, expected_tensors, up_bias_name
+from m2c.model.config import ModelConfig, dense_matrices, kept_whole, up_bias_name
 from m2c.model.weights import matrix_name
 from m2c.tiers.store import EMBED, FFN
 from m2c.tokenizer import Tokenizer
@@ -71,19 +71,21 @@ def importance_of(bundle: Bundle) -> Importance:
 
 
 def vectors_of(bundle: Bundle, config: ModelConfig) -> dict[str, torch.Tensor]:
-    """Norms and biases, f32. Raises BadInput when one is missing or of a wrong shape."""
+    """What no plane holds (norms, biases, learned positions), f32.
+
+    Raises BadInput when one is missing or of a wrong shape.
+    """
     path = bundle.path / VECTORS
     try:
         arrays = load(bundle.file(VECTORS))
     except SafetensorError as error:
         raise BadInput(f"{path}: {error}") from None
     found = {}
-    for name, shape in expected_tensors(config).items():
-        if len(shape) == 1:
-            array = arrays.get(name)
-            if array is None or array.shape != shape or array.dtype != np.float32:
-                raise BadInput(f"{path}: {name} is missing or of a wrong shape")
-            found[name] = torch.from_numpy(array.copy())
+    for name, shape in kept_whole(config).items():
+        array = arrays.get(name)
+        if array is None or array.shape != shape or array.dtype != np.float32:
+            raise BadInput(f"{path}: {name} is missing or of a wrong shape")
+        found[name] = torch.from_numpy(array.copy())
     return found
 
 

@@ -6,7 +6,7 @@ bundles' shards or about printing.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Final
 
 import numpy as np
@@ -55,7 +55,9 @@ def profile(
         )  # fmt: skip
     vectors = vector_tensors(checkpoint)
     rotary = Rotary(config, SEQUENCE, torch.device("cpu"))
-    states = [_embed(checkpoint, part) for part in _sequences(ids)]
+    length = min(SEQUENCE, config.max_position_embeddings)
+    parts = (ids[start : start + length] for start in range(0, len(ids), length))
+    states = [_embed(checkpoint, vectors, part) for part in parts]
     layers = []
     for layer in range(config.num_hidden_layers):
         rows = layer_rows(checkpoint, layer)
@@ -83,16 +85,11 @@ def profile(
     )
 
 
-def _sequences(ids: list[int]) -> Iterator[list[int]]:
-    for start in range(0, len(ids), SEQUENCE):
-        yield ids[start : start + SEQUENCE]
-
-
-def _embed(checkpoint: Checkpoint, ids: list[int]) -> Tensor:
+def _embed(checkpoint: Checkpoint, vectors: dict[str, Tensor], ids: list[int]) -> Tensor:
     rows = {i: checkpoint.read(EMBED, i, i + 1)[0].float() for i in set(ids)}
     states = torch.stack([rows[i] for i in ids])
     require_finite(states, checkpoint, EMBED)
-    return embedded(checkpoint.config, states)
+    return embedded(checkpoint.config, vectors, states, 0)
 
 
 def _run_layer(

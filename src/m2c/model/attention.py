@@ -13,7 +13,7 @@ from torch import Tensor
 
 from m2c.kernels.operands import AttentionCall, Norm
 from m2c.kernels.rows import Rows
-from m2c.model.config import ModelConfig, up_bias_name
+from m2c.model.config import FIRST_POSITION, POSITIONS, ModelConfig, up_bias_name
 
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -66,21 +66,29 @@ def norm_of(config: ModelConfig, tensors: Mapping[str, Tensor], name: str) -> No
     return Norm(tensors[f"{name}.weight"], config.rms_norm_eps, tensors.get(f"{name}.bias"))
 
 
-def embedded(config: ModelConfig, rows: Tensor) -> Tensor:
-    """Rows of the embedding matrix [tokens, hidden] f32 as the first layer takes them."""
+def embedded(
+    config: ModelConfig, tensors: Mapping[str, Tensor], rows: Tensor, start: int
+) -> Tensor:
+    """Rows of the embedding matrix [tokens, hidden] f32, of tokens from position `start` on, as the
+    first layer takes them."""
+    if config.learned_positions:
+        start += FIRST_POSITION
+        return rows + tensors[POSITIONS][start : start + len(rows)]
     return rows * math.sqrt(config.hidden_size) if config.scale_embeddings else rows
 
 
 class Rotary:
-    """cos and sin tables [positions, head_dim / 2] f32."""
+    """cos and sin tables [positions, head_dim / 2] f32; none where positions are learned."""
 
     def __init__(self, config: ModelConfig, positions: int, device: torch.device) -> None:
         self._at = torch.arange(positions, device=device, dtype=torch.float32)
-        self._tables = self._made(rope_frequencies(config))
+        self._tables: tuple[Tensor | None, Tensor | None] = (None, None)
+        if not config.learned_positions:
+            self._tables = self._made(rope_frequencies(config))
         if config.local_rope_theta is not None:
             self._local = self._made(_frequencies(config.local_rope_theta, config.head_dim))
 
-    def tables(self, *, local: bool) -> tuple[Tensor, Tensor]:
+    def tables(self, *, local: bool) -> tuple[Tensor | None, Tensor | None]:
         """cosines and sines; local: of layers that slide, where they have their own."""
         return self._local if local else self._tables
 

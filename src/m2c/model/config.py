@@ -8,7 +8,7 @@ Knows nothing about files, weights or torch.
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from math import prod
-from typing import Any
+from typing import Any, Final
 
 from m2c.errors import BadInput
 from m2c.model.families import (
@@ -90,6 +90,7 @@ class ModelConfig:
     ffn_bias: bool = False  # of up and down, where neurons have no gate
     # the FFN reads what the layer's attention reads, through so many norms; 0: what attention gives
     parallel_norms: int = 0
+    learned_positions: bool = False  # a vector is added to the embedding, and nothing is rotated
 
     @classmethod
     def from_hf(cls, data: Mapping[str, Any], *, file: str = "config.json") -> "ModelConfig":
@@ -153,6 +154,7 @@ class ModelConfig:
             layer_norms=read.flag("layer_norms", False),
             ffn_bias=_ffn_bias(read),
             parallel_norms=_parallel_norms(read),
+            learned_positions=read.flag("learned_positions", False),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -237,6 +239,10 @@ def dense_matrices(config: ModelConfig) -> dict[str, tuple[int, int]]:
     return found
 
 
+POSITIONS: Final = "model.embed_positions.weight"
+FIRST_POSITION: Final = 2  # the row of the table that is added to the first token
+
+
 def ffn_names(layer: int, *, gated: bool = True) -> tuple[str, ...]:
     """gate, if there is one, and up [intermediate, hidden], down [hidden, intermediate]."""
     names = ("gate_proj", "up_proj", "down_proj")[0 if gated else 1 :]
@@ -257,7 +263,15 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         found[down] = (hidden, ffn)
         found.update(_vectors(config, f"model.layers.{layer}."))
     found.update(_norm(config, "model.norm"))
+    if config.learned_positions:
+        found[POSITIONS] = (FIRST_POSITION + config.max_position_embeddings, hidden)
     return found
+
+
+def kept_whole(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Of `expected_tensors` those that no plane holds: norms, biases, learned positions."""
+    tensors = expected_tensors(config).items()
+    return {name: shape for name, shape in tensors if len(shape) == 1 or name == POSITIONS}
 
 
 def _norm(config: ModelConfig, name: str) -> Iterator[tuple[str, tuple[int]]]:

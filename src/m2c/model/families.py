@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from m2c.errors import BadInput, UnsupportedModel
 from m2c.model.fields import Fields
-from m2c.model.plain_mlp import FALCON, OwnKeys
+from m2c.model.plain_mlp import FALCON, OPT, OwnKeys
 
 SLIDING: Final = "sliding_attention"
 LAYER_TYPES: Final = ("full_attention", SLIDING)
@@ -89,11 +89,19 @@ FAMILIES: Final[Mapping[str, Family]] = {
         },
         act_key="activation", fused=True, grouped=True, own=FALCON,
     ),
+    "opt": Family(
+        "OPTForCausalLM", "", {"gated": False, "layer_norms": True, "learned_positions": True},
+        {
+            "activation_function": "relu", "max_position_embeddings": 2048,
+            "tie_word_embeddings": True,
+        },
+        act_key="activation_function", own=OPT,
+    ),
 }  # fmt: skip
 # facts of a family that have no key in config.json
 _UNSAID: Final = (
     "qk_norm", "post_norms", "scale_embeddings", "gated", "layer_norms", "ffn_bias",
-    "parallel_norms",
+    "parallel_norms", "learned_positions",
 )  # fmt: skip
 # what config.json of families with keys of their own says as llama does
 _COMMON: Final = (

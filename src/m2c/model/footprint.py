@@ -5,6 +5,7 @@ Reads no weights.
 """
 
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Final
 
 import numpy as np
@@ -14,7 +15,7 @@ from m2c.bundle.bundle import Bundle
 from m2c.bundle.planes import RecordLayout
 from m2c.bundle.shard import BLOCK, PLANES, align
 from m2c.kernels.reference import CHUNK
-from m2c.model.config import ModelConfig, dense_matrices, expected_tensors
+from m2c.model.config import ModelConfig, dense_matrices, kept_whole
 from m2c.model.ffn import FETCH
 from m2c.model.kv import kv_nbytes
 from m2c.model.mix import Mix
@@ -250,8 +251,8 @@ def _workspace_nbytes(config: ModelConfig, shape: RunShape) -> int:
 
 
 def _vectors_nbytes(config: ModelConfig) -> int:
-    """Norms and biases, and the norms of all down columns."""
-    vectors = sum(shape[0] for shape in expected_tensors(config).values() if len(shape) == 1)
+    """Norms, biases and learned positions, and the norms of all down columns."""
+    vectors = sum(prod(shape) for shape in kept_whole(config).values())
     return 4 * (vectors + config.num_hidden_layers * config.intermediate_size)
 
 

@@ -23,6 +23,12 @@ _WORDS: Final[Mapping[str, Mapping[str, str]]] = {
         "self_attn.o_proj": "self_attention.dense", "mlp.up_proj": "mlp.dense_h_to_4h",
         "mlp.down_proj": "mlp.dense_4h_to_h",
     },
+    "opt": {
+        "model.norm": "model.decoder.final_layer_norm", "model.embed": "model.decoder.embed",
+        "model.layers": "model.decoder.layers", "input_layernorm": "self_attn_layer_norm",
+        "post_attention_layernorm": "final_layer_norm", "self_attn.o_proj": "self_attn.out_proj",
+        "mlp.up_proj": "fc1", "mlp.down_proj": "fc2",
+    },
 }  # fmt: skip
 _TWO_NORMS: Final = {"input_layernorm": "ln_attn", "post_attention_layernorm": "ln_mlp"}
 

@@ -1,4 +1,4 @@
-"""What config.json of falcon says in words of its own, and how it is written.
+"""What config.json of falcon and opt says in words of their own, and how it is written.
 
 Neurons without a gate, and layer norms. Knows nothing about other families.
 """
@@ -9,6 +9,8 @@ from typing import Any, Final, NoReturn
 
 from m2c.errors import UnsupportedModel
 from m2c.model.fields import Fields
+
+_OPT_EPS: Final = 1e-5  # its config.json does not say
 
 
 @dataclass(frozen=True)
@@ -80,4 +82,40 @@ def _falcon_keys(facts: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _opt(read: Fields) -> dict[str, Any]:
+    hidden, heads, dim = _heads(read)
+    usual = {
+        "do_layer_norm_before": True, "_remove_final_layer_norm": False,
+        "layer_norm_elementwise_affine": True,
+    }  # fmt: skip
+    for key, value in usual.items():
+        if read.flag(key, value) != value:
+            _refuse(read, f"{key} {not value}", "of the published sizes all but opt-350m run")
+    if (read.maybe_integer("word_embed_proj_dim", 1, 2**17) or hidden) != hidden:
+        _refuse(read, "word_embed_proj_dim beside hidden_size", "all sizes but opt-350m run")
+    bias = read.flag("enable_bias", True)
+    return {
+        "intermediate_size": read.integer("ffn_dim", 1, 2**20),
+        "num_key_value_heads": heads,
+        "head_dim": dim,
+        "rms_norm_eps": _OPT_EPS,
+        "rope_theta": 10000.0,  # nothing is rotated
+        "rope_scaling": None,
+        "qkv_bias": bias,
+        "o_bias": bias,
+        "ffn_bias": bias,
+    }
+
+
+def _opt_keys(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "activation_function": facts["hidden_act"],
+        "ffn_dim": facts["intermediate_size"],
+        "word_embed_proj_dim": facts["hidden_size"],
+        "do_layer_norm_before": True,
+        "enable_bias": facts["o_bias"],
+    }
+
+
 FALCON: Final = OwnKeys(_falcon, _falcon_keys)
+OPT: Final = OwnKeys(_opt, _opt_keys)

@@ -58,7 +58,8 @@ class Stopped(Exception):
 
 
 class Transformer:
-    """vectors: norms and biases, f32, by Hugging Face name. down_norms: [layers] of [neurons]."""
+    """vectors: `config.kept_whole`, f32, biases of neurons in the order of the rows. down_norms:
+    [layers] of [neurons]."""
 
     def __init__(
         self, config: ModelConfig, store: Weights, *, vectors: dict[str, Tensor],
@@ -72,6 +73,7 @@ class Transformer:
         # asked between layers, where store and caches are consistent: a signal may come anywhere
         self.stop_asked: Callable[[], bool] = lambda: False
         self._store = store
+        self._vectors = vectors
         self._mix = mix
         self._upgrade = upgrade
         self._workers = workers
@@ -92,7 +94,7 @@ class Transformer:
         the context is full, BadInput when the logits are not finite, Stopped when `stop_asked`.
         """
         self.kv.require_room(len(ids))
-        x = embedded(self.config, self._store.embed(ids))
+        x = embedded(self.config, self._vectors, self._store.embed(ids), self.kv.length)
         if len(ids) <= _AT_ONCE and self._stacks and self._store.holds_all:
             if self.stop_asked():
                 raise Stopped

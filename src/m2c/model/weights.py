@@ -11,7 +11,7 @@ from m2c.errors import BadInput
 from m2c.kernels.rows import ExactRows
 from m2c.model.attention import MATRICES
 from m2c.model.checkpoint import Checkpoint
-from m2c.model.config import expected_tensors, ffn_names
+from m2c.model.config import ffn_names, kept_whole
 
 
 def neuron_records(checkpoint: Checkpoint, layer: int) -> Tensor:
@@ -51,12 +51,11 @@ def matrix_name(layer: int, short: str) -> str:
 
 
 def vector_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Norms and biases, f32, by Hugging Face name."""
+    """Norms, biases and learned positions, f32, by Hugging Face name."""
     found = {}
-    for name, shape in expected_tensors(checkpoint.config).items():
-        if len(shape) == 1:
-            found[name] = checkpoint.read(name).float()
-            require_finite(found[name], checkpoint, name)
+    for name in kept_whole(checkpoint.config):
+        found[name] = checkpoint.read(name).float()
+        require_finite(found[name], checkpoint, name)
     return found
 
 
