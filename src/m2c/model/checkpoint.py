@@ -199,7 +199,8 @@ def _missing(path: Path, name: str) -> BadInput:
 def _pickled(path: Path) -> UnsupportedModel:
     return UnsupportedModel(
         f"{path}: a pickle file, which can run code when it is opened",
-        "get the safetensors version of this model, or convert it in a sandbox",
+        "get the safetensors version of this model (on the hub a pull request may add it: "
+        "NAME@refs/pr/NUMBER), or convert it in a sandbox",
     )
 
 
