@@ -9,6 +9,8 @@ from uuid import uuid4
 
 import pytest
 import torch
+from every_mode import Subject, make_subject
+from hypothesis import settings
 from running import MIXES, Run, decode, options_for
 from shards import write_exact, write_int4
 from tiny_models import digest, job_for, pack_folder, write_checkpoint
@@ -19,6 +21,10 @@ from m2c.errors import UsageError
 from m2c.kernels.native import CHOICES, NativeKernels
 from m2c.model.mix import Mix
 from m2c.pack import PackJob
+
+# how long an example takes says something about the machine
+settings.register_profile("m2c", deadline=None)
+settings.load_profile("m2c")
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +93,12 @@ def job(tiny_checkpoint: Path) -> PackJob:
 def undisturbed(tiny_bundle: Bundle) -> str:
     """Digest of the files that `job` makes when nothing happens."""
     return digest(tiny_bundle.path)
+
+
+@pytest.fixture(scope="session")
+def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    """A bundle, its job, another of the same shape, and every way to run it. Do not change it."""
+    return make_subject(tmp_path_factory.mktemp("subject"))
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from m2c.bundle.bundle import Bundle, shard_name
+from m2c.bundle.files import MEND
 from m2c.bundle.importance import Importance, decode_importance
 from m2c.bundle.shard import PLANES
 from m2c.errors import BadInput
@@ -73,7 +74,7 @@ def importance_of(bundle: Bundle) -> Importance:
 def vectors_of(bundle: Bundle, config: ModelConfig) -> dict[str, torch.Tensor]:
     """What no plane holds (norms, biases, learned positions), f32.
 
-    Raises BadInput when one is missing or of a wrong shape.
+    Raises BadInput when one is missing, of a wrong shape or not finite.
     """
     path = bundle.path / VECTORS
     try:
@@ -85,6 +86,8 @@ def vectors_of(bundle: Bundle, config: ModelConfig) -> dict[str, torch.Tensor]:
         array = arrays.get(name)
         if array is None or array.shape != shape or array.dtype != np.float32:
             raise BadInput(f"{path}: {name} is missing or of a wrong shape")
+        if not np.isfinite(array).all():
+            raise BadInput(f"{path}: {name} holds NaN or infinity", MEND)
         found[name] = torch.from_numpy(array.copy())
     return found
 

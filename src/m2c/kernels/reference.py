@@ -196,7 +196,8 @@ def _softmax_attention(q: Tensor, call: AttentionCall, start: int) -> Tensor:
     grouped = q.view(tokens, groups, -1, dim).permute(1, 2, 0, 3).reshape(groups, -1, dim)
     scores = grouped @ keys.transpose(-1, -2) * call.scale  # [kv, shared * tokens, positions]
     if call.softcap is not None:
-        scores = soft_capped(scores, call.softcap)
+        # and NaN of an infinite score, of which the cap would make a number
+        scores = soft_capped(scores, call.softcap) + (scores - scores)
     if tokens > 1:
         positions = torch.arange(first, stop, device=q.device)
         own = torch.arange(start, stop, device=q.device)[:, None]

@@ -17,7 +17,7 @@
 static inline float activate(float gate, float up, struct activation act)
 {
     if (act.kind == ACT_RELU)
-        return (gate > act.threshold ? gate : 0) * up;
+        return (gate <= act.threshold ? 0 : gate) * up; /* NaN is not below it: it stays */
     if (act.kind == ACT_GELU)
         return 0.5f * gate * (1.0f + erff(gate * 0.70710678118654752f)) * up;
     float slope = gate;
