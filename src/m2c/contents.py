@@ -16,7 +16,7 @@ from m2c.bundle.importance import Importance, decode_importance
 from m2c.bundle.shard import PLANES
 from m2c.errors import BadInput
 from m2c.model.attention import MATRICES
-from m2c.model.config import ModelConfig, dense_matrices, kept_whole, up_bias_name
+from m2c.model.config import ModelConfig, dense_matrices, small_tensors, up_bias_name
 from m2c.model.weights import matrix_name
 from m2c.tiers.store import EMBED, FFN
 from m2c.tokenizer import Tokenizer
@@ -82,7 +82,7 @@ def vectors_of(bundle: Bundle, config: ModelConfig) -> dict[str, torch.Tensor]:
     except SafetensorError as error:
         raise BadInput(f"{path}: {error}") from None
     found = {}
-    for name, shape in kept_whole(config).items():
+    for name, shape in small_tensors(config).items():
         array = arrays.get(name)
         if array is None or array.shape != shape or array.dtype != np.float32:
             raise BadInput(f"{path}: {name} is missing or of a wrong shape")

@@ -39,7 +39,7 @@ from m2c.errors import NoSpace, UsageError
 from m2c.kernels.encoder import load_encoder
 from m2c.kernels.workers import Workers
 from m2c.model.checkpoint import Checkpoint
-from m2c.model.config import dense_matrices, kept_whole
+from m2c.model.config import dense_matrices, small_tensors
 from m2c.model.footprint import bundle_nbytes
 from m2c.model.weights import vector_tensors
 from m2c.pipeline import write_shards
@@ -157,8 +157,8 @@ def choose_exact_type(checkpoint: Checkpoint) -> str:
 
     Judged on a sample of every matrix; bf16 when both lose the same, as its planes are smaller.
     """
-    kept = kept_whole(checkpoint.config)
-    names = [name for name in checkpoint.names() if name not in kept]
+    small = small_tensors(checkpoint.config)
+    names = [name for name in checkpoint.names() if name not in small]
     stored = {checkpoint.stored_type(name) for name in names}
     if len(stored) == 1 and stored <= {"bf16", "f16"}:
         return stored.pop()

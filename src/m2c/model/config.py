@@ -268,8 +268,8 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def kept_whole(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Of `expected_tensors` those that no plane holds: norms, biases, learned positions."""
+def small_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """What is kept in f32, never in planes: norms, biases, learned positions."""
     tensors = expected_tensors(config).items()
     return {name: shape for name, shape in tensors if len(shape) == 1 or name == POSITIONS}
 

@@ -15,7 +15,7 @@ from m2c.bundle.bundle import Bundle
 from m2c.bundle.planes import RecordLayout
 from m2c.bundle.shard import BLOCK, PLANES, align
 from m2c.kernels.reference import CHUNK
-from m2c.model.config import ModelConfig, dense_matrices, kept_whole
+from m2c.model.config import ModelConfig, dense_matrices, small_tensors
 from m2c.model.ffn import FETCH
 from m2c.model.kv import kv_nbytes
 from m2c.model.mix import Mix
@@ -252,7 +252,7 @@ def _workspace_nbytes(config: ModelConfig, shape: RunShape) -> int:
 
 def _vectors_nbytes(config: ModelConfig) -> int:
     """Norms, biases and learned positions, and the norms of all down columns."""
-    vectors = sum(prod(shape) for shape in kept_whole(config).values())
+    vectors = sum(prod(shape) for shape in small_tensors(config).values())
     return 4 * (vectors + config.num_hidden_layers * config.intermediate_size)
 
 

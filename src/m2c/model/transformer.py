@@ -58,7 +58,7 @@ class Stopped(Exception):
 
 
 class Transformer:
-    """vectors: `config.kept_whole`, f32, biases of neurons in the order of the rows. down_norms:
+    """vectors: `config.small_tensors`, f32, biases of neurons in the order of the rows. down_norms:
     [layers] of [neurons]."""
 
     def __init__(

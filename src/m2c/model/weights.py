@@ -11,7 +11,7 @@ from m2c.errors import BadInput
 from m2c.kernels.rows import ExactRows
 from m2c.model.attention import MATRICES
 from m2c.model.checkpoint import Checkpoint
-from m2c.model.config import ffn_names, kept_whole
+from m2c.model.config import ffn_names, small_tensors
 
 
 def neuron_records(checkpoint: Checkpoint, layer: int) -> Tensor:
@@ -53,7 +53,7 @@ def matrix_name(layer: int, short: str) -> str:
 def vector_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Norms, biases and learned positions, f32, by Hugging Face name."""
     found = {}
-    for name in kept_whole(checkpoint.config):
+    for name in small_tensors(checkpoint.config):
         found[name] = checkpoint.read(name).float()
         require_finite(found[name], checkpoint, name)
     return found
