@@ -113,7 +113,7 @@ def rounded(q: torch.Tensor, r: torch.Tensor, refine: int) -> tuple[torch.Tensor
 
 def read_weights(config: ModelConfig) -> tuple[int, int]:
     """Weights a token meets: (of the FFN, of attention and head)."""
-    ffn = 3 * config.num_hidden_layers * config.hidden_size * config.intermediate_size
+    ffn = config.vectors * config.num_hidden_layers * config.hidden_size * config.intermediate_size
     shapes = dense_matrices(config)
     attention = sum(n * m for name, (n, m) in shapes.items() if name.startswith("model.layers."))
     return ffn, attention + config.vocab_size * config.hidden_size

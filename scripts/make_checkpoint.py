@@ -28,7 +28,7 @@ from m2c.errors import BadInput, M2CError
 from m2c.model.aliases import ALIASES
 from m2c.model.checkpoint import open_checkpoint, read_stored
 from m2c.model.config import ModelConfig
-from m2c.model.places import norm_offset, stored_tensors
+from m2c.model.places import file_name, norm_offset, stored_tensors
 from m2c.tokenizer_gguf import build_from_gguf, build_tokenizer_config
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
@@ -78,7 +78,9 @@ def write_checkpoint(
 
     shapes = stored_tensors(facts)
     groups = by_layer(shapes)
-    shards = ({name: tensor(name, shapes[name]) for name in names} for names in groups)
+    shards = (
+        {file_name(facts, name): tensor(name, shapes[name]) for name in names} for names in groups
+    )
     write_shards(directory, shards, len(groups))
 
 
@@ -107,7 +109,7 @@ def weight_std(name: str, shape: tuple[int, ...], layers: int) -> float:
     """Keeps activations near 1 through any number of layers (0.016 at a hidden size of 4096)."""
     if name.endswith(".bias"):
         return 0.1
-    if "embed_tokens" in name:
+    if ".embed_" in name:
         return 0.3
     std = 1 / math.sqrt(shape[1])
     # 2 * layers outputs add up in the residual stream
@@ -201,8 +203,9 @@ def export_gguf(
         return tensor.to(DTYPES[dtype]).contiguous()
 
     generator = torch.Generator().manual_seed(seed)
-    groups = by_layer(stored_tensors(checkpoint.config))
-    shards = ({name: tensor(name) for name in names} for names in groups)
+    facts = checkpoint.config
+    groups = by_layer(stored_tensors(facts))
+    shards = ({file_name(facts, name): tensor(name) for name in names} for names in groups)
     write_shards(directory, shards, len(groups))
 
 

@@ -24,7 +24,7 @@ from m2c.model.checkpoint import Checkpoint, open_checkpoint, read_stored
 from m2c.model.config import ModelConfig
 from m2c.model.families import FAMILIES, by_pattern
 from m2c.model.gguf_config import ROPE_DIVISORS, llama3_divisors
-from m2c.model.places import stored_tensors
+from m2c.model.places import file_name, stored_tensors
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,11 @@ def _refuse_unsayable(checkpoint: Checkpoint) -> None:
     config = checkpoint.config
     arch = FAMILIES[config.model_type].gguf
     family = FAMILIES[config.model_type]
+    if not arch:
+        raise UnsupportedModel(
+            f"{checkpoint.path}: GGUF has no word for {config.model_type}",
+            "compare with a program that reads safetensors",
+        )
     if config.hidden_act != family.defaults.get(family.act_key, "silu"):
         raise UnsupportedModel(
             f"{checkpoint.path}: GGUF has no word for {config.hidden_act} in {arch}",
@@ -97,6 +102,12 @@ def _refuse_unsayable(checkpoint: Checkpoint) -> None:
         raise UnsupportedModel(
             f"{checkpoint.path}: GGUF has no word for these sliding windows in {arch}",
             "use a checkpoint whose attention sees everything",
+        )
+    unusual = config.o_bias or config.ffn_bias or not config.parallel_norms
+    if arch == "falcon" and unusual:
+        raise UnsupportedModel(
+            f"{checkpoint.path}: GGUF has no word for biases or an FFN after attention in {arch}",
+            "use a checkpoint like falcon-7b or falcon-40b",
         )
     if config.query_pre_attn_scalar not in (None, config.head_dim):
         raise UnsupportedModel(
@@ -128,7 +139,10 @@ def add_metadata(writer: gguf.GGUFWriter, config: ModelConfig, name: str, kind: 
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
     writer.add_rope_dimension_count(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if config.layer_norms:
+        writer.add_layer_norm_eps(config.rms_norm_eps)
+    else:
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_vocab_size(config.vocab_size)
     if config.sliding_window:
@@ -168,7 +182,7 @@ def add_tensor_infos(
     if divisors is not None:
         writer.add_tensor_info(ROPE_DIVISORS, divisors.shape, f32, divisors.nbytes)
     for name in names:
-        renamed = known.get_name(name, try_suffixes=(".weight", ".bias"))
+        renamed = known.get_name(file_name(config, name), try_suffixes=(".weight", ".bias"))
         if renamed is None:
             raise UnsupportedModel(f"{checkpoint.path}: GGUF has no name for {name}")
         shape = shapes[name]
@@ -185,7 +199,7 @@ def arrays(checkpoint: Checkpoint, names: Iterable[str], kind: MatrixType) -> It
     if divisors is not None:
         yield divisors
     for name in names:
-        tensor = read_stored(checkpoint, name)
+        tensor = read_stored(checkpoint, name, gguf=True)
         if FAMILIES[config.model_type].gguf == "llama" and name.split(".")[-2] in (
             "q_proj",
             "k_proj",

@@ -18,18 +18,26 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from running import MIXES, decode, options_for, same, smallest_dram
+from running import MIXES, decode, inputs, options_for, same, smallest_dram
 from safetensors.torch import load_file, save_file
 from tiny_models import job_for, make_checkpoint_script, profile_folder, run_pack
 
-from m2c import speculate
+from m2c import mixsearch, speculate
 from m2c.bundle.bundle import Bundle, open_bundle
+from m2c.contents import importance_of
 from m2c.engine import Engine
 from m2c.generate import generate_step, prefill
 from m2c.kernels.native import LIBRARY
+from m2c.kernels.operands import Norm
+from m2c.kernels.reference import gather_ffn
+from m2c.kernels.rows import ExactRows
+from m2c.kernels.workers import Workers
 from m2c.model.checkpoint import open_checkpoint
+from m2c.model.config import up_bias_name
 from m2c.model.families import FAMILIES
+from m2c.model.ffn import Ids, mixed_ffn, uniform_ffn
 from m2c.model.mix import Mix
+from m2c.model.weights import layer_rows, vector_tensors
 from m2c.modes import exact_options
 from m2c.sampling import Sampler, SamplingParams
 from m2c.speculate import Speculator
@@ -69,9 +77,31 @@ MODELS: dict[str, dict[str, Any]] = {
         "attn_logit_softcapping": 1.0, "rope_parameters": {
             SLIDING: {"rope_type": "default", "rope_theta": 500.0},
             FULL: {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e5}}},
+    "falcon-7b": {"model_type": "falcon"},
+    "falcon-40b": {"model_type": "falcon", "new_decoder_architecture": True, "num_kv_heads": 2,
+        "ffn_hidden_size": 96, "tie_word_embeddings": False},
+    "falcon-one-norm": {"model_type": "falcon", "new_decoder_architecture": True,
+        "num_kv_heads": 2, "num_ln_in_parallel_attn": 1, "bias": True, "activation": "relu"},
+    "falcon-after": {"model_type": "falcon", "parallel_attn": False, "multi_query": False,
+        "bias": True},
+    "opt": {"model_type": "opt", "ffn_dim": 96, "word_embed_proj_dim": 64},
+    "opt-no-bias": {"model_type": "opt", "ffn_dim": 300, "word_embed_proj_dim": 64,
+        "activation_function": "gelu", "enable_bias": False, "tie_word_embeddings": False},
 }  # fmt: skip
-IN_GGUF = ["mistral", "qwen3", "phi3", "phi3-windows", "gemma2", "gemma3"]
-WITHOUT_GGUF = ["mistral-windows", "qwen2-windows", "gemma3-odd", "sparsellama"]
+IN_GGUF = [
+    "mistral",
+    "qwen3",
+    "phi3",
+    "phi3-windows",
+    "gemma2",
+    "gemma3",
+    "falcon-7b",
+    "falcon-40b",
+]
+WITHOUT_GGUF = [
+    "mistral-windows", "qwen2-windows", "gemma3-odd", "sparsellama", "falcon-one-norm",
+    "falcon-after", "opt",
+]  # fmt: skip
 
 
 @cache
@@ -98,7 +128,10 @@ class Made:
         generator = torch.Generator().manual_seed(0)
         for key, weight in model.named_parameters():
             # norms near what they are born with, matrices that keep activations near 1
-            norm, wide = "norm" in key, 0.3 if "embed" in key else weight.shape[-1] ** -0.5
+            norm, wide = (
+                "norm" in key or ".ln_" in key,
+                0.3 if "embed" in key else weight.shape[-1] ** -0.5,
+            )
             drawn = torch.randn(weight.shape, generator=generator) * (0.1 if norm else wide)
             drawn = drawn + weight.data if norm else drawn
             weight.data = drawn.bfloat16().float()
@@ -194,6 +227,55 @@ def test_low_precisions_stay_close(made: Made) -> None:
         assert (got - made.logits).norm() < 0.5 * made.logits.norm()
 
 
+@pytest.mark.parametrize("made", ["opt"], indirect=True)
+@pytest.mark.parametrize("kernel", ["auto", "torch"])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_upgraded_neurons_keep_their_own_biases(made: Made, kernel: str, tokens: int) -> None:
+    """With the same weights at every precision a mix changes nothing but the order of a sum."""
+    rows = layer_rows(open_checkpoint(made.checkpoint), 0)["ffn"]
+    x = inputs(tokens, 64)
+    given: dict[str, Any] = {
+        "norm": Norm(torch.ones(64), 1e-5, torch.zeros(64)), "act": "relu",
+        "bias": 3 * inputs(1, len(rows), seed=1)[0], "out_bias": inputs(1, 64, seed=2)[0],
+        "workers": Workers(2, kernel=kernel),
+    }  # fmt: skip
+
+    def fetch(plane: str, ids: Ids) -> ExactRows:
+        return rows.take(torch.from_numpy(ids.astype(np.int64)))
+
+    whole = uniform_ffn(x, [rows], **given)
+    halves = [ExactRows(rows.layout, rows.weights[:64]), ExactRows(rows.layout, rows.weights[64:])]
+    assert torch.allclose(uniform_ffn(x, halves, **given), whole, atol=1e-5)
+    norms = torch.rand(len(rows), generator=torch.Generator().manual_seed(3)) + 0.1
+    mixed = mixed_ffn(x, rows, norms, mix=Mix(10, 20, 70), fetch=fetch, **given)
+    given["workers"].close()
+    assert torch.allclose(mixed, whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("made", ["opt", "falcon-40b"], indirect=True)
+def test_the_search_for_a_mix_computes_what_the_checkpoint_does(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, known = open_checkpoint(made.checkpoint), importance_of(made.bundle)
+    found, of_layer = [], mixsearch._layer_errors
+
+    def spied(*given: Any, **more: Any) -> tuple[torch.Tensor, float]:
+        found.append(of_layer(*given, **more))
+        return found[-1]
+
+    monkeypatch.setattr(mixsearch, "_layer_errors", spied)
+    workers = Workers(1)
+    errors = mixsearch.search_by_error(made.bundle, known, [EXACT, Mix(0, 0, 100)], workers)
+    assert errors[0].relative_error < 1e-5 < errors[1].relative_error
+    vectors = vector_tensors(checkpoint)
+    for layer, (_, truth) in enumerate(found):
+        rows = layer_rows(checkpoint, layer)["ffn"]
+        x = torch.from_numpy(known.layers[layer].sample)
+        bias = vectors.get(up_bias_name(layer))
+        y = gather_ffn(x, rows, checkpoint.config.activation, workers, bias=bias)
+        assert truth == pytest.approx(float(y.double().square().sum()), rel=1e-4)
+
+
 @every_model
 def test_our_config_json_is_theirs(made: Made) -> None:
     """What m2c writes for a GGUF file, transformers reads as the same model."""
@@ -247,7 +329,7 @@ def test_the_language_model_of_a_multimodal_checkpoint(
     assert all(torch.equal(checkpoint.read(name), plain.read(name)) for name in plain.names())
 
 
-@pytest.mark.parametrize("made", ["gemma2", "phi3"], indirect=True)
+@pytest.mark.parametrize("made", ["gemma2", "phi3", "falcon-40b"], indirect=True)
 def test_a_gguf_exported_as_a_folder_is_the_same_checkpoint(made: Made, tmp_path: Path) -> None:
     """Fused matrices are put together again, and norms lose the one that GGUF adds."""
     source = open_checkpoint(made.checkpoint)

@@ -15,7 +15,7 @@ from m2c.bundle.planes import GROUP, RecordLayout, quantize
 from m2c.errors import UsageError
 from m2c.kernels import dispatch, native, reference
 from m2c.kernels.native import LIBRARY, NativeKernels, load_native
-from m2c.kernels.operands import AttentionCall, Norm
+from m2c.kernels.operands import AttentionCall, LayerCall, Norm, Stack
 from m2c.kernels.rows import ExactRows, PackedRows, Rows, as_exact_tensor
 from m2c.kernels.workers import Workers
 
@@ -55,11 +55,12 @@ def as_int8(x: torch.Tensor, rows: Rows) -> torch.Tensor:
 
 
 def gather(
-    kernels: NativeKernels, x: torch.Tensor, rows: Rows, mask: torch.Tensor | None = None
-) -> torch.Tensor:
+    kernels: NativeKernels, x: torch.Tensor, rows: Rows, mask: torch.Tensor | None = None,
+    act: str = "silu", **given: Any,
+) -> torch.Tensor:  # fmt: skip
     """The FFN output of neurons, as `dispatch.gather_ffn` puts it together."""
     total = torch.zeros_like(x)
-    kernels.ffn(x, rows, "silu", mask=mask, into=total)
+    kernels.ffn(x, rows, act, mask=mask, into=total, **given)
     return total
 
 
@@ -94,6 +95,41 @@ def test_parity_with_the_reference(
     close(gather(kernels, x, neurons, mask), theirs, columns=True)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("act", ["gelu", "relu", "silu"])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize(("count", "tokens", "length"), [(1, 1, 40), (33, 3, 96), (300, 2, 250)])
+def test_neurons_without_a_gate(
+    kernels: NativeKernels, workers: Workers, kind: str, act: str, biased: bool, count: int,
+    tokens: int, length: int,
+) -> None:  # fmt: skip
+    rows, x = make_rows(kind, count, 2, length), inputs(tokens, length)
+    met, bias = as_int8(x, rows), 3 * inputs(1, count, seed=4)[0] if biased else None
+    expected = reference.gate_up(met, rows, act, workers, bias=bias)
+    close(kernels.gate_up(x, rows, act, bias=bias), expected)
+    kept = torch.empty(tokens, count)
+    ours = gather(kernels, x, rows, act=act, bias=bias, kept=kept)
+    close(kept, expected)
+    theirs = reference.gather_ffn(met, rows, act, workers, bias=bias)
+    close(ours, theirs, columns=True)
+    mask = (inputs(tokens, count, seed=2) > 0).float()
+    theirs = reference.gather_ffn(met, rows, act, workers, bias=bias, mask=mask)
+    close(gather(kernels, x, rows, mask, act, bias=bias), theirs, columns=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", [40, 576])
+def test_a_norm_with_a_bias_is_a_layer_norm(
+    kernels: NativeKernels, workers: Workers, kind: str, length: int
+) -> None:
+    rows, x = make_rows(kind, 50, 1, length), inputs(3, length) + 2
+    norm = Norm(inputs(1, length, seed=1)[0], 1e-5, inputs(1, length, seed=2)[0])
+    expected = reference.matmul_rows(as_int8(reference.apply_norm(x, norm), rows), rows, workers)
+    ours = kernels.matmul_rows(x, rows, norm=norm)
+    # a value between two steps may be rounded to the other one where the norms' last bits differ
+    assert relative(ours, expected) < (2e-3 if kind in ("int4", "int8") else 1e-5)
+
+
 @pytest.mark.parametrize("kind", ["int4", "int8"])
 def test_rounding_activations_costs_under_one_percent(workers: Workers, kind: str) -> None:
     kernels = NativeKernels("auto", 1)
@@ -105,14 +141,17 @@ def test_rounding_activations_costs_under_one_percent(workers: Workers, kind: st
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_tokens_and_threads_do_not_change_a_bit(kind: str) -> None:
-    rows = make_rows(kind, 300, 3, 250)
-    x = inputs(TOKENS, 250)
+@pytest.mark.parametrize("vectors", [3, 2])
+def test_tokens_and_threads_do_not_change_a_bit(kind: str, vectors: int) -> None:
+    rows = make_rows(kind, 300, vectors, 250)
+    x, norm = inputs(TOKENS, 250), Norm(inputs(1, 250)[0], 1e-5, inputs(1, 250)[0])
+    how: dict[str, Any] = {"norm": norm, "bias": inputs(1, 300)[0]} if vectors == 2 else {}
     found = []
     for threads in (1, 2, 3, 7):
         kernels = NativeKernels("auto", threads)
         for tokens in (1, 2, 5, TOKENS):
-            parts = [gather(kernels, x[i : i + tokens], rows) for i in range(0, TOKENS, tokens)]
+            starts = range(0, TOKENS, tokens)
+            parts = [gather(kernels, x[i : i + tokens], rows, **how) for i in starts]
             found.append(torch.cat(parts))
         kernels.close()
     assert all(torch.equal(found[0], other) for other in found[1:])
@@ -266,6 +305,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "window": {"window": 3},
     "softcap": {"softcap": 1.0},
     "out norm": {"out_norm": UNIT},
+    "no rotation": {"cosines": None, "sines": None},
     "head norms": {
         "qk_norms": (Norm(torch.linspace(0.5, 2, 20), 1e-5), Norm(torch.linspace(-1, 1, 20), 1e-5))
     },
@@ -281,10 +321,10 @@ def as_calls(kind: str, *, kv: torch.dtype, bias: bool, extras: str = "") -> Att
     biases = [torch.randn(n, generator=generator) if bias else None for n in (*counts, hidden)]
     angles = torch.rand(positions, dim // 2, generator=generator)
     keys, values = torch.zeros((2, kv_heads, positions, dim), dtype=kv)
+    more = {"cosines": angles.cos(), "sines": angles.sin()} | EXTRAS[extras]
     return AttentionCall(
         projections=(q, k, v, make_rows(kind, hidden, 1, heads * dim)), biases=tuple(biases),
-        keys=keys, values=values, cosines=angles.cos(), sines=angles.sin(), heads=heads,
-        scale=0.005, **EXTRAS[extras],
+        keys=keys, values=values, heads=heads, scale=0.005, **more,
     )  # fmt: skip
 
 
@@ -346,3 +386,48 @@ def test_activations_are_kept_when_asked_for(kernels: NativeKernels) -> None:
     kernels.ffn(x, rows, "silu", kept=kept, into=total)
     assert torch.equal(kept, kernels.gate_up(x, rows, "silu"))
     assert torch.equal(total, gather(kernels, x, rows))
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stack_gives_the_bits_of_its_layers(kind: str, parallel: bool) -> None:
+    """Norms and FFNs with biases, neurons without a gate, attention and FFN side by side."""
+
+    def stack() -> Stack:
+        norms = [Norm(inputs(1, 72, seed=i)[0], 1e-5, inputs(1, 72, seed=i + 9)[0]) for i in (1, 2)]
+        layers = [
+            LayerCall(
+                as_calls(kind, kv=torch.float16, bias=True), norms[0], make_rows(kind, 40, 2, 72),
+                norms[1], "relu", inputs(1, 40, seed=i)[0], inputs(1, 72, seed=i)[0],
+            )
+            for i in range(2)
+        ]  # fmt: skip
+        return Stack(tuple(layers), parallel=parallel)
+
+    workers, made = Workers(2, kernel="auto"), stack()
+    assert workers.native is not None
+    x, found = inputs(5, 72), []
+    for at_once in (1, 5):
+        parts = (x[i : i + at_once] for i in range(0, 5, at_once))
+        found.append(
+            torch.cat(
+                [dispatch.run_stack(p, made, i * at_once, workers) for i, p in enumerate(parts)]
+            )
+        )
+    layer_by_layer = x
+    for layer in stack().layers:
+        given = layer_by_layer
+        out = dispatch.attention(given, layer.attention, 0, workers, norm=layer.attn_norm)
+        given = given if parallel else out.clone()
+        dispatch.gather_ffn(
+            given, layer.neurons, layer.act, workers, norm=layer.ffn_norm, into=out,
+            bias=layer.up_bias,
+        )  # fmt: skip
+        assert layer.down_bias is not None
+        layer_by_layer = out + layer.down_bias
+    workers.close()
+    torch_only = Workers(1)
+    expected = dispatch.run_stack(x, stack(), 0, torch_only)
+    assert torch.equal(found[0], layer_by_layer)
+    assert torch.equal(found[1], layer_by_layer)
+    assert relative(found[0], expected) < (0.05 if kind in ("int4", "int8") else 2e-3)

@@ -14,7 +14,7 @@ import torch
 from m2c.bundle.bundle import Bundle
 from m2c.bundle.importance import Importance
 from m2c.bundle.shard import BLOCK
-from m2c.contents import config_of, importance_of, tokenizer_of, vectors_of
+from m2c.contents import config_of, importance_of, in_shard_order, tokenizer_of, vectors_of
 from m2c.disk import DEFAULT, disk_profile
 from m2c.drafting import Draft, OwnDraft, SharedDraft
 from m2c.errors import DoesNotFit, UsageError
@@ -96,7 +96,8 @@ class Engine:
             io_threads=self.disk.depth, request_blocks=self.disk.request_nbytes // BLOCK,
             decode=partial(exact_weights, workers=self.workers),
         )  # fmt: skip
-        vectors = {k: v.to(device) for k, v in vectors_of(bundle, self.config).items()}
+        vectors = in_shard_order(vectors_of(bundle, self.config), importance)
+        vectors = {k: v.to(device) for k, v in vectors.items()}
         norms = [
             torch.from_numpy(layer.down_norm[layer.order]).to(device) for layer in importance.layers
         ]

@@ -19,13 +19,14 @@ from torch import Tensor
 from m2c.bundle.bundle import Bundle
 from m2c.bundle.importance import Importance
 from m2c.bundle.manifest import MixChoice
+from m2c.contents import in_shard_order, vectors_of
 from m2c.engine import Engine, RunOptions
 from m2c.generate import prefill
 from m2c.kernels.dispatch import exact_weights
 from m2c.kernels.reference import CHUNK, gate_up, rank
 from m2c.kernels.rows import ExactRows, PackedRows, Rows
 from m2c.kernels.workers import Workers
-from m2c.model.config import ModelConfig
+from m2c.model.config import ModelConfig, up_bias_name
 from m2c.model.mix import LEVELS, Mix, bits_per_weight
 from m2c.prompt import raw_ids
 from m2c.tiers.blocks import block_of
@@ -65,7 +66,11 @@ def exact_bits(bundle: Bundle) -> float:
         for name, index in bundle.shards.items()
         if name.startswith("neurons/") and name.endswith(".fp16")
     ]
-    return 8 * sum(s.nbytes for s in sections) / sum(s.records * 3 * s.length for s in sections)
+    return (
+        8
+        * sum(s.nbytes for s in sections)
+        / sum(s.records * s.vectors * s.length for s in sections)
+    )
 
 
 def search_by_error(
@@ -76,6 +81,7 @@ def search_by_error(
     config = ModelConfig.from_dict(bundle.manifest.architecture)
     errors = torch.zeros(len(mixes), dtype=torch.float64)
     total = 0.0
+    vectors = in_shard_order(vectors_of(bundle, config), importance)
     for layer in sampled_layers(config.num_hidden_layers):
         rows = _read_neurons(bundle, layer)
         known = importance.layers[layer]
@@ -86,8 +92,9 @@ def search_by_error(
         ) as native:  # decodes fast, where it was built
             exact = exact_weights(rows, native)
         differences, truth = _layer_errors(
-            x, rows, exact, norms, act=config.activation, mixes=mixes, workers=workers
-        )
+            x, rows, exact, norms, act=config.activation, mixes=mixes, workers=workers,
+            bias=vectors.get(up_bias_name(layer)),
+        )  # fmt: skip
         # layers differ in the size of their output: each counts by its relative error
         errors += differences / max(truth, 1e-30)
         total += 1
@@ -157,7 +164,7 @@ def mean_entropy(bundle: Bundle, mix: Mix, threads: int) -> float:
 
 def _layer_errors(
     x: Tensor, rows: PackedRows, exact: Tensor, norms: Tensor, *, act: str, mixes: list[Mix],
-    workers: Workers,
+    workers: Workers, bias: Tensor | None,
 ) -> tuple[Tensor, float]:  # fmt: skip
     """Squared output error of each mix [mixes], and the squared norm of the 16-bit output.
 
@@ -168,14 +175,13 @@ def _layer_errors(
         "int8": PackedRows(rows.layout, rows.int4, rows.int8),
         "fp16": ExactRows(rows.layout, exact),
     }
-    hidden = {name: gate_up(x, view, act, workers) for name, view in views.items()}
+    hidden = {name: gate_up(x, view, act, workers, bias=bias) for name, view in views.items()}
+    down = rows.layout.vectors - 1
     levels = [rank(hidden["int4"], norms, mix.ranks(norms.shape[0])) for mix in mixes]
 
     def piece(i: int) -> tuple[list[Tensor], Tensor]:
         start, stop = i * CHUNK, min((i + 1) * CHUNK, len(rows))
-        columns = {
-            name: view.values(start, stop, first=2, last=3)[:, 0] for name, view in views.items()
-        }
+        columns = {name: view.values(start, stop, first=down)[:, 0] for name, view in views.items()}
         parts = []
         for level in levels:
             y = torch.zeros_like(x)

@@ -40,7 +40,7 @@ from m2c.errors import NoSpace, UsageError
 from m2c.kernels.encoder import load_encoder
 from m2c.kernels.workers import Workers
 from m2c.model.checkpoint import Checkpoint
-from m2c.model.config import dense_matrices
+from m2c.model.config import dense_matrices, small_tensors
 from m2c.model.footprint import bundle_nbytes
 from m2c.model.weights import vector_tensors
 from m2c.pipeline import write_shards
@@ -83,7 +83,7 @@ class PackJob:
         """Weights that `pack` reports progress in."""
         config = self.checkpoint.config
         dense = sum(rows * columns for rows, columns in dense_matrices(config).values())
-        ffn = 3 * config.hidden_size * config.intermediate_size
+        ffn = config.vectors * config.hidden_size * config.intermediate_size
         return dense + config.num_hidden_layers * ffn
 
     @property
@@ -158,7 +158,8 @@ def choose_exact_type(checkpoint: Checkpoint) -> str:
 
     Judged on a sample of every matrix; bf16 when both lose the same, as its planes are smaller.
     """
-    names = [n for n in checkpoint.names() if len(checkpoint.shape(n)) == 2]
+    small = small_tensors(checkpoint.config)
+    names = [name for name in checkpoint.names() if name not in small]
     stored = {checkpoint.stored_type(name) for name in names}
     if len(stored) == 1 and stored <= {"bf16", "f16"}:
         return stored.pop()

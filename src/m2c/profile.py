@@ -6,7 +6,7 @@ bundles' shards or about printing.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Final
 
 import numpy as np
@@ -18,10 +18,17 @@ from m2c.bundle.importance import Calibration, Importance, LayerImportance
 from m2c.directions import principal_directions
 from m2c.errors import BadInput
 from m2c.hardware import give_back_freed
-from m2c.kernels.reference import apply_norm, attention, down, gate_up, rms_norm
+from m2c.kernels.reference import apply_norm, attention, down, gate_up
 from m2c.kernels.rows import ExactRows
 from m2c.kernels.workers import Workers
-from m2c.model.attention import LayerFacts, Rotary, attention_call, embedded, layer_facts
+from m2c.model.attention import (
+    LayerFacts,
+    Rotary,
+    attention_call,
+    embedded,
+    layer_facts,
+    norm_of,
+)
 from m2c.model.checkpoint import Checkpoint
 from m2c.model.config import ModelConfig
 from m2c.model.mix import scores_of
@@ -49,7 +56,9 @@ def profile(
         )  # fmt: skip
     vectors = vector_tensors(checkpoint)
     rotary = Rotary(config, SEQUENCE, torch.device("cpu"))
-    states = [_embed(checkpoint, part) for part in _sequences(ids)]
+    length = min(SEQUENCE, config.max_position_embeddings)
+    parts = (ids[start : start + length] for start in range(0, len(ids), length))
+    states = [_embed(checkpoint, vectors, part) for part in parts]
     layers = []
     for layer in range(config.num_hidden_layers):
         rows = layer_rows(checkpoint, layer)
@@ -63,7 +72,7 @@ def profile(
         del rows, tally  # before the next are read: memory holds one layer
         give_back_freed()
         progress(1)
-    final = [rms_norm(x, vectors["model.norm.weight"], config.rms_norm_eps) for x in states]
+    final = [apply_norm(x, norm_of(config, vectors, "model.norm")) for x in states]
     calibration = Calibration(
         model=checkpoint.name,
         fingerprint=checkpoint.fingerprint(),
@@ -79,16 +88,11 @@ def profile(
     )
 
 
-def _sequences(ids: list[int]) -> Iterator[list[int]]:
-    for start in range(0, len(ids), SEQUENCE):
-        yield ids[start : start + SEQUENCE]
-
-
-def _embed(checkpoint: Checkpoint, ids: list[int]) -> Tensor:
+def _embed(checkpoint: Checkpoint, vectors: dict[str, Tensor], ids: list[int]) -> Tensor:
     rows = {i: checkpoint.read(EMBED, i, i + 1)[0].float() for i in set(ids)}
     states = torch.stack([rows[i] for i in ids])
     require_finite(states, checkpoint, EMBED)
-    return embedded(checkpoint.config, states)
+    return embedded(checkpoint.config, vectors, states, 0)
 
 
 def _run_layer(
@@ -100,11 +104,13 @@ def _run_layer(
     inputs: list[Tensor] = []
     keys, values = torch.empty((2, config.num_key_value_heads, len(x), config.head_dim))
     call = attention_call(config, facts, rows, rotary=rotary, keys=keys, values=values)
+    given = x
     x = attention(x, call, 0, workers, norm=facts.attn_norm, inputs=inputs)
-    ffn_input = apply_norm(x, facts.ffn_norm)
-    activations = gate_up(ffn_input, rows["ffn"], config.activation, workers)
+    ffn_input = apply_norm(given if config.parallel_norms else x, facts.ffn_norm)
+    activations = gate_up(ffn_input, rows["ffn"], config.activation, workers, bias=facts.up_bias)
     tally.count(inputs[0], inputs[1], ffn_input, activations)
-    return x + apply_norm(down(activations, rows["ffn"], workers), facts.ffn_out_norm)
+    out = apply_norm(down(activations, rows["ffn"], workers), facts.ffn_out_norm)
+    return x + out if facts.down_bias is None else x + out + facts.down_bias
 
 
 class _Tally:
@@ -112,7 +118,7 @@ class _Tally:
 
     def __init__(self, config: ModelConfig, ffn: ExactRows) -> None:
         neurons, hidden = config.intermediate_size, config.hidden_size
-        self._down_norm = torch.linalg.vector_norm(ffn.weights[:, 2 * hidden :].float(), dim=1)
+        self._down_norm = torch.linalg.vector_norm(ffn.weights[:, -hidden:].float(), dim=1)
         self._tokens = self._pairs = 0
         self._mean = torch.zeros(neurons, dtype=torch.float64)
         self._energy = torch.zeros(neurons, dtype=torch.float64)

@@ -123,15 +123,15 @@ def _neurons(
 ) -> Matrix:
     """A layer's neurons in importance order. All matrices of the FFN are read when it is opened."""
     order = known.order.astype(np.int64)
-    names = ffn_names(layer)
+    names, hidden = (ffn_names(layer, gated=checkpoint.config.gated), checkpoint.config.hidden_size)
     inputs = Inputs(known.ffn_input, known.ffn_directions)
 
     def opened(workers: Workers) -> Read:
-        gate, up = workers.map(lambda i: checkpoint.read(names[i]), 2)
-        matrices = gate, up, _columns(checkpoint, names[2], workers)
+        rows = workers.map(lambda i: checkpoint.read(names[i]), len(names) - 1)
+        matrices = *rows, _columns(checkpoint, names[-1], workers)
         factors, down = inputs.factors, None
         if factors is not None:
-            columns = matrices[2].index_select(0, torch.from_numpy(order))
+            columns = matrices[-1].index_select(0, torch.from_numpy(order))
             down = steering.columns(columns, _down_factors(known), workers)
 
         def read(start: int, stop: int) -> Piece:
@@ -140,17 +140,18 @@ def _neurons(
                 return Piece(rows)
             parts = [
                 steering.rows(part, inputs.mean_square, factors)
-                for part in rows.chunk(3, dim=1)[:2]
+                for part in rows.split(hidden, dim=1)[:-1]
             ]
             codes = [part for part in parts if part is not None]
-            return Piece(rows, np.hstack([*codes, down[start:stop]]) if len(codes) == 2 else None)
+            known = len(codes) == len(parts)
+            return Piece(rows, np.hstack([*codes, down[start:stop]]) if known else None)
 
         return read
 
     # the down column meets the neuron's own activation: one number for the whole vector
     flat = np.ones_like(known.ffn_input)
-    weight = np.stack((known.ffn_input, known.ffn_input, flat))
-    layout = RecordLayout(3, checkpoint.config.hidden_size)
+    weight = np.stack((*[known.ffn_input] * (len(names) - 1), flat))
+    layout = RecordLayout(len(names), hidden)
     checks = _checks(checkpoint, names)
     return Matrix(FFN, layout, checkpoint.config.intermediate_size, opened, checks, weight)
 

@@ -177,6 +177,33 @@ _SMOLLM2: Final = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_FALCON: Final = {
+    "model_type": "falcon",
+    "vocab_size": 65024,
+    "layer_norm_epsilon": 1e-5,
+    "alibi": False,
+    "bias": False,
+    "bos_token_id": 11,
+    "eos_token_id": 11,
+}
+
+
+def _opt(size: str, hidden: int, layers: int, heads: int) -> Alias:
+    config = {
+        "model_type": "opt",
+        "activation_function": "relu",
+        "vocab_size": 50272,
+        "max_position_embeddings": 2048,
+        "bos_token_id": 2,
+        "eos_token_id": 2,
+        "hidden_size": hidden,
+        "word_embed_proj_dim": hidden,
+        "ffn_dim": 4 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+    }
+    return Alias(f"facebook/opt-{size}", config)
+
 
 # fmt: off
 ALIASES: Final[Mapping[str, Alias]] = {
@@ -241,5 +268,16 @@ ALIASES: Final[Mapping[str, Alias]] = {
         _model("SparseLLM/prosparse-llama-2-7b", _PROSPARSE, (4096, 11008, 32, 32, 32)),
     "prosparse-llama2-13b":
         _model("SparseLLM/prosparse-llama-2-13b", _PROSPARSE, (5120, 13824, 40, 40, 40)),
+    "falcon-7b": Alias("tiiuae/falcon-7b", {
+        **_FALCON, "hidden_size": 4544, "num_hidden_layers": 32, "num_attention_heads": 71,
+        "multi_query": True, "parallel_attn": True, "new_decoder_architecture": False}),
+    "falcon-40b": Alias("tiiuae/falcon-40b", {
+        **_FALCON, "hidden_size": 8192, "num_hidden_layers": 60, "num_attention_heads": 128,
+        "num_kv_heads": 8, "new_decoder_architecture": True}),
+    "opt-1.3b": _opt("1.3b", 2048, 24, 32),
+    "opt-6.7b": _opt("6.7b", 4096, 32, 32),
+    "opt-13b": _opt("13b", 5120, 40, 40),
+    "opt-30b": _opt("30b", 7168, 48, 56),
+    "opt-66b": _opt("66b", 9216, 64, 72),
 }
 # fmt: on

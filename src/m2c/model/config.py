@@ -8,7 +8,7 @@ Knows nothing about files, weights or torch.
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from math import prod
-from typing import Any
+from typing import Any, Final
 
 from m2c.errors import BadInput
 from m2c.model.families import (
@@ -85,6 +85,12 @@ class ModelConfig:
     attn_logit_softcapping: float | None = None  # scores s become cap * tanh(s / cap)
     final_logit_softcapping: float | None = None
     hidden_act_param: float | None = None  # of fatrelu: what is not above it becomes zero
+    gated: bool = True  # a neuron is a gate row, an up row and a down column; False: without gate
+    layer_norms: bool = False  # norms take the mean off and have a bias; else they are RMS norms
+    ffn_bias: bool = False  # of up and down, where neurons have no gate
+    # the FFN reads what the layer's attention reads, through so many norms; 0: what attention gives
+    parallel_norms: int = 0
+    learned_positions: bool = False  # a vector is added to the embedding, and nothing is rotated
 
     @classmethod
     def from_hf(cls, data: Mapping[str, Any], *, file: str = "config.json") -> "ModelConfig":
@@ -144,6 +150,11 @@ class ModelConfig:
             attn_logit_softcapping=read.maybe_number("attn_logit_softcapping", 1e-3, 1e6),
             final_logit_softcapping=read.maybe_number("final_logit_softcapping", 1e-3, 1e6),
             hidden_act_param=_threshold(read),
+            gated=read.flag("gated", True),
+            layer_norms=read.flag("layer_norms", False),
+            ffn_bias=_ffn_bias(read),
+            parallel_norms=_parallel_norms(read),
+            learned_positions=read.flag("learned_positions", False),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -163,6 +174,11 @@ class ModelConfig:
             return self.hidden_act
         return f"{self.hidden_act}:{self.hidden_act_param!r}"
 
+    @property
+    def vectors(self) -> int:
+        """Of a neuron, as long as the hidden size each."""
+        return 3 if self.gated else 2
+
     def window(self, layer: int) -> int | None:
         """How many positions a token sees in this layer, its own included; None: all."""
         return self.sliding_window if layer in self.sliding_layers else None
@@ -181,6 +197,20 @@ def _threshold(read: Fields) -> float | None:
     if read.data.get("hidden_act_param") is not None:
         raise BadInput(f"{read.file}: hidden_act_param belongs to fatrelu alone")
     return None
+
+
+def _ffn_bias(read: Fields) -> bool:
+    biased = read.flag("ffn_bias", False)
+    if biased and read.flag("gated", True):
+        raise BadInput(f"{read.file}: ffn_bias belongs to neurons without a gate")
+    return biased
+
+
+def _parallel_norms(read: Fields) -> int:
+    norms = read.maybe_integer("parallel_norms", 0, 2) or 0
+    if norms and read.flag("post_norms", False):
+        raise BadInput(f"{read.file}: parallel_norms and post_norms do not belong together")
+    return norms
 
 
 def _sliding(read: Fields, layers: int) -> tuple[int | None, tuple[int, ...]]:
@@ -209,10 +239,18 @@ def dense_matrices(config: ModelConfig) -> dict[str, tuple[int, int]]:
     return found
 
 
-def ffn_names(layer: int) -> tuple[str, str, str]:
-    """gate and up [intermediate, hidden], down [hidden, intermediate]."""
-    prefix = f"model.layers.{layer}.mlp."
-    return prefix + "gate_proj.weight", prefix + "up_proj.weight", prefix + "down_proj.weight"
+POSITIONS: Final = "model.embed_positions.weight"
+FIRST_POSITION: Final = 2  # the row of the table that is added to the first token
+
+
+def ffn_names(layer: int, *, gated: bool = True) -> tuple[str, ...]:
+    """gate, if there is one, and up [intermediate, hidden], down [hidden, intermediate]."""
+    names = ("gate_proj", "up_proj", "down_proj")[0 if gated else 1 :]
+    return tuple(f"model.layers.{layer}.mlp.{name}.weight" for name in names)
+
+
+def up_bias_name(layer: int) -> str:
+    return f"model.layers.{layer}.mlp.up_proj.bias"
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -220,17 +258,32 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = dict(dense_matrices(config))
     hidden, ffn = config.hidden_size, config.intermediate_size
     for layer in range(config.num_hidden_layers):
-        gate, up, down = ffn_names(layer)
-        found[gate] = found[up] = (ffn, hidden)
+        *rows, down = ffn_names(layer, gated=config.gated)
+        found.update(dict.fromkeys(rows, (ffn, hidden)))
         found[down] = (hidden, ffn)
         found.update(_vectors(config, f"model.layers.{layer}."))
-    found["model.norm.weight"] = (hidden,)
+    found.update(_norm(config, "model.norm"))
+    if config.learned_positions:
+        found[POSITIONS] = (FIRST_POSITION + config.max_position_embeddings, hidden)
     return found
 
 
+def small_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """What is kept in f32, never in planes: norms, biases, learned positions."""
+    tensors = expected_tensors(config).items()
+    return {name: shape for name, shape in tensors if len(shape) == 1 or name == POSITIONS}
+
+
+def _norm(config: ModelConfig, name: str) -> Iterator[tuple[str, tuple[int]]]:
+    yield name + ".weight", (config.hidden_size,)
+    if config.layer_norms:
+        yield name + ".bias", (config.hidden_size,)
+
+
 def _vectors(config: ModelConfig, prefix: str) -> Iterator[tuple[str, tuple[int]]]:
-    yield prefix + "input_layernorm.weight", (config.hidden_size,)
-    yield prefix + "post_attention_layernorm.weight", (config.hidden_size,)
+    yield from _norm(config, prefix + "input_layernorm")
+    if config.parallel_norms != 1:
+        yield from _norm(config, prefix + "post_attention_layernorm")
     if config.post_norms:
         yield prefix + "pre_feedforward_layernorm.weight", (config.hidden_size,)
         yield prefix + "post_feedforward_layernorm.weight", (config.hidden_size,)
@@ -241,6 +294,9 @@ def _vectors(config: ModelConfig, prefix: str) -> Iterator[tuple[str, tuple[int]
         yield prefix + "self_attn.v_proj.bias", (kv,)
     if config.o_bias:
         yield prefix + "self_attn.o_proj.bias", (config.hidden_size,)
+    if config.ffn_bias:
+        yield prefix + "mlp.up_proj.bias", (config.intermediate_size,)
+        yield prefix + "mlp.down_proj.bias", (config.hidden_size,)
     if config.qk_norm:
         yield prefix + "self_attn.q_norm.weight", (config.head_dim,)
         yield prefix + "self_attn.k_norm.weight", (config.head_dim,)

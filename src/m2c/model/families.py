@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from m2c.errors import BadInput, UnsupportedModel
 from m2c.model.fields import Fields
+from m2c.model.plain_mlp import FALCON, OPT, OwnKeys
 
 SLIDING: Final = "sliding_attention"
 LAYER_TYPES: Final = ("full_attention", SLIDING)
@@ -20,7 +21,7 @@ class Family:
     """How the models of one model_type differ from llama."""
 
     architecture: str  # the class in transformers
-    gguf: str  # what GGUF calls the architecture
+    gguf: str  # what GGUF calls the architecture; "": it does not know it
     # fields of ModelConfig that config.json does not spell out
     facts: Mapping[str, Any] = field(default_factory=dict)
     # what a key of config.json that is not there means
@@ -33,6 +34,8 @@ class Family:
     # weights of norms are stored less one
     one_less_norms: bool = False
     fused: bool = False  # q, k and v are stored as one matrix, gate and up as another
+    grouped: bool = False  # and that of q, k and v head by head, in safetensors files
+    own: OwnKeys | None = None  # keys of config.json that llama does not have
 
 
 _GEMMA: Final = {
@@ -78,9 +81,33 @@ FAMILIES: Final[Mapping[str, Family]] = {
         },
         "pattern", 6, act_key="hidden_activation", one_less_norms=True,
     ),
+    "falcon": Family(
+        "FalconForCausalLM", "falcon", {"gated": False, "layer_norms": True},
+        {
+            "activation": "gelu", "layer_norm_epsilon": 1e-5, "max_position_embeddings": 2048,
+            "tie_word_embeddings": True,
+        },
+        act_key="activation", fused=True, grouped=True, own=FALCON,
+    ),
+    "opt": Family(
+        "OPTForCausalLM", "", {"gated": False, "layer_norms": True, "learned_positions": True},
+        {
+            "activation_function": "relu", "max_position_embeddings": 2048,
+            "tie_word_embeddings": True,
+        },
+        act_key="activation_function", own=OPT,
+    ),
 }  # fmt: skip
 # facts of a family that have no key in config.json
-_UNSAID: Final = ("qk_norm", "post_norms", "scale_embeddings")
+_UNSAID: Final = (
+    "qk_norm", "post_norms", "scale_embeddings", "gated", "layer_norms", "ffn_bias",
+    "parallel_norms", "learned_positions",
+)  # fmt: skip
+# what config.json of families with keys of their own says as llama does
+_COMMON: Final = (
+    "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
+    "max_position_embeddings", "tie_word_embeddings", "bos_token_id", "eos_token_id",
+)  # fmt: skip
 # facts that only the config.json of families whose defaults name them has
 _SAID_BY_SOME: Final = (
     "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar",
@@ -88,7 +115,7 @@ _SAID_BY_SOME: Final = (
 )  # fmt: skip
 _OUTER: Final = ("bos_token_id", "eos_token_id", "quantization_config", "tie_word_embeddings")
 MODEL_TYPES: Final = tuple(FAMILIES)
-HIDDEN_ACTS: Final = ("silu", "relu", "gelu_pytorch_tanh", "fatrelu")
+HIDDEN_ACTS: Final = ("silu", "relu", "gelu", "gelu_pytorch_tanh", "fatrelu")
 ROPE_TYPES: Final = ("linear", "llama3")
 SUPPORTED: Final = (
     f"this version runs {', '.join(MODEL_TYPES[:-1])} and {MODEL_TYPES[-1]} models with "
@@ -145,6 +172,7 @@ def facts_of_hf(data: Mapping[str, Any], file: str) -> dict[str, Any]:
         **_windows(data, read, family),
         **{key: data[key] for key in _SAID_BY_SOME if key in family.defaults},
         **family.facts,
+        **(family.own.read(read) if family.own else {}),
     }
 
 
@@ -172,6 +200,8 @@ def hf_of_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
         data["use_sliding_window"] = bool(sliding)
     elif family.windows == "none":
         del data["sliding_window"]
+    if family.own:
+        data = {key: data[key] for key in _COMMON} | family.own.write(facts)
     return {"architectures": [family.architecture], **data}
 
 

@@ -5,6 +5,7 @@ Reads no weights.
 """
 
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Final
 
 import numpy as np
@@ -14,7 +15,7 @@ from m2c.bundle.bundle import Bundle
 from m2c.bundle.planes import RecordLayout
 from m2c.bundle.shard import BLOCK, PLANES, align
 from m2c.kernels.reference import CHUNK
-from m2c.model.config import ModelConfig, dense_matrices, expected_tensors
+from m2c.model.config import ModelConfig, dense_matrices, small_tensors
 from m2c.model.ffn import FETCH
 from m2c.model.kv import kv_nbytes
 from m2c.model.mix import Mix
@@ -114,9 +115,9 @@ def footprint_of_config(config: ModelConfig, shape: RunShape, exact_type: str) -
     first = [m for name, m in matrices.items() if name.startswith("model.layers.0.")]
     dense = _estimate(first, 1, exact_type)
     embed = _estimate([(config.vocab_size, config.hidden_size)], 1, exact_type)
-    ffn = _estimate([(config.intermediate_size, config.hidden_size)], 3, exact_type)
+    ffn = _estimate([(config.intermediate_size, config.hidden_size)], config.vectors, exact_type)
     layers = config.num_hidden_layers
-    largest = 6 * max(3 * config.hidden_size, 1 << 15)
+    largest = 6 * max(config.vectors * config.hidden_size, 1 << 15)
     return _footprint(config, shape, [dense] * layers, [ffn] * layers, embed, largest, exact_type)
 
 
@@ -140,15 +141,15 @@ def _footprint(
         blocks.append(_block("dense", i, attn, shape.dense, shape))
         blocks += _blocks("neurons", i, ffn, shape.mix.floor, shape, pieces)
     blocks += _blocks("head", len(dense), head, shape.dense, shape, True)
-    layout = RecordLayout(3, config.hidden_size)
+    layout = RecordLayout(config.vectors, config.hidden_size)
     counts = shape.mix.counts(config.intermediate_size)
     upgrades = []
     for plane in shape.mix.upgrades:
         stored = max(size.planes[plane] for size in neurons) // config.intermediate_size
-        slot = layout.code_nbytes if plane == "int8" else 6 * config.hidden_size
+        slot = layout.code_nbytes if plane == "int8" else 2 * config.vectors * config.hidden_size
         # the floor's down column is taken back, and INT8 builds on the floor's codes
         floor = layout.nbytes("int4")
-        reads = slot + floor // 3 + (floor if plane == "int8" else 0)
+        reads = slot + floor // config.vectors + (floor if plane == "int8" else 0)
         upgrades.append(UpgradeFact(plane, stored, slot, reads, counts[plane], _CHANCE))
     plane_nbytes = max(size.planes[p] for size in neurons for p in PLANES)
     planes = sum(size.planes["int4"] for size in (*dense, *neurons, head))
@@ -217,7 +218,8 @@ def _true_size(bundle: Bundle, fact: BlockFact, shape: RunShape) -> BlockFact:
 
 def _workspace_nbytes(config: ModelConfig, shape: RunShape) -> int:
     """Temporary values: chunks per thread, a prefill batch, attention, gathered neurons."""
-    width = max(3 * config.hidden_size, config.num_attention_heads * config.head_dim)
+    record = config.vectors * config.hidden_size
+    width = max(record, config.num_attention_heads * config.head_dim)
     tokens = batch_tokens(config)
     batch = tokens * 4 * (8 * config.intermediate_size + 8 * config.hidden_size)
     attend = 2 * 4 * config.head_dim * shape.ctx_size  # rotary tables
@@ -239,9 +241,9 @@ def _workspace_nbytes(config: ModelConfig, shape: RunShape) -> int:
     gathered = 0
     for plane in shape.mix.upgrades:
         count = max(FETCH, shape.mix.counts(config.intermediate_size)[plane])
-        weights = min(count, config.intermediate_size) * 3 * config.hidden_size
+        weights = min(count, config.intermediate_size) * record
         if plane == "fp16":  # gathered at 16 bits, a piece of it being decoded
-            need = 4 * weights + _DECODE_NBYTES * max(DECODE_WEIGHTS, 3 * config.hidden_size)
+            need = 4 * weights + _DECODE_NBYTES * max(DECODE_WEIGHTS, record)
         else:
             need = 2 * weights
         gathered = max(gathered, need)
@@ -249,8 +251,8 @@ def _workspace_nbytes(config: ModelConfig, shape: RunShape) -> int:
 
 
 def _vectors_nbytes(config: ModelConfig) -> int:
-    """Norms and biases, and the norms of all down columns."""
-    vectors = sum(shape[0] for shape in expected_tensors(config).values() if len(shape) == 1)
+    """Norms, biases and learned positions, and the norms of all down columns."""
+    vectors = sum(prod(shape) for shape in small_tensors(config).values())
     return 4 * (vectors + config.num_hidden_layers * config.intermediate_size)
 
 

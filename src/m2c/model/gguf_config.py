@@ -18,7 +18,9 @@ from m2c.model.families import FAMILIES, MODEL_TYPES, SUPPORTED, Family, by_patt
 
 ROPE_DIVISORS: Final = "rope_freqs.weight"
 # the family that an architecture is taken for: the first of those that share it
-ARCHITECTURES: Final = {FAMILIES[name].gguf: name for name in reversed(MODEL_TYPES)}
+ARCHITECTURES: Final = {
+    FAMILIES[name].gguf: name for name in reversed(MODEL_TYPES) if FAMILIES[name].gguf
+}
 _EOS_KEYS: Final = ("eos", "eot", "eom")  # any of them ends a turn
 
 
@@ -56,7 +58,7 @@ def config_from_metadata(
         "head_dim": head_dim,
         "vocab_size": vocab,
         "hidden_act": family.defaults.get(family.act_key, "silu"),
-        "rms_norm_eps": _shortest(keys.get("attention.layer_norm_rms_epsilon")),
+        "rms_norm_eps": _shortest(keys.get(_eps_key(family))),
         "rope_theta": theta,
         "rope_scaling": _scaling(keys, rope_divisors, head_dim, theta),
         "max_position_embeddings": keys.get("context_length"),
@@ -68,6 +70,7 @@ def config_from_metadata(
         "eos_token_ids": _eos(metadata),
         **_windows(keys, family),
         **_gemma(keys, family, head_dim),
+        **_falcon(family, names),
         **family.facts,
     }
     return ModelConfig.from_dict(data, file=file)
@@ -127,6 +130,19 @@ def _gemma(keys: _Keys, family: Family, head_dim: int) -> dict[str, Any]:
         default = family.defaults["local_rope_theta"]
         found["local_rope_theta"] = _shortest(keys.get("rope.freq_base_swa", default))
     return found
+
+
+def _eps_key(family: Family) -> str:
+    layer_norms = family.facts.get("layer_norms", False)
+    return f"attention.layer_norm_{'' if layer_norms else 'rms_'}epsilon"
+
+
+def _falcon(family: Family, names: Collection[str]) -> dict[str, Any]:
+    """As llama.cpp computes it: the FFN beside attention, with a norm of its own or not."""
+    if family.gguf != "falcon":
+        return {}
+    own = "model.layers.0.post_attention_layernorm.weight" in names
+    return {"parallel_norms": 2 if own else 1}
 
 
 def _eos(metadata: Mapping[str, Any]) -> list[Any]:

@@ -22,6 +22,7 @@ from m2c.model.ranged_file import RangedFile, check_rows
 _TOP_NAMES: Final = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
+    "output_norm.bias": "model.norm.bias",
     "output.weight": "lm_head.weight",
 }
 _LAYER_NAMES: Final = {
@@ -43,7 +44,15 @@ _GEMMA_NAMES: Final = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 _FUSED_NAMES: Final = {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
-_OTHER_NAMES: Final = {"phi3": _FUSED_NAMES, "gemma2": _GEMMA_NAMES, "gemma3": _GEMMA_NAMES}
+_QKV_NAMES: Final = {"attn_qkv": "self_attn.qkv_proj"}
+_OTHER_NAMES: Final = {
+    "phi3": _FUSED_NAMES, "gemma2": _GEMMA_NAMES, "gemma3": _GEMMA_NAMES, "falcon": _QKV_NAMES,
+}  # fmt: skip
+# of falcon with two norms a layer: the second one is that of attention
+_SECOND_NORM: Final = "attn_norm_2"
+_TWO_NORMS: Final = {
+    "attn_norm": "post_attention_layernorm", _SECOND_NORM: "input_layernorm"
+}  # fmt: skip
 _LAYER = re.compile(r"blk\.(0|[1-9]\d{0,3})\.(\w+)\.(weight|bias)", re.ASCII)
 _SPLIT = re.compile(r"-\d{5}-of-(\d{5})\.gguf", re.ASCII)
 _STORED: Final = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -123,10 +132,11 @@ def unpermute(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
 
 def _rename(tensors: Mapping[str, TensorInfo], path: Path, arch: Any) -> dict[str, TensorInfo]:
     found = {}
+    two_norms = f"blk.0.{_SECOND_NORM}.weight" in tensors
     for name, info in tensors.items():
         if name == ROPE_DIVISORS:
             continue
-        hf_name = hf_tensor_name(name, arch)
+        hf_name = hf_tensor_name(name, arch, two_norms=two_norms)
         if hf_name is None:
             raise UnsupportedModel(
                 f"{path}: the tensor {name[:80]!r} belongs to no model this version runs",
@@ -138,12 +148,12 @@ def _rename(tensors: Mapping[str, TensorInfo], path: Path, arch: Any) -> dict[st
     return found
 
 
-def hf_tensor_name(name: str, arch: Any = "llama") -> str | None:
+def hf_tensor_name(name: str, arch: Any = "llama", *, two_norms: bool = False) -> str | None:
     """The Hugging Face name of a GGUF tensor; None if no model we run has such a tensor."""
     if name in _TOP_NAMES:
         return _TOP_NAMES[name]
     match = _LAYER.fullmatch(name)
-    names = _LAYER_NAMES | _OTHER_NAMES.get(str(arch), {})
+    names = _LAYER_NAMES | _OTHER_NAMES.get(str(arch), {}) | (_TWO_NORMS if two_norms else {})
     if not match or match[2] not in names:
         return None
     return f"model.layers.{match[1]}.{names[match[2]]}.{match[3]}"

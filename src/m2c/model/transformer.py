@@ -15,11 +15,18 @@ from torch import Tensor
 
 from m2c.errors import BadInput
 from m2c.kernels.dispatch import attention, matmul_into, matmul_rows, run_stack
-from m2c.kernels.operands import AttentionCall, LayerCall, Norm, Stack
+from m2c.kernels.operands import AttentionCall, LayerCall, Stack
 from m2c.kernels.reference import soft_capped
 from m2c.kernels.rows import Rows
 from m2c.kernels.workers import Workers
-from m2c.model.attention import MATRICES, Rotary, attention_call, embedded, layer_facts
+from m2c.model.attention import (
+    MATRICES,
+    Rotary,
+    attention_call,
+    embedded,
+    layer_facts,
+    norm_of,
+)
 from m2c.model.config import ModelConfig
 from m2c.model.ffn import mixed_ffn, uniform_ffn
 from m2c.model.footprint import LOGITS
@@ -51,7 +58,8 @@ class Stopped(Exception):
 
 
 class Transformer:
-    """vectors: norms and biases, f32, by Hugging Face name. down_norms: [layers] of [neurons]."""
+    """vectors: `config.small_tensors`, f32, biases of neurons in the order of the rows. down_norms:
+    [layers] of [neurons]."""
 
     def __init__(
         self, config: ModelConfig, store: Weights, *, vectors: dict[str, Tensor],
@@ -65,6 +73,7 @@ class Transformer:
         # asked between layers, where store and caches are consistent: a signal may come anywhere
         self.stop_asked: Callable[[], bool] = lambda: False
         self._store = store
+        self._vectors = vectors
         self._mix = mix
         self._upgrade = upgrade
         self._workers = workers
@@ -72,7 +81,7 @@ class Transformer:
         self._layers = [layer_facts(config, vectors, layer) for layer in layers]
         # a norm of the FFN's output comes between its sum and what it is added to
         self._stacks = mix.is_uniform and not any(facts.ffn_out_norm for facts in self._layers)
-        self._norm = Norm(vectors["model.norm.weight"], config.rms_norm_eps)
+        self._norm = norm_of(config, vectors, "model.norm")
         self._down_norms = down_norms
         self._calls: dict[int, AttentionCall] = {}
         self._rotary = Rotary(config, kv.ctx_size, store.device)
@@ -85,7 +94,7 @@ class Transformer:
         the context is full, BadInput when the logits are not finite, Stopped when `stop_asked`.
         """
         self.kv.require_room(len(ids))
-        x = embedded(self.config, self._store.embed(ids))
+        x = embedded(self.config, self._vectors, self._store.embed(ids), self.kv.length)
         if len(ids) <= _AT_ONCE and self._stacks and self._store.holds_all:
             if self.stop_asked():
                 raise Stopped
@@ -126,15 +135,19 @@ class Transformer:
         return logits
 
     def _layer(self, layer: int, x: Tensor) -> Tensor:
-        facts, act = self._layers[layer], self.config.activation
+        facts, act, given = self._layers[layer], self.config.activation, x
         for rows in self._store.uses("dense", layer):
             call = self._attention_call(layer, rows)
             x = attention(x, call, self.kv.length, self._workers, norm=facts.attn_norm)
+        onto = None
+        if self.config.parallel_norms:
+            x, onto = given, x
+        biases = {"onto": onto, "bias": facts.up_bias, "out_bias": facts.down_bias}
         neurons = (rows[FFN] for rows in self._store.uses("neurons", layer))
         if self._mix.is_uniform:
             return uniform_ffn(
                 x, neurons, norm=facts.ffn_norm, act=act, workers=self._workers,
-                out_norm=facts.ffn_out_norm,
+                out_norm=facts.ffn_out_norm, **biases,
             )  # fmt: skip
         single = x.shape[0] == 1
         record = self.record if single else None
@@ -143,7 +156,7 @@ class Transformer:
             x = mixed_ffn(
                 x, floor, self._down_norms[layer], norm=facts.ffn_norm, act=act, mix=self._mix,
                 fetch=fetch, workers=self._workers, out_norm=facts.ffn_out_norm,
-                record=None if record is None else partial(record, layer),
+                record=None if record is None else partial(record, layer), **biases,
             )  # fmt: skip
         return x
 
@@ -159,8 +172,13 @@ class Transformer:
             (dense,) = self._store.uses("dense", layer)
             (neurons,) = self._store.uses("neurons", layer)
             call = self._attention_call(layer, dense)
-            found.append(LayerCall(call, facts.attn_norm, neurons[FFN], facts.ffn_norm, act))
-        return Stack(tuple(found))
+            found.append(
+                LayerCall(
+                    call, facts.attn_norm, neurons[FFN], facts.ffn_norm, act, facts.up_bias,
+                    facts.down_bias,
+                )
+            )  # fmt: skip
+        return Stack(tuple(found), parallel=self.config.parallel_norms > 0)
 
     def _attention_call(self, layer: int, rows: Mapping[str, Rows]) -> AttentionCall:
         """Made once for rows that stay where they are: a model has few of them and many tokens."""
