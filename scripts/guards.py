@@ -49,7 +49,7 @@ WRITES: Final = (
         "a signal leaves no temporary file", "bundle/files.py",
         "        except BaseException:\n            temporary",
         "        except Exception:\n            temporary",
-        "tests/test_signals.py tests/test_cli_process.py",
+        "tests/test_pack_faults.py",
     ),
     Guard(
         "bytes reach the file before its fsync", "bundle/files.py",

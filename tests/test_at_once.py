@@ -196,6 +196,20 @@ def test_packs_of_two_recipes_where_locks_do_nothing(
             shutil.rmtree(folder)
 
 
+def test_the_folder_is_looked_at_again_under_the_lock(
+    job: PackJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another pack, of another recipe, was stopped between our first look and our lock."""
+
+    def lock(descriptor: int, path: Path) -> None:
+        (path / MARKER).write_text("another")
+
+    monkeypatch.setattr(claim, "_lock", lock)
+    with pytest.raises(UsageError, match="other weights, another profile"):
+        run_pack(job, tmp_path / "out")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == [MARKER]
+
+
 # -- readers, checks and packs ---------------------------------------------------------------------
 
 

@@ -190,6 +190,12 @@ def test_a_temporary_name_is_never_met_again(tmp_path: Path) -> None:
         assert first.name != second.name
 
 
+def test_a_signal_leaves_no_temporary_file(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), atomic_file(tmp_path / "a"):
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+
+
 # -- limits that are real --------------------------------------------------------------------------
 
 

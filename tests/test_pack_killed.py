@@ -5,6 +5,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from trials import trials
 from watched_pack import OUT, WatchedPack, spread
 
 from m2c.bundle.bundle import open_bundle
+from m2c.bundle.claim import MARKER
 from m2c.bundle.importance import write_importance
 from m2c.bundle.manifest import MANIFEST
 from m2c.check import check_bundle
@@ -117,6 +119,18 @@ def test_killed_where_files_become_durable(
         if not killed:
             return
     pytest.fail("no pack has so many files: the last call was never reached")
+
+
+def test_shards_of_another_recipe_are_not_kept(
+    job: PackJob, undisturbed: str, tmp_path: Path
+) -> None:
+    """Each is sound and where ours belongs, as where two packs met in one folder without locks."""
+    out = tmp_path / "out"
+    run_pack(replace(job, exact_type="f16"), out)
+    (out / MANIFEST).unlink()
+    (out / MARKER).write_text(job.recipe)
+    run_pack(job, out)
+    assert digest(out) == undisturbed
 
 
 def test_killed_again_and_again(
