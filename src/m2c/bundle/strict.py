@@ -7,6 +7,7 @@ of range are refused with the file and the key. Knows nothing about what the val
 import dataclasses
 import json
 import math
+import re
 import types
 import typing
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any, NoReturn, TypeVar
 from m2c.errors import BadInput
 
 MAX_JSON_NBYTES = 64 << 20
+_MAX_VALUES = 1 << 22  # in one file: each takes up to 100 bytes of memory, however short its text
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 T = TypeVar("T")
 _AGAIN = "fetch the file again"
 
@@ -23,6 +26,8 @@ def load_json(data: bytes, *, file: Path | str) -> Any:
     """The JSON value in `data`. Raises BadInput on duplicate keys, NaN, bad UTF-8 or bad JSON."""
     if len(data) > MAX_JSON_NBYTES:
         raise BadInput(f"{file}: {len(data)} bytes of JSON is more than any such file holds")
+    if sum(data.count(mark) for mark in (b",", b"[", b"{")) > _MAX_VALUES:
+        raise BadInput(f"{file}: more than {_MAX_VALUES} JSON values")
     try:
         return json.loads(
             data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant,
@@ -35,18 +40,27 @@ def load_json(data: bytes, *, file: Path | str) -> Any:
 
 
 def parse_object(data: bytes, file: Path | str) -> dict[str, Any]:
-    """The JSON object in `data`; `file` names it in errors. Raises BadInput for anything else."""
+    """The JSON object in `data`; `file` names it in errors. Raises BadInput for anything else.
+
+    Text that is not Unicode (half a surrogate pair) is refused: it can neither be printed nor be
+    part of a path, and other readers refuse it too.
+    """
     value = load_json(data, file=file)
     if not isinstance(value, dict):
         raise BadInput(f"{file}: holds a JSON {type(value).__name__}, not an object", _AGAIN)
+    if _SURROGATE.search(data):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise BadInput(f"{file}: not valid JSON (half a character)", _AGAIN) from None
     return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for i, key in enumerate(keys) if key in keys[:i])
+        seen = set[str]()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
         raise ValueError(f"duplicate key {twice[:80]!r}")
     return found
 
