@@ -5,14 +5,16 @@ token in a text is a command or just text, and when streamed text is safe to pri
 Knows nothing about models, chat templates or sampling; GGUF vocabularies: tokenizer_gguf.py.
 """
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from tokenizers import Tokenizer as Engine
 
 from m2c.bundle.strict import parse_object
 from m2c.errors import BadInput, UsageError
+from m2c.tokenizer_limits import require_bounded
 
 MAX_JSON_NBYTES = 256 << 20  # the largest published vocabularies take about 35 MB
 
@@ -52,14 +54,16 @@ class Tokenizer:
         """
         if len(data) > MAX_JSON_NBYTES:
             raise BadInput(f"{source}: {len(data)} bytes is more than any tokenizer.json holds")
-        parse_object(data, source)  # stricter than the engine: it takes the last of two keys
+        # stricter than the engine: it takes the last of two keys
+        require_bounded(parse_object(data, source), source)
         settings = {} if config is None else parse_object(config, f"config of {source}")
-        with _engine_errors(source):
+        with _engine_errors(source), _without_panics():
             engine = Engine.from_buffer(data)
             # Saved training settings: left on, they would cut a long prompt without a word.
             engine.no_truncation()
             engine.no_padding()
             template_bos = _bos_of_template(engine)
+            engine.decode(engine.encode("a", add_special_tokens=False).ids)  # does it work?
         bos_id = _id_of(engine, settings.get("bos_token"))
         add_bos = settings.get("add_bos_token")
         return cls(
@@ -187,6 +191,19 @@ def _engine_errors(source: str) -> Iterator[None]:
             raise
         reason = str(error).partition("\n")[0][:200]
         raise BadInput(f"{source} is not a usable tokenizer: {reason}", _DOWNLOAD_AGAIN) from None
+
+
+@contextmanager
+def _without_panics() -> Iterator[None]:
+    """The engine's Rust also prints where it panicked, some lines: what is wrong we say in one."""
+    with ExitStack() as undo:
+        with suppress(OSError):  # a closed stderr
+            kept = os.dup(2)
+            undo.callback(os.close, kept)
+            undo.callback(os.dup2, kept, 2)
+            with open(os.devnull, "wb") as null:
+                os.dup2(null.fileno(), 2)
+        yield
 
 
 def _bos_of_template(engine: Engine) -> int | None:
