@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from m2c.errors import M2CError
 
-BATCH: Final = 1000  # mutations in one trial
+BATCH: Final = 250  # mutations in one trial
 SECONDS: Final = 5.0
 _MIB: Final = 1 << 20
 _SPARE: Final = 64 * _MIB
@@ -177,13 +177,13 @@ def hostile_value(rng: random.Random, others: tuple[Any, ...] = ()) -> Any:
     if kind == 4:
         return "@raw:" + rng.choice(_RAW)
     if kind == 5 and others:
-        return rng.choice(others)
+        return json.loads(json.dumps(rng.choice(others)))  # a copy: it may be changed in its turn
     if kind == 6 and rng.random() < 0.2:
         found: Any = []
         for _ in range(_DEEP):
             found = [found] if rng.random() < 0.5 else {"a": found}
         return found
-    return rng.choice(_OTHERS)
+    return json.loads(json.dumps(rng.choice(_OTHERS)))
 
 
 def _change(rng: random.Random, value: Any, others: tuple[Any, ...]) -> Any:

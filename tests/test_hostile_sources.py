@@ -57,7 +57,7 @@ def test_safetensors_headers(tmp_path: Path) -> None:
             got = {name: list(entry.shape) for name, entry in found.entries.items()}
             assert got == {name: tensor["shape"] for name, tensor in tensors.items()}
 
-    batches("R11-safetensors", 200, attack)
+    batches("R11-safetensors", 800, attack)
 
 
 def read_all(path: Path) -> None:
@@ -105,7 +105,7 @@ def test_files_of_a_folder(tmp_path: Path) -> None:
         finally:
             path.write_bytes(content)
 
-    batches("R11-folder", 150, attack)
+    batches("R11-folder", 600, attack)
 
 
 def test_configs(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_configs(tmp_path: Path) -> None:
 
         judge(read, f"{config!r} {beside!r}", len(config))
 
-    batches("R11-config", 200, attack)
+    batches("R11-config", 800, attack)
 
 
 def test_tokenizer_json() -> None:
@@ -149,7 +149,7 @@ def test_tokenizer_json() -> None:
 
         judge(read, f"{data!r} {config!r}", len(data))
 
-    batches("R11-tokenizer-json", 100, attack)
+    batches("R11-tokenizer-json", 400, attack)
 
 
 def test_tokenizer_model() -> None:
@@ -168,7 +168,7 @@ def test_tokenizer_model() -> None:
 
         judge(read, f"{data!r} {config!r} {more!r}", len(data))
 
-    batches("R11-tokenizer-model", 200, attack)
+    batches("R11-tokenizer-model", 800, attack)
 
 
 def spm_mutation(rng: random.Random) -> bytes:
@@ -210,4 +210,4 @@ def test_gguf(tmp_path: Path) -> None:
         path.write_bytes(content)
         judge(lambda: read_all(path), repr(content), len(content))
 
-    batches("R11-gguf", 200, attack)
+    batches("R11-gguf", 800, attack)

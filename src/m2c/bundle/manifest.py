@@ -87,7 +87,7 @@ def read_manifest(directory: Path) -> Manifest:
         raise BadInput(f"{path}: not the manifest of an m2c bundle")
     if facts.get("version") != VERSION:
         raise BadInput(
-            f"{path}: bundle format {facts.get('version')!r}, this m2c reads {VERSION}",
+            f"{path}: bundle format {repr(facts.get('version'))[:40]}, this m2c reads {VERSION}",
             "pack the model again: m2c profile MODEL | m2c pack - --ssd DIR",
         )
     checksum = facts.pop("checksum", None)
@@ -107,6 +107,6 @@ def _check_name(name: str, path: Path) -> None:
     """A name inside the bundle: relative, plain, at most one folder deep."""
     parts = PurePosixPath(name).parts
     # a root is "/", or "//" where that means something else
-    plain = all(not part.startswith((".", "/")) for part in parts)
-    if not plain or not 1 <= len(parts) <= 2 or "\\" in name or "\0" in name or len(name) > 200:
-        raise BadInput(f"{path}: {name!r} is not a name inside a bundle")
+    plain = all(not part.startswith((".", "/")) for part in parts) and name.isprintable()
+    if not plain or not 1 <= len(parts) <= 2 or "\\" in name or len(name) > 200:
+        raise BadInput(f"{path}: {name[:80]!r} is not a name inside a bundle")

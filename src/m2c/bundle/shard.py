@@ -21,7 +21,7 @@ import numpy.typing as npt
 import xxhash
 
 from m2c.bundle.exact import ESCAPE_NBYTES, Frames
-from m2c.bundle.files import atomic_file, disk_errors
+from m2c.bundle.files import atomic_file, disk_errors, open_regular
 from m2c.bundle.planes import GROUP, RecordLayout
 from m2c.bundle.strict import decode, dump_json, load_json
 from m2c.errors import BadInput
@@ -177,7 +177,7 @@ def read_index(path: Path) -> ShardIndex:
     Raises BadInput naming the file when anything is inconsistent.
     """
     with disk_errors(path):
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = open_regular(path)
         try:
             page = os.pread(descriptor, PAGE, 0)
             header = _parse_header(page, path)

@@ -92,7 +92,7 @@ def decode(cls: type[T], value: Any, *, file: Path | str, where: str = "") -> T:
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(set(value) - set(fields))
     if unknown:
-        raise BadInput(f"{file}: unknown key {where}{unknown[0]!r}")
+        raise BadInput(f"{file}: unknown key {where}{unknown[0][:80]!r}")
     arguments = {}
     for name, field in fields.items():
         if name not in value:
@@ -123,7 +123,7 @@ def _value(kind: Any, value: Any, file: Path | str, where: str) -> Any:
         item = typing.get_args(kind)[1]
         if not isinstance(value, dict):
             raise BadInput(f"{file}: {where} must be an object")
-        return {key: _value(item, v, file, f"{where}.{key}") for key, v in value.items()}
+        return {key: _value(item, v, file, f"{where}.{key[:80]}") for key, v in value.items()}
     if kind is float and type(value) is int:
         if abs(value) >= 1 << 62:
             raise BadInput(f"{file}: {where} is out of range")
