@@ -1,4 +1,4 @@
-"""Small honest files of every kind that m2c reads, laid out so that a mutator can get at their parts.
+"""Small honest files of every kind that m2c reads, laid out so that a mutator gets at their parts.
 
 Knows nothing about mutations.
 """
@@ -212,4 +212,3 @@ def spm_bytes(fields: list[tuple[int, Any]]) -> bytes:
     """A message; numbers beyond a protobuf's are cut."""
     flat = [(n, spm_bytes(v) if isinstance(v, list) else v) for n, v in fields]
     return message(flat)
-

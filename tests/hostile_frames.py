@@ -41,7 +41,9 @@ class Case:
             nbytes[j] += len(data) - int(nbytes.sum())
         elif what == "escapes":
             i = rng.randrange(len(escapes))
-            escapes[i] = rng.choice((0, int(escapes[i]) + 1, int(nbytes[i]) // 6, 1 << 31, 2**32 - 1))
+            escapes[i] = rng.choice(
+                (0, int(escapes[i]) + 1, int(nbytes[i]) // 6, 1 << 31, 2**32 - 1)
+            )
         elif what == "scales":
             layout = rows.layout
             scales = int4[:, layout.code_nbytes :]
@@ -100,5 +102,3 @@ def _misplace(
     at = end - 6 * rng.randrange(1, int(escapes[frame]) + 1)
     place = rng.choice((0, 1, 63, 65, 1 << 16, 1 << 31, 2**32 - 1))
     data[at : at + 4] = np.frombuffer(place.to_bytes(4, "little"), np.uint8)
-
-

@@ -26,7 +26,7 @@ from trials import trials
 
 from m2c.bundle.bundle import open_bundle
 from m2c.bundle.importance import decode_importance
-from m2c.bundle.manifest import MANIFEST, read_manifest
+from m2c.bundle.manifest import MANIFEST
 from m2c.bundle.shard import BLOCK, PAGE, read_index
 from m2c.bundle.strict import dump_json
 from m2c.check import check_bundle
@@ -144,7 +144,9 @@ def forge_shard(rng: random.Random, data: bytes) -> bytes:
         payload = bytes(made)
     elif kind == 3:
         return mutate_bytes(rng, data)
-    hashes = [xxhash.xxh3_64_digest(payload[i : i + BLOCK])[::-1] for i in range(0, len(payload), BLOCK)]
+    hashes = [
+        xxhash.xxh3_64_digest(payload[i : i + BLOCK])[::-1] for i in range(0, len(payload), BLOCK)
+    ]
     index = b"".join(hashes) + tables
     return page + payload + index + xxhash.xxh3_64_digest(index)[::-1]
 
@@ -283,7 +285,7 @@ def test_traces(tmp_path: Path) -> None:
 
 
 def test_a_trace_that_is_all_zeros(tmp_path: Path) -> None:
-    """Compressed ten thousand times: what is set aside follows from the file, not from its claims."""
+    """Compressed ten thousand times: what is set aside follows from the file, not its claims."""
     path = tmp_path / "trace"
     with TraceWriter(path, num_layers=1, num_neurons=1 << 24, planes=["int8"]) as writer:
         writer.write(0, "int8", np.arange(0))
@@ -313,5 +315,3 @@ def test_frames_decode_as_the_reference_does() -> None:
             assert torch.equal(native.view(torch.int16), reference.view(torch.int16)), case.words
 
     batches("R12-frames", 800, attack)
-
-

@@ -28,6 +28,8 @@ def disk_errors(path: Path | str) -> Iterator[None]:
             raise NoSpace(f"{path}: {reason}", "free some space and run the same command") from None
         if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
             raise BadInput(f"{path}: {reason}") from None
+        if error.errno == errno.ELOOP:  # what O_NOFOLLOW says of any link
+            raise BadInput(f"{path}: a symbolic link, which is not followed") from None
         raise StorageError(f"{path}: {reason}") from None
 
 

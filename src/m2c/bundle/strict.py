@@ -10,6 +10,7 @@ import math
 import re
 import types
 import typing
+from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -31,7 +32,7 @@ def load_json(data: bytes, *, file: Path | str) -> Any:
     try:
         return json.loads(
             data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant,
-            parse_float=_finite,
+            parse_float=_finite, parse_int=_integer,
         )  # fmt: skip
     except RecursionError:
         raise BadInput(f"{file}: not valid JSON (nested too deeply)", _AGAIN) from None
@@ -59,8 +60,8 @@ def parse_object(data: bytes, file: Path | str) -> dict[str, Any]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        seen = set[str]()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        counts = Counter(key for key, _ in pairs)
+        twice = next(key for key, count in counts.items() if count > 1)
         raise ValueError(f"duplicate key {twice[:80]!r}")
     return found
 
@@ -70,6 +71,12 @@ def _finite(text: str) -> float:
     if math.isinf(value):
         raise ValueError(f"{text[:80]} is beyond any float")
     return value
+
+
+def _integer(text: str) -> int:
+    if text == "-0":  # an integer to Python, a float to others
+        raise ValueError("-0 is not an integer")
+    return int(text)
 
 
 def _no_constant(text: str) -> NoReturn:

@@ -62,6 +62,6 @@ def command(
 
 def _say_some(damage: str, number: int) -> None:
     if number <= _SHOWN:
-        say(f"m2c: {damage}")
+        say(f"m2c: {' '.join(damage.split())}")
     elif number == _SHOWN + 1:
         say("m2c: ... and more")
