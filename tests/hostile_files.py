@@ -3,6 +3,7 @@
 Knows nothing about mutations.
 """
 
+import json
 import struct
 from pathlib import Path
 from typing import Any, Final
@@ -22,6 +23,21 @@ _ITEM_NBYTES: Final = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U8": 1}
 
 def small_checkpoint(folder: Path) -> Path:
     return write_checkpoint(folder, SMALL)
+
+
+def folder_with_tokenizer(folder: Path) -> Path:
+    small_checkpoint(folder)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizers()[0]))
+    (folder / "tokenizer_config.json").write_text(json.dumps(SETTINGS))
+    (folder / "LICENSE").write_text("free")
+    return folder
+
+
+def tell(folder: Path, key: str, value: Any) -> None:
+    """One more key in the files that say what a model is."""
+    for name in ("config.json", "tokenizer_config.json"):
+        facts = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**facts, key: value}))
 
 
 def configs() -> list[dict[str, Any]]:

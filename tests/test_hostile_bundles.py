@@ -14,7 +14,6 @@ from typing import Any
 import hostile_files as files
 import numpy as np
 import pytest
-import torch
 import xxhash
 import zstandard
 from hostile import BATCH, judge, mutate_bytes, mutate_json, mutate_pieces, number
@@ -296,22 +295,3 @@ def test_a_trace_that_is_all_zeros(tmp_path: Path) -> None:
     found = judge(lambda: read_trace(path), "zeros", path.stat().st_size)
     assert isinstance(found, BadInput)
     assert "next to nothing was active" in found.message
-
-
-# -- frames in the native decoder ------------------------------------------------------------------
-
-
-def test_frames_decode_as_the_reference_does() -> None:
-    from hostile_frames import Case
-
-    def attack(rng: random.Random) -> None:
-        case = Case.mutated(rng)
-        native, reference = (judge(d, case.words) for d in (case.native, case.reference))
-        if not case.finite:  # any weights will do, or none
-            return
-        refused = isinstance(native, M2CError)
-        assert refused == isinstance(reference, M2CError), case.words
-        if not refused:
-            assert torch.equal(native.view(torch.int16), reference.view(torch.int16)), case.words
-
-    batches("R12-frames", 800, attack)

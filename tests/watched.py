@@ -7,13 +7,39 @@ from Python's audit hooks, which code of a model could not take back.
 import json
 import os
 import signal
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
+import m2c
+
 SECONDS = 60
+PACKAGE = Path(m2c.__file__).parents[1]
+# the interpreter, its packages, m2c, and what the system's libraries look at
+SYSTEM = (
+    sys.prefix, sys.base_prefix, str(PACKAGE), str(Path(__file__).parent),
+    "/proc/", "/sys/", "/usr/", "/lib", "/etc/", "/dev/null", "/dev/urandom",
+)  # fmt: skip
 PROGRAMS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.startfile")
 CODE = ("exec", "compile", "pickle.find_class", "ctypes.dlopen", "import", "marshal.loads")
 NETWORK = ("socket.connect", "socket.bind", "socket.getaddrinfo", "socket.sendto", "urllib.Request")
+
+
+def watch(lines: list[list[str]], tmp_path: Path, cwd: Path) -> list[dict[str, Any]]:
+    """code, out, err and notes of each command line, run one after another in one process."""
+    cases, found = tmp_path / "cases.json", tmp_path / "found.json"
+    cases.write_text(json.dumps(lines))
+    script = Path(__file__).parent / "watched.py"
+    environment = {
+        **os.environ, "M2C_HOME": str(tmp_path / "home"), "RUST_BACKTRACE": "0",
+        "PYTHONPATH": str(PACKAGE),  # the cases run elsewhere
+    }  # fmt: skip
+    command = [sys.executable, "-B", str(script), str(cases), str(found)]
+    done = subprocess.run(command, cwd=cwd, env=environment, timeout=500, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    return json.loads(found.read_text())
+
 
 notes: list[tuple[str, str]] = []
 armed = False
