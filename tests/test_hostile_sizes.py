@@ -18,8 +18,7 @@ from m2c.bundle.strict import load_json
 from m2c.errors import M2CError
 from m2c.model.gguf_header import read_header
 from m2c.model.ranged_file import RangedFile
-from m2c.tokenizer import Tokenizer
-from m2c.tokenizer_limits import MOST
+from m2c.tokenizer import MOST_GROWTH, Tokenizer
 from m2c.tokenizer_spm import convert_tokenizer_model
 
 
@@ -106,7 +105,8 @@ def test_steps_that_multiply_a_text(part: str, step: dict[str, Any]) -> None:
     """The engine would end the process, or fill the memory first."""
     data = json.dumps({**files.tokenizers()[0], part: step}).encode()
     refused(
-        lambda: Tokenizer.from_json(data, source="t"), f"its {part} makes a text more than {MOST}"
+        lambda: Tokenizer.from_json(data, source="t"),
+        f"its {part} makes a text more than {MOST_GROWTH}",
     )
 
 

@@ -6,15 +6,14 @@ Knows nothing about models, chat templates or sampling; GGUF vocabularies: token
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
+from typing import Any, Final
 
 from tokenizers import Tokenizer as Engine
 
 from m2c.bundle.strict import parse_object
-from m2c.errors import BadInput, UsageError
-from m2c.tokenizer_limits import require_bounded
+from m2c.errors import BadInput, UnsupportedModel, UsageError
 
 MAX_JSON_NBYTES = 256 << 20  # the largest published vocabularies take about 35 MB
 
@@ -22,6 +21,15 @@ MAX_JSON_NBYTES = 256 << 20  # the largest published vocabularies take about 35 
 # after this many tokens is garbage, or ends in at most three tokens that are not.
 _MAX_HELD_TOKENS = 16
 _REPLACEMENT = "\ufffd"
+
+MOST_GROWTH: Final = (
+    4096  # letters that one letter may become; those of published models stay below
+)
+_PARTS: Final = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+_GROWTH: Final = {
+    "NFKC": 18, "NFKD": 18, "NFC": 3, "NFD": 4, "Lowercase": 3, "BertNormalizer": 8,
+    "ByteLevel": 4, "Metaspace": 2, "Precompiled": 32,
+}  # fmt: skip
 
 _DOWNLOAD_AGAIN = "fetch the file again from where the model came from"
 
@@ -55,7 +63,7 @@ class Tokenizer:
         if len(data) > MAX_JSON_NBYTES:
             raise BadInput(f"{source}: {len(data)} bytes is more than any tokenizer.json holds")
         # stricter than the engine: it takes the last of two keys
-        require_bounded(parse_object(data, source), source)
+        _require_bounded(parse_object(data, source), source)
         settings = {} if config is None else parse_object(config, f"config of {source}")
         with _engine_errors(source), _without_panics():
             engine = Engine.from_buffer(data)
@@ -216,3 +224,56 @@ def _id_of(engine: Engine, token: Any) -> int | None:
     """The id of a token that tokenizer_config.json gives as a string or as {"content": string}."""
     content = token.get("content") if isinstance(token, dict) else token
     return engine.token_to_id(content) if isinstance(content, str) else None
+
+
+def _require_bounded(document: Mapping[str, Any], source: str) -> None:
+    """Raises UnsupportedModel for steps that multiply a text: forty that replace `a` by `aa` make a
+    terabyte of one letter, and the engine then ends the whole process.
+
+    What is malformed in other ways is left to the engine to refuse.
+    """
+    for part in _PARTS:
+        growth, maps = 1, 0
+        for step in _objects(document.get(part)):
+            growth *= _growth(step)
+            maps += step.get("type") == "Precompiled"  # replaces by texts as long as its own table
+            if growth > MOST_GROWTH or maps > 1:
+                raise UnsupportedModel(
+                    f"{source}: its {part} makes a text more than {MOST_GROWTH} times as long",
+                    "get this model from another place",
+                )
+
+
+def _objects(value: Any) -> Iterator[Mapping[str, Any]]:
+    """All JSON objects in `value`; without recursion, which hostile nesting would exhaust."""
+    left = [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            yield value
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+
+
+def _growth(step: Mapping[str, Any]) -> int:
+    kind = step.get("type")
+    if kind == "Replace":
+        return _replaced(step.get("pattern"), step.get("content"))
+    if kind == "Prepend":
+        return 1 + _length(step.get("prepend"))
+    if kind == "TemplateProcessing":
+        tokens = [_length(t.get("ids")) for t in _objects(step.get("special_tokens")) if "ids" in t]
+        return max(1, _length(step.get("single"))) * max([1, *tokens])
+    return _GROWTH.get(kind, 1) if isinstance(kind, str) else 1
+
+
+def _replaced(pattern: Any, content: Any) -> int:
+    literal = pattern.get("String") if isinstance(pattern, dict) else None
+    if isinstance(literal, str) and literal:
+        return max(1, -(-_length(content) // len(literal)))
+    return 1 + _length(content)  # an expression may match between all letters
+
+
+def _length(value: Any) -> int:
+    return len(value) if isinstance(value, str | list) else 0
