@@ -4,10 +4,12 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 DEMO ?= demo
 CAMPAIGN ?= campaign
+SANITIZED := build/sanitize
+SANITIZED_TESTS := $(patsubst %,tests/test_%.py,kernels native exact frames encode steering hostile_frames)
 # all of m2c's own files of the demo stay in its folder
 DEMO_ENV := M2C_HOME=$(DEMO)/home
 
-.PHONY: help install demo test check campaign format docs bench clean
+.PHONY: help install demo test check campaign sanitize format docs bench clean
 
 help:  ## Print this list
 	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -42,6 +44,15 @@ check: install  ## Format, lint, types, fast tests, generated docs up to date
 campaign: install  ## The large counts of docs/RELIABILITY.md: hours, goes on where it was
 	M2C_CAMPAIGN=$(CAMPAIGN) $(BIN)/python -m pytest -m campaign -s
 	$(BIN)/python scripts/campaign.py $(CAMPAIGN)
+
+sanitize: install  ## Tests of the C kernels with a library that watches memory and arithmetic (gcc)
+	rm -rf $(SANITIZED)
+	CC="gcc -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
+	  $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(SANITIZED) .
+	# python itself is not built so: its leaks at the end are not ours
+	PYTHONPATH=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	  $(BIN)/python -m pytest -p no:cacheprovider $(SANITIZED_TESTS)
 
 format: install  ## Format the code and sort imports
 	$(BIN)/ruff check --fix .

@@ -206,7 +206,7 @@ def block(tokens: int, raw: bytes, **options: bool) -> bytes:
         (hostile(FACTS.replace(b":9", b":" + b"9" * 3000)), "num_neurons"),
         (hostile(FACTS.replace(b'["int4"]', b'{"int4":1}')), "planes"),
         (hostile(FACTS.replace(b'"int4"', b"4")), "name"),
-        (hostile(FACTS.replace(b'"int4"', b'"\\ud800"')), "name"),
+        (hostile(FACTS.replace(b'"int4"', b'"\\ud800"')), "half a character"),
         (hostile(blocks=block(1, b"\x01\x02"), tokens=1), "beyond 8"),
         (hostile(blocks=block(1, b"\x01\x01"), tokens=2), "end mark"),
         (hostile(blocks=block(2, b"\x01\x01"), tokens=2), "wrong size"),

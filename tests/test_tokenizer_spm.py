@@ -209,7 +209,7 @@ def test_what_would_take_forever_is_refused_first(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(BadInput, match="more than 1024 letters"):
         converted(spm_model([*llama_pieces(), ("a" * 2_000_000, -9.0, 1)]))
     monkeypatch.setattr(spm_file, "_MAX_PIECES", 5)
-    with pytest.raises(BadInput, match="more than 5 pieces"):
+    with pytest.raises(BadInput, match="more than 5 fields"):
         converted(b"\x0a\x00" * 6 + b"\xff" * 40)
 
 

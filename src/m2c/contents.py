@@ -7,13 +7,12 @@ from typing import Final
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load
 
 from m2c.bundle.bundle import Bundle, shard_name
 from m2c.bundle.files import MEND
 from m2c.bundle.importance import Importance, decode_importance
 from m2c.bundle.shard import PLANES
+from m2c.bundle.tensors import is_array, load_tensors
 from m2c.errors import BadInput
 from m2c.model.attention import MATRICES
 from m2c.model.config import ModelConfig, dense_matrices, small_tensors, up_bias_name
@@ -77,16 +76,13 @@ def vectors_of(bundle: Bundle, config: ModelConfig) -> dict[str, torch.Tensor]:
     Raises BadInput when one is missing, of a wrong shape or not finite.
     """
     path = bundle.path / VECTORS
-    try:
-        arrays = load(bundle.file(VECTORS))
-    except SafetensorError as error:
-        raise BadInput(f"{path}: {error}") from None
+    arrays = load_tensors(bundle.file(VECTORS), path)
     found = {}
     for name, shape in small_tensors(config).items():
         array = arrays.get(name)
         if array is None or array.shape != shape or array.dtype != np.float32:
             raise BadInput(f"{path}: {name} is missing or of a wrong shape")
-        if not np.isfinite(array).all():
+        if not is_array(array, np.float32, shape):
             raise BadInput(f"{path}: {name} holds NaN or infinity", MEND)
         found[name] = torch.from_numpy(array.copy())
     return found

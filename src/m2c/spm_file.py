@@ -11,10 +11,10 @@ from typing import Final
 
 from m2c.errors import BadInput, UnsupportedModel
 
-MAX_NBYTES: Final = 64 << 20  # the largest published ones take 5 MB
+MAX_NBYTES: Final = 16 << 20  # the largest published ones take 5 MB
 UNIGRAM, BPE = 1, 2  # trainer_spec.model_type
 MODEL_TYPES: Final = {UNIGRAM: "unigram", BPE: "BPE", 3: "word", 4: "char"}
-_MAX_PIECES = 1 << 22
+_MAX_PIECES = 1 << 20  # and fields of any message: each takes a microsecond and 100 bytes
 _AGAIN = "fetch the file again from where the model came from"
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
 
@@ -61,8 +61,6 @@ def _read(data: bytes) -> SpmFile:
     settings = {2: trainer, 3: normalizer, 5: denormalizer}
     for number, value in _fields(data):
         if number == 1:
-            if len(pieces) == _MAX_PIECES:
-                raise ValueError(f"more than {_MAX_PIECES} pieces")
             piece = dict(_fields(_bytes(value)))
             pieces.append(_bytes(piece.get(1, b"")).decode("utf-8"))
             scores.append(struct.unpack("<f", _bytes(piece.get(2, bytes(4))))[0])
@@ -86,8 +84,11 @@ def _read(data: bytes) -> SpmFile:
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
     """(field number, value) of a protobuf message; 4- and 8-byte values as bytes."""
-    at = 0
+    at = count = 0
     while at < len(data):
+        count += 1
+        if count > _MAX_PIECES:
+            raise ValueError(f"more than {_MAX_PIECES} fields")
         tag, at = _varint(data, at)
         kind = tag & 7
         if kind == _VARINT:

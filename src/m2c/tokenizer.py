@@ -5,14 +5,15 @@ token in a text is a command or just text, and when streamed text is safe to pri
 Knows nothing about models, chat templates or sampling; GGUF vocabularies: tokenizer_gguf.py.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any, Final
 
 from tokenizers import Tokenizer as Engine
 
 from m2c.bundle.strict import parse_object
-from m2c.errors import BadInput, UsageError
+from m2c.errors import BadInput, UnsupportedModel, UsageError
 
 MAX_JSON_NBYTES = 256 << 20  # the largest published vocabularies take about 35 MB
 
@@ -20,6 +21,15 @@ MAX_JSON_NBYTES = 256 << 20  # the largest published vocabularies take about 35 
 # after this many tokens is garbage, or ends in at most three tokens that are not.
 _MAX_HELD_TOKENS = 16
 _REPLACEMENT = "\ufffd"
+
+MOST_GROWTH: Final = (
+    4096  # letters that one letter may become; those of published models stay below
+)
+_PARTS: Final = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+_GROWTH: Final = {
+    "NFKC": 18, "NFKD": 18, "NFC": 3, "NFD": 4, "Lowercase": 3, "BertNormalizer": 8,
+    "ByteLevel": 4, "Metaspace": 2, "Precompiled": 32,
+}  # fmt: skip
 
 _DOWNLOAD_AGAIN = "fetch the file again from where the model came from"
 
@@ -52,14 +62,16 @@ class Tokenizer:
         """
         if len(data) > MAX_JSON_NBYTES:
             raise BadInput(f"{source}: {len(data)} bytes is more than any tokenizer.json holds")
-        parse_object(data, source)  # stricter than the engine: it takes the last of two keys
+        # stricter than the engine: it takes the last of two keys
+        _require_bounded(parse_object(data, source), source)
         settings = {} if config is None else parse_object(config, f"config of {source}")
-        with _engine_errors(source):
+        with _engine_errors(source), _without_panics():
             engine = Engine.from_buffer(data)
             # Saved training settings: left on, they would cut a long prompt without a word.
             engine.no_truncation()
             engine.no_padding()
             template_bos = _bos_of_template(engine)
+            engine.decode(engine.encode("a", add_special_tokens=False).ids)  # does it work?
         bos_id = _id_of(engine, settings.get("bos_token"))
         add_bos = settings.get("add_bos_token")
         return cls(
@@ -189,6 +201,19 @@ def _engine_errors(source: str) -> Iterator[None]:
         raise BadInput(f"{source} is not a usable tokenizer: {reason}", _DOWNLOAD_AGAIN) from None
 
 
+@contextmanager
+def _without_panics() -> Iterator[None]:
+    """The engine's Rust also prints where it panicked, some lines: what is wrong we say in one."""
+    with ExitStack() as undo:
+        with suppress(OSError):  # a closed stderr
+            kept = os.dup(2)
+            undo.callback(os.close, kept)
+            undo.callback(os.dup2, kept, 2)
+            with open(os.devnull, "wb") as null:
+                os.dup2(null.fileno(), 2)
+        yield
+
+
 def _bos_of_template(engine: Engine) -> int | None:
     """The id that the tokenizer's own post-processor puts before a text, if any."""
     encoding = engine.encode("a", add_special_tokens=True)
@@ -199,3 +224,56 @@ def _id_of(engine: Engine, token: Any) -> int | None:
     """The id of a token that tokenizer_config.json gives as a string or as {"content": string}."""
     content = token.get("content") if isinstance(token, dict) else token
     return engine.token_to_id(content) if isinstance(content, str) else None
+
+
+def _require_bounded(document: Mapping[str, Any], source: str) -> None:
+    """Raises UnsupportedModel for steps that multiply a text: forty that replace `a` by `aa` make a
+    terabyte of one letter, and the engine then ends the whole process.
+
+    What is malformed in other ways is left to the engine to refuse.
+    """
+    for part in _PARTS:
+        growth, maps = 1, 0
+        for step in _objects(document.get(part)):
+            growth *= _growth(step)
+            maps += step.get("type") == "Precompiled"  # replaces by texts as long as its own table
+            if growth > MOST_GROWTH or maps > 1:
+                raise UnsupportedModel(
+                    f"{source}: its {part} makes a text more than {MOST_GROWTH} times as long",
+                    "get this model from another place",
+                )
+
+
+def _objects(value: Any) -> Iterator[Mapping[str, Any]]:
+    """All JSON objects in `value`; without recursion, which hostile nesting would exhaust."""
+    left = [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            yield value
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+
+
+def _growth(step: Mapping[str, Any]) -> int:
+    kind = step.get("type")
+    if kind == "Replace":
+        return _replaced(step.get("pattern"), step.get("content"))
+    if kind == "Prepend":
+        return 1 + _length(step.get("prepend"))
+    if kind == "TemplateProcessing":
+        tokens = [_length(t.get("ids")) for t in _objects(step.get("special_tokens")) if "ids" in t]
+        return max(1, _length(step.get("single"))) * max([1, *tokens])
+    return _GROWTH.get(kind, 1) if isinstance(kind, str) else 1
+
+
+def _replaced(pattern: Any, content: Any) -> int:
+    literal = pattern.get("String") if isinstance(pattern, dict) else None
+    if isinstance(literal, str) and literal:
+        return max(1, -(-_length(content) // len(literal)))
+    return 1 + _length(content)  # an expression may match between all letters
+
+
+def _length(value: Any) -> int:
+    return len(value) if isinstance(value, str | list) else 0

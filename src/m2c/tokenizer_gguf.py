@@ -35,8 +35,8 @@ def build_from_gguf(metadata: dict[str, Any]) -> bytes:
         return build_spm(_spm_vocabulary(metadata))
     if kind != _BPE:
         raise UnsupportedModel(
-            f"the GGUF file holds a {kind!r} vocabulary, and only {_BPE!r} (byte-level BPE) and "
-            f"{_SPM!r} (sentencepiece BPE) can be rebuilt",
+            f"the GGUF file holds a {repr(kind)[:40]} vocabulary, and only {_BPE!r} (byte-level "
+            f"BPE) and {_SPM!r} (sentencepiece BPE) can be rebuilt",
             _BRING_TOKENIZER,
         )
     normalizer, pre_tokenizer = _pipeline(metadata.get("tokenizer.ggml.pre"))
@@ -67,7 +67,7 @@ def build_tokenizer_config(metadata: dict[str, Any]) -> bytes:
         if id is None:
             continue
         if type(id) is not int or not 0 <= id < len(tokens):  # True is an int too
-            raise BadInput(f"tokenizer.ggml.{role}_token_id is {id!r}: no such token")
+            raise BadInput(f"tokenizer.ggml.{role}_token_id is {repr(id)[:40]}: no such token")
         config[f"{role}_token"] = tokens[id]
     template = metadata.get("tokenizer.chat_template")
     if isinstance(template, str):
@@ -89,7 +89,8 @@ def _pipeline(name: Any) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     if name in _LLAMA3:
         return None, _split_words(digits="{1,3}")
     raise UnsupportedModel(
-        f"the GGUF file's pre-tokenizer {name!r} is not one of {', '.join(_PRE_TOKENIZERS)}",
+        f"the GGUF file's pre-tokenizer {repr(name)[:40]} is not one of "
+        f"{', '.join(_PRE_TOKENIZERS)}",
         _BRING_TOKENIZER,
     )
 

@@ -18,6 +18,8 @@ from m2c.spm_file import BPE, MODEL_TYPES, SpmFile, read_spm
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 SPACE: Final = "▁"
 _MAX_PIECE: Final = 1024  # letters: a piece is cut at each of them, and trainers stop far below
+_MAX_LETTERS: Final = 1 << 22  # of all pieces: the largest published vocabulary has 2 million
+_MAX_MERGES: Final = 1 << 20  # of which it has 580,000, of 5 million letters
 _AGAIN = "fetch the file again from where the model came from"
 _OTHER_FILE = (
     "get a version of this model that has a tokenizer.json, or make one: "
@@ -116,8 +118,11 @@ def _merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
     """
     pieces = vocabulary.pieces
     normal = {piece: id for id, piece in enumerate(pieces) if vocabulary.kinds[id] == NORMAL}
+    if sum(map(len, normal)) > _MAX_LETTERS:
+        raise BadInput(f"{vocabulary.source}: tokens of more than {_MAX_LETTERS} letters", _AGAIN)
     found: list[tuple[float, int, int, str, str]] = []
     products: dict[float, str] = {}
+    letters = 0
     for piece, id in normal.items():
         score = vocabulary.scores[id]
         begun = len(found)
@@ -127,6 +132,9 @@ def _merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
                 found.append((-score, normal[left], normal[right], left, right))
             elif _is_part(left, normal) and _is_part(right, normal):
                 raise _inexact(vocabulary.source, f"{piece!r} has letters that are no tokens")
+        letters += len(piece) * (len(found) - begun)
+        if len(found) > _MAX_MERGES or letters > 4 * _MAX_LETTERS:
+            raise BadInput(f"{vocabulary.source}: too many ways to join its tokens", _AGAIN)
         if len(found) > begun and products.setdefault(score, piece) != piece:
             raise _inexact(vocabulary.source, f"{products[score]!r} and {piece!r} score the same")
     found.sort()

@@ -28,7 +28,9 @@ class Bundle:
         return self.shards[shard_name(kind, name, plane)]
 
     def file(self, name: str) -> bytes:
-        """A side file, verified. Raises BadInput when it is damaged."""
+        """A side file, verified. Raises BadInput when it is damaged or not of this bundle."""
+        if name not in self.manifest.files:
+            raise BadInput(f"{self.path}: holds no {name}", "pack the model again")
         return verified_file(self.path / name, self.manifest.files[name])
 
 

@@ -5,6 +5,7 @@ Knows nothing about what the files hold.
 
 import errno
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,8 @@ def disk_errors(path: Path | str) -> Iterator[None]:
             raise NoSpace(f"{path}: {reason}", "free some space and run the same command") from None
         if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
             raise BadInput(f"{path}: {reason}") from None
+        if error.errno == errno.ELOOP:  # what O_NOFOLLOW says of any link
+            raise BadInput(f"{path}: a symbolic link, which is not followed") from None
         raise StorageError(f"{path}: {reason}") from None
 
 
@@ -83,12 +86,25 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def open_regular(path: Path) -> int:
+    """A descriptor of a regular file, for reading; links are not followed, nothing is waited for.
+
+    Raises BadInput for anything else. OSErrors are the caller's to translate.
+    """
+    # O_NONBLOCK: opening a FIFO must not wait for a writer
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    descriptor = os.open(path, flags)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise BadInput(f"{path}: not a regular file")
+    return descriptor
+
+
 def read_small(path: Path, *, limit: int) -> bytes:
     """The bytes of a regular file of at most `limit` bytes; links are not followed."""
-    with disk_errors(path):
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        with open(descriptor, "rb") as file:
-            data = file.read(limit + 1)
+    with disk_errors(path), open(open_regular(path), "rb") as file:
+        # a read of `limit` bytes would set them aside, however short the file
+        data = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
     if len(data) > limit:
         raise BadInput(f"{path}: larger than the {limit} bytes such a file may have")
     return data

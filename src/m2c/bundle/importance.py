@@ -11,16 +11,17 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
 from m2c.bundle.files import read_small, write_atomic
 from m2c.bundle.steering import MOST_DIRECTIONS
 from m2c.bundle.strict import decode, dump_json, load_json
+from m2c.bundle.tensors import load_tensors
 from m2c.errors import BadInput
 
 F32 = npt.NDArray[np.float32]
 MAX_NBYTES = 1 << 30
+_MOST_SHARE = 1.01  # sums of f32 may come out a little above 1
 _DIRECTIONS = ("attn_directions", "o_directions", "ffn_directions", "down_directions")
 
 
@@ -119,23 +120,20 @@ def read_importance(path: Path) -> tuple[Importance, str]:
 
 
 def decode_importance(data: bytes, path: Path) -> Importance:
+    tensors = load_tensors(data, path)
     try:
-        tensors = load(data)
         length = int.from_bytes(data[:8], "little")
         header = load_json(data[8 : 8 + length], file=path)
         facts = load_json(header["__metadata__"]["m2c"].encode(), file=path)
-    except (SafetensorError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, UnicodeError) as error:
         raise BadInput(f"{path}: not an importance file of m2c profile ({error})") from None
     calibration = decode(Calibration, facts, file=path)
-    if calibration.layers > 4096:
+    if not 1 <= calibration.layers <= 4096:
         raise BadInput(f"{path}: {calibration.layers} layers")
     layers = [_layer(tensors, i, path) for i in range(calibration.layers)]
     head = (_tensor(tensors, f"head_{name}", np.float32, path) for name in ("input", "directions"))
     importance = Importance(calibration, layers, *head)
-    directions = [getattr(layer, name) for layer in layers for name in _DIRECTIONS]
-    ranks = {array.shape[1:] for array in (importance.head_directions, *directions)}
-    if len(ranks) != 1 or not all(len(rank) == 1 and rank[0] <= MOST_DIRECTIONS for rank in ranks):
-        raise BadInput(f"{path}: its directions are of different numbers, or too many")
+    _check_shapes(importance, path)
     return importance
 
 
@@ -144,14 +142,33 @@ def _layer(tensors: dict[str, Any], i: int, path: Path) -> LayerImportance:
     for field in fields(LayerImportance):
         dtype = np.int32 if field.name == "order" else np.float32
         arrays[field.name] = _tensor(tensors, f"layers.{i}.{field.name}", dtype, path)
-    layer = LayerImportance(**arrays)
-    neurons = len(layer.order)
-    per_neuron = (layer.mean, layer.energy, layer.frequency, layer.down_norm)
-    if any(array.shape != (neurons,) for array in per_neuron) or layer.sample.ndim != 2:
-        raise BadInput(f"{path}: layer {i} has arrays of wrong shapes")
-    if not np.array_equal(np.sort(layer.order), np.arange(neurons)):
-        raise BadInput(f"{path}: the order of layer {i} is not a permutation")
-    return layer
+    return LayerImportance(**arrays)
+
+
+def _check_shapes(importance: Importance, path: Path) -> None:
+    """All arrays are of one model: its H, its R, and each layer's N and A."""
+    hidden, directions = importance.head_input.shape, importance.head_directions.shape
+    if len(hidden) != 1 or len(directions) != 2 or directions[1] > MOST_DIRECTIONS:
+        raise BadInput(f"{path}: its head arrays are of wrong shapes")
+    rank = directions[1:]
+    if directions != hidden + rank:
+        raise BadInput(f"{path}: its head arrays are of wrong shapes")
+    for i, layer in enumerate(importance.layers):
+        n, a = layer.order.shape, layer.o_input.shape
+        expected = {
+            "mean": n, "energy": n, "frequency": n, "down_norm": n, "attn_input": hidden,
+            "ffn_input": hidden, "attn_directions": hidden + rank, "o_directions": a + rank,
+            "ffn_directions": hidden + rank, "down_directions": n + rank,
+            "coverage_own": (101,), "coverage_static": (101,), "overlap": (2,),
+        }  # fmt: skip
+        shapes = {name: getattr(layer, name).shape for name in expected}
+        if shapes != expected or len(n) != 1 or len(a) != 1 or layer.sample.shape[1:] != hidden:
+            raise BadInput(f"{path}: layer {i} has arrays of wrong shapes")
+        if not np.array_equal(np.sort(layer.order), np.arange(*n)):
+            raise BadInput(f"{path}: the order of layer {i} is not a permutation")
+        shares = layer.frequency, layer.coverage_own, layer.coverage_static, layer.overlap
+        if any((np.abs(array) > _MOST_SHARE).any() for array in shares):
+            raise BadInput(f"{path}: layer {i} has shares of more than everything")
 
 
 def _tensor(tensors: dict[str, Any], name: str, dtype: type, path: Path) -> Any:

@@ -88,7 +88,7 @@ def read_manifest(directory: Path) -> Manifest:
         raise BadInput(f"{path}: not the manifest of an m2c bundle")
     if facts.get("version") != VERSION:
         raise BadInput(
-            f"{path}: bundle format {facts.get('version')!r}, this m2c reads {VERSION}",
+            f"{path}: bundle format {repr(facts.get('version'))[:40]}, this m2c reads {VERSION}",
             "pack the model again: m2c profile MODEL | m2c pack - --ssd DIR",
         )
     checksum = facts.pop("checksum", None)
@@ -99,6 +99,9 @@ def read_manifest(directory: Path) -> Manifest:
     manifest = decode(Manifest, facts, file=path)
     for name in (*manifest.shards, *manifest.files):
         _check_name(name, path)
+    for folder in sorted({name.partition("/")[0] for name in (*manifest.shards, *manifest.files)}):
+        if (directory / folder).is_symlink():
+            raise BadInput(f"{directory / folder}: a link, and all of a bundle lies in its folder")
     if manifest.exact_type not in EXACT_TYPES:
         raise BadInput(f"{path}: exact_type must be one of {', '.join(EXACT_TYPES)}")
     if len(manifest.mix.percent) != 3 or sum(manifest.mix.percent) != 100:
@@ -110,6 +113,6 @@ def _check_name(name: str, path: Path) -> None:
     """A name inside the bundle: relative, plain, at most one folder deep."""
     parts = PurePosixPath(name).parts
     # a root is "/", or "//" where that means something else
-    plain = all(not part.startswith((".", "/")) for part in parts)
-    if not plain or not 1 <= len(parts) <= 2 or "\\" in name or "\0" in name or len(name) > 200:
-        raise BadInput(f"{path}: {name!r} is not a name inside a bundle")
+    plain = all(not part.startswith((".", "/")) for part in parts) and name.isprintable()
+    if not plain or not 1 <= len(parts) <= 2 or "\\" in name or len(name) > 200:
+        raise BadInput(f"{path}: {name[:80]!r} is not a name inside a bundle")

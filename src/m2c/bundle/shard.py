@@ -21,7 +21,7 @@ import numpy.typing as npt
 import xxhash
 
 from m2c.bundle.exact import ESCAPE_NBYTES, Frames
-from m2c.bundle.files import MEND, atomic_file, disk_errors, read_at
+from m2c.bundle.files import MEND, atomic_file, disk_errors, open_regular, read_at
 from m2c.bundle.planes import GROUP, RecordLayout
 from m2c.bundle.strict import decode, dump_json, load_json
 from m2c.errors import BadInput
@@ -176,7 +176,7 @@ def read_index(path: Path) -> ShardIndex:
     Raises BadInput naming the file when anything is inconsistent.
     """
     with disk_errors(path):
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = open_regular(path)
         try:
             page = read_at(descriptor, PAGE, 0, path)
             header = _parse_header(page, path)

@@ -7,14 +7,18 @@ of range are refused with the file and the key. Knows nothing about what the val
 import dataclasses
 import json
 import math
+import re
 import types
 import typing
+from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from m2c.errors import BadInput
 
 MAX_JSON_NBYTES = 64 << 20
+_MAX_VALUES = 1 << 22  # in one file: each takes up to 100 bytes of memory, however short its text
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 T = TypeVar("T")
 _AGAIN = "fetch the file again"
 
@@ -23,10 +27,12 @@ def load_json(data: bytes, *, file: Path | str) -> Any:
     """The JSON value in `data`. Raises BadInput on duplicate keys, NaN, bad UTF-8 or bad JSON."""
     if len(data) > MAX_JSON_NBYTES:
         raise BadInput(f"{file}: {len(data)} bytes of JSON is more than any such file holds")
+    if sum(data.count(mark) for mark in (b",", b"[", b"{")) > _MAX_VALUES:
+        raise BadInput(f"{file}: more than {_MAX_VALUES} JSON values")
     try:
         return json.loads(
             data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant,
-            parse_float=_finite,
+            parse_float=_finite, parse_int=_integer,
         )  # fmt: skip
     except RecursionError:
         raise BadInput(f"{file}: not valid JSON (nested too deeply)", _AGAIN) from None
@@ -35,18 +41,27 @@ def load_json(data: bytes, *, file: Path | str) -> Any:
 
 
 def parse_object(data: bytes, file: Path | str) -> dict[str, Any]:
-    """The JSON object in `data`; `file` names it in errors. Raises BadInput for anything else."""
+    """The JSON object in `data`; `file` names it in errors. Raises BadInput for anything else.
+
+    Text that is not Unicode (half a surrogate pair) is refused: it can neither be printed nor be
+    part of a path, and other readers refuse it too.
+    """
     value = load_json(data, file=file)
     if not isinstance(value, dict):
         raise BadInput(f"{file}: holds a JSON {type(value).__name__}, not an object", _AGAIN)
+    if _SURROGATE.search(data):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise BadInput(f"{file}: not valid JSON (half a character)", _AGAIN) from None
     return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for i, key in enumerate(keys) if key in keys[:i])
+        counts = Counter(key for key, _ in pairs)
+        twice = next(key for key, count in counts.items() if count > 1)
         raise ValueError(f"duplicate key {twice[:80]!r}")
     return found
 
@@ -56,6 +71,12 @@ def _finite(text: str) -> float:
     if math.isinf(value):
         raise ValueError(f"{text[:80]} is beyond any float")
     return value
+
+
+def _integer(text: str) -> int:
+    if text == "-0":  # an integer to Python, a float to others
+        raise ValueError("-0 is not an integer")
+    return int(text)
 
 
 def _no_constant(text: str) -> NoReturn:
@@ -78,7 +99,7 @@ def decode(cls: type[T], value: Any, *, file: Path | str, where: str = "") -> T:
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(set(value) - set(fields))
     if unknown:
-        raise BadInput(f"{file}: unknown key {where}{unknown[0]!r}")
+        raise BadInput(f"{file}: unknown key {where}{unknown[0][:80]!r}")
     arguments = {}
     for name, field in fields.items():
         if name not in value:
@@ -109,7 +130,7 @@ def _value(kind: Any, value: Any, file: Path | str, where: str) -> Any:
         item = typing.get_args(kind)[1]
         if not isinstance(value, dict):
             raise BadInput(f"{file}: {where} must be an object")
-        return {key: _value(item, v, file, f"{where}.{key}") for key, v in value.items()}
+        return {key: _value(item, v, file, f"{where}.{key[:80]}") for key, v in value.items()}
     if kind is float and type(value) is int:
         if abs(value) >= 1 << 62:
             raise BadInput(f"{file}: {where} is out of range")

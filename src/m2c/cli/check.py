@@ -68,6 +68,6 @@ def _mend(path: Path) -> str:
 
 def _say_some(damage: str, number: int) -> None:
     if number <= _SHOWN:
-        say(f"m2c: {damage}")
+        say(f"m2c: {' '.join(damage.split())}")
     elif number == _SHOWN + 1:
         say("m2c: ... and more")

@@ -25,7 +25,12 @@ if TYPE_CHECKING:
 def say(text: str) -> None:
     """A line for people, on stderr. Work does not stop because nobody can read about it."""
     with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+        print(plain(text), file=sys.stderr, flush=True)
+
+
+def plain(text: str) -> str:
+    """What a file says may reach a terminal as letters only, never as a command to it."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def result(text: str) -> None:

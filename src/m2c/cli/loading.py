@@ -36,7 +36,7 @@ def say_price(bundle: Bundle, drop: float, quiet: bool) -> None:
     known = bundle.manifest.quality
     mix = "/".join(str(part) for part in bundle.manifest.mix.percent)
     measured = [d for d in range(10, 80, 10) if d >= drop and f"ffn_error_drop_{d}" in known]
-    if measured:
+    if measured and "ffn_error_drop_0" in known:
         before, after = known["ffn_error_drop_0"], known[f"ffn_error_drop_{measured[0]}"]
         say(
             f"m2c: dropping up to {measured[0]} % raises the FFN output error from {before:.3f} to "

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from m2c.cli import complete, options
-from m2c.cli.console import result, say, tables
+from m2c.cli.console import plain, result, say, tables
 
 if TYPE_CHECKING:
     from m2c.bundle.bundle import Bundle
@@ -137,7 +137,9 @@ def _print_bundle(facts: dict[str, Any]) -> None:
     from m2c.units import format_size
 
     mix = "/".join(str(part) for part in facts["mix"])
-    table = Table(title=f"{facts['name']}, exact plane {facts['exact_type']}, default mix {mix}")
+    table = Table(
+        title=f"{_letters(facts['name'])}, exact plane {facts['exact_type']}, default mix {mix}"
+    )
     for column in ("plane", "attention, embeddings", "neurons", "both", "bits per weight"):
         table.add_column(column, justify="left" if column == "plane" else "right")
     count = sum(facts["weights"].values())
@@ -156,8 +158,8 @@ def _print_importance(facts: dict[str, Any]) -> None:
 
     known = facts["calibration"]
     table = Table(
-        title=f"{known['model']}: output energy held by the top neurons, "
-        f"{known['tokens']} tokens of {known['text_source']}"
+        title=f"{_letters(known['model'])}: output energy held by the top neurons, "
+        f"{known['tokens']} tokens of {_letters(known['text_source'])}"
     )
     headers = ("layer", "own 10 %", "own 30 %", "own 50 %", "fixed 30 %", "overlap 30 %", "curve")
     for header in headers:
@@ -170,3 +172,10 @@ def _print_importance(facts: dict[str, Any]) -> None:
             f"{fixed['30']:.0%}", f"{layer['overlap_minus_chance']['30']:+.0%}", curve,
         )  # fmt: skip
     tables().print(table)
+
+
+def _letters(text: str) -> str:
+    """What a file says, neither as a command to the terminal nor as rich's markup."""
+    from rich.markup import escape
+
+    return escape(plain(text)[:200])

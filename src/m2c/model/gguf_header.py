@@ -29,7 +29,8 @@ _SCALARS: Final = {
 }  # fmt: skip
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 _MAX_HEADER = 256 << 20  # the header of a 128k-token vocabulary takes 8 MiB
-_MAX_ITEMS = 1 << 24  # in all arrays together: each becomes a Python object
+# in all arrays together: each becomes a Python object; the largest vocabularies have 800,000
+_MAX_ITEMS = 1 << 21
 _STEP = 4 << 20
 
 

@@ -96,7 +96,7 @@ def _parse_header(header: bytes, file: RangedFile) -> dict[str, Entry]:
     end = start
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if entry.offset != end:
-            raise BadInput(f"{path}: {name} leaves a hole or overlaps at byte {entry.offset}")
+            raise BadInput(f"{path}: {name[:80]} leaves a hole or overlaps at byte {entry.offset}")
         end += entry.nbytes
     if end != file.size:
         hint = "fetch the file again" if end > file.size else ""
@@ -105,6 +105,7 @@ def _parse_header(header: bytes, file: RangedFile) -> dict[str, Entry]:
 
 
 def _entry(name: str, facts: Any, start: int, path: str) -> Entry:
+    name = name[:80]  # for errors
     if not isinstance(facts, dict) or facts.keys() != {"dtype", "shape", "data_offsets"}:
         raise BadInput(f"{path}: the entry of {name} needs dtype, shape and data_offsets")
     dtype, shape, offsets = facts["dtype"], facts["shape"], facts["data_offsets"]

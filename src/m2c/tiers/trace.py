@@ -42,6 +42,10 @@ MAX_PLANES = 8
 MAX_FACTS_NBYTES = 1 << 12
 MAX_BLOCK_NBYTES = 1 << 24  # decoded; a token must fit in one block
 MAX_TRACE_NBYTES = 4 << 30  # decoded and held in memory by read_trace
+# and no more than this for each byte of the file: sets that differ compress four times, empty ones
+# ten thousand times
+_MAX_GROWTH = 64
+_SMALL_NBYTES = 32 << 20  # of which nobody asks
 _FLUSH_NBYTES = 1 << 20
 
 
@@ -174,7 +178,10 @@ def _read(file: BinaryIO, path: Path, max_tokens: int | None) -> Trace:
     num_tokens = sum(tokens for tokens, _ in _blocks(file, path, token_nbytes))
     if max_tokens is not None:
         num_tokens = min(num_tokens, max(0, max_tokens))
-    if num_tokens * token_nbytes > MAX_TRACE_NBYTES:
+    nbytes = num_tokens * token_nbytes
+    if nbytes > max(_MAX_GROWTH * os.fstat(file.fileno()).st_size, _SMALL_NBYTES):
+        raise _bad(path, f"it is {num_tokens} tokens in which next to nothing was active")
+    if nbytes > MAX_TRACE_NBYTES:
         most = MAX_TRACE_NBYTES // token_nbytes
         raise BadInput(
             f"{path} holds {num_tokens} tokens, {most} fit in memory", "record fewer tokens"

@@ -1,0 +1,29 @@
+"""The arrays of a small safetensors file that is in memory, whatever it says.
+
+Knows nothing about which tensors belong there.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load
+
+from m2c.errors import BadInput
+
+
+def load_tensors(data: bytes, path: Path) -> dict[str, npt.NDArray[Any]]:
+    """Raises BadInput naming `path` for a damaged file, and for dtypes and shapes numpy lacks."""
+    try:
+        return dict(load(data))
+    except (SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BadInput(f"{path}: not a readable safetensors file ({reason})") from None
+
+
+def is_array(array: Any, dtype: type, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is there, of this type and shape, and finite."""
+    fits = array is not None and array.dtype == dtype and array.shape == shape
+    return bool(fits and np.isfinite(array).all())
