@@ -33,13 +33,13 @@ from m2c.bundle.manifest import (
 from m2c.bundle.planes import GROUP
 from m2c.bundle.shard import VERSION
 from m2c.bundle.strict import dump_json
-from m2c.contents import IMPORTANCE, VECTORS
+from m2c.contents import IMPORTANCE, VECTORS, keeps_experts
 from m2c.encode import PIECE_WEIGHTS, Spent, Tools, encode_piece
 from m2c.errors import NoSpace, UsageError
 from m2c.kernels.encoder import load_encoder
 from m2c.kernels.workers import Workers
 from m2c.model.checkpoint import Checkpoint
-from m2c.model.config import dense_matrices
+from m2c.model.config import dense_matrices, small_tensors
 from m2c.model.footprint import bundle_nbytes
 from m2c.model.weights import vector_tensors
 from m2c.pipeline import write_shards
@@ -82,7 +82,7 @@ class PackJob:
         """Weights that `pack` reports progress in."""
         config = self.checkpoint.config
         dense = sum(rows * columns for rows, columns in dense_matrices(config).values())
-        ffn = 3 * config.hidden_size * config.intermediate_size
+        ffn = 3 * config.hidden_size * config.neurons
         return dense + config.num_hidden_layers * ffn
 
     @property
@@ -157,7 +157,8 @@ def choose_exact_type(checkpoint: Checkpoint) -> str:
 
     Judged on a sample of every matrix; bf16 when both lose the same, as its planes are smaller.
     """
-    names = [n for n in checkpoint.names() if len(checkpoint.shape(n)) == 2]
+    small = small_tensors(checkpoint.config)
+    names = [name for name in checkpoint.names() if name not in small]
     stored = {checkpoint.stored_type(name) for name in names}
     if len(stored) == 1 and stored <= {"bf16", "f16"}:
         return stored.pop()
@@ -235,12 +236,12 @@ def _require_matching(job: PackJob) -> None:
     config = job.checkpoint.config
     heads = config.num_attention_heads * config.head_dim
     shapes = {
-        "order": config.intermediate_size, "attn_input": config.hidden_size,
+        "order": config.neurons, "attn_input": config.hidden_size,
         "o_input": heads, "ffn_input": config.hidden_size,
     }  # fmt: skip
     inputs = {
         "attn_directions": config.hidden_size, "o_directions": heads,
-        "ffn_directions": config.hidden_size, "down_directions": config.intermediate_size,
+        "ffn_directions": config.hidden_size, "down_directions": config.neurons,
     }  # fmt: skip
     matches = (
         known.calibration.fingerprint == job.checkpoint.fingerprint()
@@ -258,6 +259,7 @@ def _require_matching(job: PackJob) -> None:
             for name, size in inputs.items()
         )
         and all(layer.sample.shape[1] == config.hidden_size for layer in known.layers)
+        and all(keeps_experts(layer.order, config) for layer in known.layers)
     )
     if not matches:
         raise UsageError(

@@ -12,8 +12,10 @@ from typing import Any
 
 from m2c.errors import BadInput
 from m2c.model.families import (
+    FAMILIES,
     HIDDEN_ACTS,
     MODEL_TYPES,
+    MOST_EXPERTS,
     ROPE_TYPES,
     SUPPORTED,
     facts_of_hf,
@@ -85,6 +87,9 @@ class ModelConfig:
     attn_logit_softcapping: float | None = None  # scores s become cap * tanh(s / cap)
     final_logit_softcapping: float | None = None
     hidden_act_param: float | None = None  # of fatrelu: what is not above it becomes zero
+    num_experts: int = 0  # of every layer's FFN, each of intermediate_size neurons; 0: it is one
+    num_experts_per_tok: int = 0
+    norm_topk_prob: bool = False  # the weights of a token's experts add up to 1
 
     @classmethod
     def from_hf(cls, data: Mapping[str, Any], *, file: str = "config.json") -> "ModelConfig":
@@ -114,6 +119,7 @@ class ModelConfig:
         vocab = read.integer("vocab_size", 1, 2**22)
         layers = read.integer("num_hidden_layers", 1, 4096)
         window, sliding = _sliding(read, layers)
+        experts, active = _experts(read)
         scaling = read.mapping("rope_scaling")
         return cls(
             model_type=read.choice("model_type", MODEL_TYPES, SUPPORTED),
@@ -144,6 +150,9 @@ class ModelConfig:
             attn_logit_softcapping=read.maybe_number("attn_logit_softcapping", 1e-3, 1e6),
             final_logit_softcapping=read.maybe_number("final_logit_softcapping", 1e-3, 1e6),
             hidden_act_param=_threshold(read),
+            num_experts=experts,
+            num_experts_per_tok=active,
+            norm_topk_prob=read.flag("norm_topk_prob", False),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -163,6 +172,11 @@ class ModelConfig:
             return self.hidden_act
         return f"{self.hidden_act}:{self.hidden_act_param!r}"
 
+    @property
+    def neurons(self) -> int:
+        """Of a layer, those of all its experts."""
+        return self.intermediate_size * max(1, self.num_experts)
+
     def window(self, layer: int) -> int | None:
         """How many positions a token sees in this layer, its own included; None: all."""
         return self.sliding_window if layer in self.sliding_layers else None
@@ -181,6 +195,17 @@ def _threshold(read: Fields) -> float | None:
     if read.data.get("hidden_act_param") is not None:
         raise BadInput(f"{read.file}: hidden_act_param belongs to fatrelu alone")
     return None
+
+
+def _experts(read: Fields) -> tuple[int, int]:
+    """num_experts and num_experts_per_tok, of the families that have experts and of no other."""
+    family = FAMILIES.get(str(read.data.get("model_type")))
+    if family is None or not family.experts_key:
+        if read.data.get("num_experts") or read.data.get("num_experts_per_tok"):
+            raise BadInput(f"{read.file}: experts in a model_type that has none")
+        return 0, 0
+    experts = read.integer("num_experts", 2, MOST_EXPERTS)
+    return experts, read.integer("num_experts_per_tok", 1, experts)
 
 
 def _sliding(read: Fields, layers: int) -> tuple[int | None, tuple[int, ...]]:
@@ -209,10 +234,28 @@ def dense_matrices(config: ModelConfig) -> dict[str, tuple[int, int]]:
     return found
 
 
-def ffn_names(layer: int) -> tuple[str, str, str]:
-    """gate and up [intermediate, hidden], down [hidden, intermediate]."""
-    prefix = f"model.layers.{layer}.mlp."
+def ffn_names(layer: int, expert: int | None = None) -> tuple[str, str, str]:
+    """gate and up [intermediate, hidden], down [hidden, intermediate]; expert: None for an FFN
+    that is one."""
+    prefix = f"model.layers.{layer}.mlp." + ("" if expert is None else f"experts.{expert}.")
     return prefix + "gate_proj.weight", prefix + "up_proj.weight", prefix + "down_proj.weight"
+
+
+def experts_of(config: ModelConfig) -> list[int | None]:
+    """The parts of a layer's FFN, as `ffn_names` calls them."""
+    return list(range(config.num_experts)) or [None]
+
+
+def router_name(layer: int) -> str:
+    """[experts, hidden]"""
+    return f"model.layers.{layer}.mlp.gate.weight"
+
+
+def small_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """What is kept in f32, never in planes: norms, biases and routers."""
+    routers = {router_name(layer) for layer in range(config.num_hidden_layers)}
+    every = expected_tensors(config)
+    return {name: size for name, size in every.items() if len(size) == 1 or name in routers}
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -220,9 +263,12 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = dict(dense_matrices(config))
     hidden, ffn = config.hidden_size, config.intermediate_size
     for layer in range(config.num_hidden_layers):
-        gate, up, down = ffn_names(layer)
-        found[gate] = found[up] = (ffn, hidden)
-        found[down] = (hidden, ffn)
+        for expert in experts_of(config):
+            gate, up, down = ffn_names(layer, expert)
+            found[gate] = found[up] = (ffn, hidden)
+            found[down] = (hidden, ffn)
+        if config.num_experts:
+            found[router_name(layer)] = (config.num_experts, hidden)
         found.update(_vectors(config, f"model.layers.{layer}."))
     found["model.norm.weight"] = (hidden,)
     return found
@@ -249,3 +295,10 @@ def _vectors(config: ModelConfig, prefix: str) -> Iterator[tuple[str, tuple[int]
 def parameter_count(config: ModelConfig) -> int:
     """Weights of the model; tied embeddings count once."""
     return sum(prod(shape) for shape in expected_tensors(config).values())
+
+
+def active_count(config: ModelConfig) -> int:
+    """Weights that a token meets: of the experts, those it chooses."""
+    idle = config.num_experts - config.num_experts_per_tok
+    of_expert = 3 * config.hidden_size * config.intermediate_size
+    return parameter_count(config) - config.num_hidden_layers * idle * of_expert

@@ -34,18 +34,18 @@ def uniform_ffn(
 
     out_norm: of the output, before it is added.
     """
-    out = _begin(x, out_norm)
+    out = begin(x, out_norm)
     for part in parts:
         gather_ffn(x, part, act, workers, norm=norm, into=out)
-    return _end(x, out, out_norm, workers)
+    return end(x, out, out_norm, workers)
 
 
-def _begin(x: Tensor, out_norm: Norm | None) -> Tensor:
+def begin(x: Tensor, out_norm: Norm | None) -> Tensor:
     """What neurons are added to: what comes in, unless their sum is normed first."""
     return x.clone() if out_norm is None else torch.zeros_like(x)
 
 
-def _end(x: Tensor, out: Tensor, out_norm: Norm | None, workers: Workers) -> Tensor:
+def end(x: Tensor, out: Tensor, out_norm: Norm | None, workers: Workers) -> Tensor:
     return out if out_norm is None else add_normed(x, out, out_norm, workers)
 
 
@@ -60,7 +60,7 @@ def mixed_ffn(
     neurons `ids` (ascending) at `plane`; with one token it is called once per plane, and `record`
     is told the ids (traces).
     """
-    out = _begin(x, out_norm)
+    out = begin(x, out_norm)
     activations = scored_ffn(x, floor, act, workers, norm=norm, into=out)
     levels = rank(activations, down_norm, mix.ranks(len(floor)), workers)
     # all were added at the floor, in one pass over memory: take back those that do not stay there
@@ -80,7 +80,7 @@ def mixed_ffn(
             part = ids[start : start + FETCH]
             mask = chosen[:, torch.from_numpy(part.astype(np.int64)).to(x.device)].to(x.dtype)
             gather_ffn(x, fetch(plane, part), act, workers, mask=mask, norm=norm, into=out)
-    return _end(x, out, out_norm, workers)
+    return end(x, out, out_norm, workers)
 
 
 def _positions(chosen: Tensor) -> Ids:

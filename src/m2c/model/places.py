@@ -15,6 +15,9 @@ _FUSED: Final = {
 }  # fmt: skip
 
 
+_EXPERT_MATRICES: Final = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+
+
 @dataclass(frozen=True)
 class Place:
     """The rows of the stored tensor `stored` from `start` on."""
@@ -50,7 +53,14 @@ def norm_offset(config: ModelConfig, name: str) -> float:
 
 
 def _stored_name(config: ModelConfig, name: str) -> str:
+    if config.model_type == "mixtral" and ".mlp." in name:
+        return _mixtral_name(name)
     if not FAMILIES[config.model_type].fused:
         return name
     *path, short, kind = name.split(".")
     return ".".join((*path, _FUSED.get(short, short), kind))
+
+
+def _mixtral_name(name: str) -> str:
+    *path, short, kind = name.replace(".mlp.", ".block_sparse_moe.").split(".")
+    return ".".join((*path, _EXPERT_MATRICES.get(short, short), kind))

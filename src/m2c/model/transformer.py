@@ -20,7 +20,8 @@ from m2c.kernels.reference import soft_capped
 from m2c.kernels.rows import Rows
 from m2c.kernels.workers import Workers
 from m2c.model.attention import MATRICES, Rotary, attention_call, embedded, layer_facts
-from m2c.model.config import ModelConfig
+from m2c.model.config import ModelConfig, router_name
+from m2c.model.experts import Router, expert_ffn
 from m2c.model.ffn import mixed_ffn, uniform_ffn
 from m2c.model.footprint import LOGITS
 from m2c.model.kv import KvCache
@@ -43,6 +44,8 @@ class Weights(Protocol):
 
     def uses(self, kind: str, layer: int) -> Iterator[Mapping[str, Rows]]: ...
 
+    def experts(self, layer: int, ids: Ids) -> Iterator[Rows]: ...
+
     def embed(self, ids: Ids) -> Tensor: ...
 
 
@@ -51,7 +54,8 @@ class Stopped(Exception):
 
 
 class Transformer:
-    """vectors: norms and biases, f32, by Hugging Face name. down_norms: [layers] of [neurons]."""
+    """vectors: norms, biases and routers, f32, by Hugging Face name. down_norms: [layers] of
+    [neurons]."""
 
     def __init__(
         self, config: ModelConfig, store: Weights, *, vectors: dict[str, Tensor],
@@ -70,8 +74,13 @@ class Transformer:
         self._workers = workers
         layers = range(config.num_hidden_layers)
         self._layers = [layer_facts(config, vectors, layer) for layer in layers]
-        # a norm of the FFN's output comes between its sum and what it is added to
-        self._stacks = mix.is_uniform and not any(facts.ffn_out_norm for facts in self._layers)
+        self._routers = [
+            Router.of(config, vectors[router_name(layer)]) for layer in layers if config.num_experts
+        ]
+        # a norm of the FFN's output comes between its sum and what it is added to; experts are
+        # chosen between the layers
+        plain = not self._routers and not any(facts.ffn_out_norm for facts in self._layers)
+        self._stacks = mix.is_uniform and plain
         self._norm = Norm(vectors["model.norm.weight"], config.rms_norm_eps)
         self._down_norms = down_norms
         self._calls: dict[int, AttentionCall] = {}
@@ -131,6 +140,11 @@ class Transformer:
         for rows in self._store.uses("dense", layer):
             call = self._attention_call(layer, rows)
             x = attention(x, call, self.kv.length, self._workers, norm=facts.attn_norm)
+        if self._routers:
+            return expert_ffn(
+                x, self._routers[layer], partial(self._store.experts, layer), norm=facts.ffn_norm,
+                act=act, workers=self._workers, out_norm=facts.ffn_out_norm,
+            )  # fmt: skip
         neurons = (rows[FFN] for rows in self._store.uses("neurons", layer))
         if self._mix.is_uniform:
             return uniform_ffn(
