@@ -101,6 +101,13 @@ class ExpertCache:
             for one in waiting:
                 self._drop(one)
 
+    def held(self, layer: int) -> list[int]:
+        """The layer's experts that are in slots, rising."""
+        first = layer * self._facts.count
+        slots = self._cache.lookup(np.arange(self._facts.total, dtype=np.int32))
+        own = slots[self._place[first : first + self._facts.count]]
+        return np.flatnonzero(own != ABSENT).tolist()
+
     def read_speed(self) -> float:
         """Bytes per second of reading a token's experts, some layers'."""
         nbytes, begin = 0, time.perf_counter()
@@ -121,7 +128,13 @@ class ExpertCache:
         (slot,) = self._cache.admit([expert], keep=sorted(under_way))
         if slot == ABSENT:
             slot = self._spare.pop()
-        return _Arriving(expert, int(slot), self._read(expert, int(slot)))
+        one = _Arriving(expert, int(slot), Pending([]))
+        try:
+            one.pending = self._read(expert, one.slot)
+        except BaseException:
+            self._drop(one)
+            raise
+        return one
 
     def _read(self, expert: int, slot: int) -> Pending:
         self._rows.pop(slot, None)
