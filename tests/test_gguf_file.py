@@ -152,11 +152,11 @@ def test_linear_rope(tmp_path: Path) -> None:
         ("llama", {"rope.freq_base": 5e5}, {"rope_freqs.weight": 1 / llama3()}),
         ("llama", {"rope.freq_base": 5e5}, {"rope_freqs.weight": llama3()[1:].copy()}),
         ("llama", {"rope.scaling.factor": 4.0}, {"rope_freqs.weight": llama3()}),
-        ("llama", {"expert_count": 8}, {}),
+        ("qwen2", {"expert_count": 8}, {}),
         ("llama", {"attention.key_length": 32, "attention.value_length": 64}, {}),
         ("llama", {"rope.dimension_count": 32}, {}),
         ("llama", {"split.count": 2}, {}),
-        ("llama", {}, {"blk.0.ffn_gate_exps.weight": np.zeros((2, 2), np.float32)}),
+        ("qwen2", {}, {"blk.0.ffn_gate_exps.weight": np.zeros((2, 2, 2), np.float32)}),
         ("llama", {}, {"blk.0.attn_sinks.weight": np.zeros(2, np.float32)}),
     ],
 )

@@ -54,7 +54,7 @@ def _shard_shapes(
     for layer in range(config.num_hidden_layers):
         attention = {short: matrices[matrix_name(layer, short)] for short in MATRICES}
         found["dense", layer] = {short: (n, 1, length) for short, (n, length) in attention.items()}
-        found["neurons", layer] = {FFN: (config.intermediate_size, config.vectors, hidden)}
+        found["neurons", layer] = {FFN: (config.neurons, config.vectors, hidden)}
     if not config.tie_word_embeddings:
         found["dense", "head"] = {"lm_head": (config.vocab_size, 1, hidden)}
     return found
@@ -64,15 +64,22 @@ def importance_of(bundle: Bundle) -> Importance:
     importance = decode_importance(bundle.file(IMPORTANCE), bundle.path / IMPORTANCE)
     config = config_of(bundle)
     fits = len(importance.layers) == config.num_hidden_layers and all(
-        len(layer.order) == config.intermediate_size for layer in importance.layers
+        len(layer.order) == config.neurons and keeps_experts(layer.order, config)
+        for layer in importance.layers
     )
     if not fits:
         raise BadInput(f"{bundle.path / IMPORTANCE}: belongs to another model")
     return importance
 
 
+def keeps_experts(order: np.ndarray, config: ModelConfig) -> bool:
+    """Whether every expert's neurons are where its records are."""
+    size = config.intermediate_size
+    return not config.num_experts or bool((order // size == np.arange(len(order)) // size).all())
+
+
 def vectors_of(bundle: Bundle, config: ModelConfig) -> dict[str, torch.Tensor]:
-    """What no plane holds (norms, biases, learned positions), f32.
+    """What no plane holds (norms, biases, routers, learned positions), f32.
 
     Raises BadInput when one is missing, of a wrong shape or not finite.
     """
