@@ -96,8 +96,8 @@ def test_completion_does_not_wait_for_torch(ssd: Path) -> None:
         "from m2c.cli.app import call; sys.exit(call([]))"
     )
     env = {
-        **os.environ, "_M2C_COMPLETE": "complete_bash", "COMP_WORDS": "m2c plan o",
+        **os.environ, "_M2C_COMPLETE": "complete_bash", "COMP_WORDS": "m2c plan ot",
         "COMP_CWORD": "2", "M2C_SSD": str(ssd),
     }  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert done.stdout.split() == ["one", "other", "False"]
+    assert done.stdout.split() == ["other", "False"]
