@@ -1,5 +1,7 @@
 """The C kernels against the torch reference, for every instruction set this machine has."""
 
+import itertools
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +150,26 @@ def test_extreme_values(kernels: NativeKernels, workers: Workers, kind: str) -> 
     assert torch.isfinite(dense).all()
 
 
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+@pytest.mark.parametrize("code", [0x00, 0xFF])
+def test_sums_over_down_columns_hold_the_largest_codes_and_factors(
+    kernels: NativeKernels, workers: Workers, kind: str, code: int
+) -> None:
+    """Sums of a tile run in 16 bits with AVX2: factors of 128 mod 256 have the largest low byte."""
+    layout, count = RecordLayout(3, 96), 32
+    records = torch.full((count, layout.nbytes("int4")), code, dtype=torch.uint8)
+    scales = torch.ones(count, 3 * layout.groups, dtype=torch.float16)
+    records[:, layout.code_nbytes :] = scales.view(torch.uint8)
+    second = torch.full((count, layout.nbytes("int8")), code, dtype=torch.uint8)
+    rows = PackedRows(layout, records, second if kind == "int8" else None)
+    for sign in (1, -1):
+        h = torch.full((1, count), sign * (128 + 256 * 126) / 32512)
+        h[:, 0] = 1
+        total = torch.zeros(1, 96)
+        kernels.down(h, rows, into=total)
+        close(total, reference.down(h, rows, workers), columns=True)
+
+
 def test_dispatch_falls_back_where_native_cannot() -> None:
     workers = Workers(1, kernel="auto")
     assert workers.native is not None
@@ -176,6 +198,49 @@ def test_what_is_not_finite_stays_so(kernels: NativeKernels, kind: str, bad: flo
     x = inputs(1, 64)
     x[0, 37] = bad
     assert not torch.isfinite(kernels.matmul_rows(x, make_rows(kind, 3, 1, 64))).all()
+
+
+def spoil(rows: PackedRows, record: int | list[int], vector: int, value: float) -> None:
+    """The first scale of a vector becomes `value`."""
+    groups = rows.layout.padded // GROUP
+    scales = rows.int4[:, rows.layout.vectors * groups * 16 :].view(torch.float16)
+    scales[record, vector * groups] = value
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+@pytest.mark.parametrize("act", ["silu", "gelu_pytorch_tanh", "relu", "fatrelu:0.2"])
+@pytest.mark.parametrize("vector", [0, 1, 2])
+def test_a_scale_that_is_no_number_is_not_passed_over(
+    kernels: NativeKernels, workers: Workers, kind: str, act: str, vector: int
+) -> None:
+    """Of gate, up or down, of any of the neurons that are computed together."""
+    # of a neuron that a ReLU silences nobody needs the down column
+    every = list(range(40)) if vector == 2 and "relu" in act else None
+    for record in (0, 5, 15, 39):
+        rows = make_rows(kind, 40, 3, 96)
+        assert isinstance(rows, PackedRows)
+        spoil(rows, every or record, vector, float("nan"))
+        for tokens in (1, 3):
+            x, total = inputs(tokens, 96), torch.zeros(tokens, 96)
+            kernels.ffn(x, rows, act, into=total)
+            assert not torch.isfinite(total).all()
+            assert not torch.isfinite(reference.gather_ffn(x, rows, act, workers)).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_soft_cap_does_not_hide_a_score_that_is_no_number(
+    kernels: NativeKernels, workers: Workers, value: float
+) -> None:
+    norm = Norm(torch.ones(72), 1e-5)
+    for which, seed in itertools.product((0, 1), range(5)):  # of queries, of keys
+        for compute in (kernels.attention, partial(reference.attention, workers=workers)):
+            call = as_calls("int4", kv=torch.float32, bias=False, extras="softcap")
+            rows = call.projections[which]
+            assert isinstance(rows, PackedRows)
+            spoil(rows, 3, 0, value)
+            x = inputs(2, 72, seed)
+            out = compute(x, call, 0, norm=norm)
+            assert not torch.isfinite(x if out is None else out).all()
 
 
 def test_tiny_activations_are_zero_not_undefined(kernels: NativeKernels) -> None:

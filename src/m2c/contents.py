@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from m2c.bundle.bundle import Bundle, shard_name
+from m2c.bundle.files import MEND
 from m2c.bundle.importance import Importance, decode_importance
 from m2c.bundle.shard import PLANES
 from m2c.errors import BadInput
@@ -89,6 +90,8 @@ def vectors_of(bundle: Bundle, config: ModelConfig) -> dict[str, torch.Tensor]:
         array = arrays.get(name)
         if array is None or array.shape != shape or array.dtype != np.float32:
             raise BadInput(f"{path}: {name} is missing or of a wrong shape")
+        if not np.isfinite(array).all():
+            raise BadInput(f"{path}: {name} holds NaN or infinity", MEND)
         found[name] = torch.from_numpy(array.copy())
     return found
 

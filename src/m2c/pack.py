@@ -115,9 +115,9 @@ ChooseMix = Callable[[Bundle], tuple[MixChoice, dict[str, float]]]
 def pack(
     job: PackJob, path: Path, *, workers: Workers, choose_mix: ChooseMix,
     progress: Callable[[int], None] = lambda weights: None,
-    report: Callable[[Figures], None] = lambda figures: None,
+    report: Callable[[Figures], None] = lambda figures: None, reclaim: bool = False,
 ) -> bool:  # fmt: skip
-    """Write the bundle at `path`; False if it was complete already.
+    """Write the bundle at `path`; False if it was complete already. reclaim: as for claim_folder.
 
     `choose_mix` is asked once all shards are there; `report` is told how it went. Raises
     UsageError, NoSpace, StorageError, Busy, BadInput; whatever was finished by then is kept for the
@@ -125,11 +125,11 @@ def pack(
     """
     begin = time.perf_counter()
     _refuse_input_as_output(job.checkpoint.path, path)
-    _require_matching(job)
+    require_matching(job)
     require_space(job, path)
     # derived once: every use reads samples of the whole checkpoint
     recipe, shard_recipe = job.recipe, job.shard_recipe
-    with claim_folder(path, recipe) as complete:
+    with claim_folder(path, recipe, reclaim=reclaim) as complete:
         if complete:
             return False
         tools = Tools(job.exact_type, workers, load_encoder(), progress, Spent())
@@ -199,11 +199,17 @@ def estimate_seconds(job: PackJob, workers: Workers) -> float:
     return seconds * _WHOLE
 
 
-def _write_files(job: PackJob, path: Path) -> dict[str, FileFact]:
+def side_files(job: PackJob) -> dict[str, bytes]:
+    """Every file of the bundle but shards and manifest."""
     vectors = {k: v.numpy() for k, v in vector_tensors(job.checkpoint).items()}
     contents = {f"model/{name}": data for name, data in job.sidecars.items()}
     contents[IMPORTANCE] = encode_importance(job.importance.without_directions())
     contents[VECTORS] = save(vectors)
+    return contents
+
+
+def _write_files(job: PackJob, path: Path) -> dict[str, FileFact]:
+    contents = side_files(job)
     for name, data in contents.items():
         write_atomic(path / name, data)
     return {
@@ -230,7 +236,7 @@ def _manifest(
     )
 
 
-def _require_matching(job: PackJob) -> None:
+def require_matching(job: PackJob) -> None:
     """The profile must be of this checkpoint, and of its shapes: it comes from a file."""
     known = job.importance
     config = job.checkpoint.config

@@ -8,11 +8,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Final
 
 from m2c.errors import BadInput, NoSpace, StorageError, UsageError
 
 TEMPORARY_PREFIX = ".m2c-tmp-"
+MEND: Final = "mend it: m2c pack MODEL --ssd DIR --repair"  # what to type where a file is damaged
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -76,3 +77,18 @@ def read_small(path: Path, *, limit: int) -> bytes:
     if len(data) > limit:
         raise BadInput(f"{path}: larger than the {limit} bytes such a file may have")
     return data
+
+
+def read_at(descriptor: int, nbytes: int, offset: int, path: Path) -> bytes:
+    """Bytes of an open file, fewer only where it ends: the system may give less than was asked.
+
+    Raises StorageError naming `path` and the byte.
+    """
+    data = bytearray()
+    while len(data) < nbytes:
+        with disk_errors(f"{path} at byte {offset + len(data)}"):
+            part = os.pread(descriptor, nbytes - len(data), offset + len(data))
+        if not part:
+            break
+        data += part
+    return bytes(data)

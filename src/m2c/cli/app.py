@@ -13,7 +13,7 @@ import traceback
 from typing import Final
 
 from m2c import __version__
-from m2c.cli.console import result, say
+from m2c.cli.console import exit_in_time, result, say
 from m2c.errors import DoesNotFit, M2CError, UsageError
 
 COMMANDS: Final = (
@@ -161,6 +161,7 @@ def _unwind(number: int, _: object) -> None:
 
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, again)
+    exit_in_time(code, "interrupted" if number == signal.SIGINT else "terminated")
     raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
 

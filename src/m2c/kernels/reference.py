@@ -32,14 +32,20 @@ def activation(act: str) -> Callable[[Tensor], Tensor]:
     return known[name]
 
 
-def matmul_rows(x: Tensor, rows: Rows, workers: Workers) -> Tensor:
-    """x [tokens, length] f32 times every row of a dense matrix: [tokens, rows] f32."""
+def matmul_rows(x: Tensor, rows: Rows, workers: Workers, *, into: Tensor | None = None) -> Tensor:
+    """x [tokens, length] f32 times every row of a dense matrix: [tokens, rows] f32.
 
-    def piece(i: int) -> Tensor:
-        values = rows.values(*_bounds(i, rows)).to(x.device)
-        return F.linear(x, values[:, 0])
+    into: where to put it, columns of a larger tensor for example.
+    """
+    out = torch.empty(len(x), len(rows), device=x.device) if into is None else into
 
-    return torch.cat(workers.map(piece, _chunks(rows)), dim=1)
+    def piece(i: int) -> None:
+        start, stop = _bounds(i, rows)
+        values = rows.values(start, stop).to(x.device)
+        out[:, start:stop] = F.linear(x, values[:, 0])
+
+    workers.map(piece, _chunks(rows))
+    return out
 
 
 def gate_up(x: Tensor, rows: Rows, act: str, workers: Workers) -> Tensor:
@@ -171,7 +177,8 @@ def _softmax_attention(q: Tensor, call: AttentionCall, start: int) -> Tensor:
     grouped = q.view(tokens, groups, -1, dim).permute(1, 2, 0, 3).reshape(groups, -1, dim)
     scores = grouped @ keys.transpose(-1, -2) * call.scale  # [kv, shared * tokens, positions]
     if call.softcap is not None:
-        scores = soft_capped(scores, call.softcap)
+        # and NaN of an infinite score, of which the cap would make a number
+        scores = soft_capped(scores, call.softcap) + (scores - scores)
     if tokens > 1:
         positions = torch.arange(first, stop, device=q.device)
         own = torch.arange(start, stop, device=q.device)[:, None]

@@ -18,7 +18,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from m2c.bundle.files import disk_errors
+from m2c.bundle.files import MEND, disk_errors
 from m2c.bundle.shard import BLOCK, PAGE, ShardIndex
 from m2c.errors import StorageError
 
@@ -218,11 +218,14 @@ def _fill(request: _Request) -> None:
     while done < len(view):
         with disk_errors(f"{request.index.path} at byte {begin + done}"):
             got = os.preadv(request.descriptor, [view[done:]], begin + done)
-        if not got:
+        reached = done + got
+        # a direct read must begin at a page: after a short one the rest of its page is read again
+        whole = reached // PAGE * PAGE if request.direct and reached < len(view) else reached
+        if whole == done:
             raise StorageError(
-                f"{request.index.path}: ended at byte {begin + done}, too early",
-                "check the disk, then pack the model again",
+                f"{request.index.path}: ended at byte {begin + reached}, too early",
+                f"check the disk, then {MEND}",
             )
-        done += got
+        done = whole
     if not request.direct:
         os.posix_fadvise(request.descriptor, begin, len(view), os.POSIX_FADV_DONTNEED)

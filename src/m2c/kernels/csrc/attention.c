@@ -96,8 +96,8 @@ static void softmax(float *scores, int count, float scale, float cap)
     float largest = -INFINITY, total = 0;
     for (int p = 0; p < count; p++) {
         scores[p] *= scale;
-        if (cap)
-            scores[p] = tanhf(scores[p] / cap) * cap;
+        if (cap) /* and NaN of an infinite score, of which the cap would make a number */
+            scores[p] = tanhf(scores[p] / cap) * cap + (scores[p] - scores[p]);
         largest = scores[p] > largest ? scores[p] : largest;
     }
     for (int p = 0; p < count; p++) {

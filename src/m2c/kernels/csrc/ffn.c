@@ -16,7 +16,7 @@
 static inline float activate(float gate, float up, struct activation act)
 {
     if (act.kind == ACT_RELU)
-        return (gate > act.threshold ? gate : 0) * up;
+        return (gate <= act.threshold ? 0 : gate) * up; /* NaN is not below it: it stays */
     float slope = gate;
     if (act.kind == ACT_GELU_TANH) /* 1 + tanh(z) is 2 / (1 + exp(-2 z)) */
         slope = 1.5957691216057308f * (gate + 0.044715f * gate * gate * gate);
