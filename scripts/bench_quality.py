@@ -32,8 +32,9 @@ from m2c.engine import Engine, RunOptions
 from m2c.errors import M2CError
 from m2c.evaluate import FULL, WINDOW, Estimate, Quality, Reference, compare, cut
 from m2c.mixsearch import exact_bits
-from m2c.model.config import ModelConfig, dense_matrices
+from m2c.model.config import ModelConfig
 from m2c.model.mix import Mix, bits_per_weight
+from m2c.model.tensors import dense_matrices
 
 HERE = Path(__file__).parent
 EVAL_TEXT = HERE.parent / "tests" / "data" / "austen_eval.txt"

@@ -12,15 +12,9 @@ from hypothesis import strategies as st
 from m2c.bundle.strict import parse_object
 from m2c.errors import BadInput, UnsupportedModel
 from m2c.model.aliases import ALIASES
-from m2c.model.config import (
-    ModelConfig,
-    RopeScaling,
-    dense_matrices,
-    expected_tensors,
-    ffn_names,
-    parameter_count,
-)
+from m2c.model.config import ModelConfig, RopeScaling
 from m2c.model.families import MODEL_TYPES
+from m2c.model.tensors import dense_matrices, expected_tensors, ffn_names, parameter_count
 
 TINY: dict[str, Any] = {
     "model_type": "llama",

@@ -28,9 +28,9 @@ from m2c.expert_profile import ENOUGH
 from m2c.generate import generate_step, prefill
 from m2c.kernels.workers import Workers
 from m2c.model.checkpoint import open_checkpoint
-from m2c.model.config import router_name
 from m2c.model.experts import Router, exact_rows
 from m2c.model.mix import Mix
+from m2c.model.tensors import router_name
 from m2c.model.weights import vector_tensors
 from m2c.modes import exact_options
 from m2c.sampling import Sampler, SamplingParams

@@ -33,10 +33,10 @@ from m2c.kernels.reference import gather_ffn
 from m2c.kernels.rows import ExactRows
 from m2c.kernels.workers import Workers
 from m2c.model.checkpoint import open_checkpoint
-from m2c.model.config import up_bias_name
 from m2c.model.families import FAMILIES
 from m2c.model.ffn import Ids, mixed_ffn, uniform_ffn
 from m2c.model.mix import Mix
+from m2c.model.tensors import up_bias_name
 from m2c.model.weights import layer_rows, vector_tensors
 from m2c.modes import exact_options
 from m2c.sampling import Sampler, SamplingParams

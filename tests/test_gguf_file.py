@@ -12,9 +12,10 @@ import torch
 from gguf_builders import HEAD_DIM, HEADS, HIDDEN, META, VOCAB, info, pair, raw, text, write
 
 from m2c.errors import BadInput, UnsupportedModel
-from m2c.model.config import RopeScaling, expected_tensors
+from m2c.model.config import RopeScaling
 from m2c.model.gguf_config import llama3_divisors
 from m2c.model.gguf_file import GgufFile, hf_tensor_name, unpermute
+from m2c.model.tensors import expected_tensors
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])

@@ -15,7 +15,8 @@ from m2c.bundle.shard import PLANES
 from m2c.bundle.tensors import load_tensors
 from m2c.errors import BadInput
 from m2c.model.attention import MATRICES
-from m2c.model.config import ModelConfig, dense_matrices, small_tensors, up_bias_name
+from m2c.model.config import ModelConfig
+from m2c.model.tensors import dense_matrices, small_tensors, up_bias_name
 from m2c.model.weights import matrix_name
 from m2c.tiers.store import EMBED, FFN
 from m2c.tokenizer import Tokenizer

@@ -26,8 +26,9 @@ from m2c.kernels.dispatch import exact_weights
 from m2c.kernels.reference import CHUNK, gate_up, rank
 from m2c.kernels.rows import ExactRows, PackedRows, Rows
 from m2c.kernels.workers import Workers
-from m2c.model.config import ModelConfig, up_bias_name
+from m2c.model.config import ModelConfig
 from m2c.model.mix import LEVELS, Mix, bits_per_weight
+from m2c.model.tensors import up_bias_name
 from m2c.prompt import raw_ids
 from m2c.tiers.blocks import block_of
 from m2c.tiers.memory import aligned_buffer

@@ -40,8 +40,8 @@ from m2c.errors import NoSpace, UsageError
 from m2c.kernels.encoder import load_encoder
 from m2c.kernels.workers import Workers
 from m2c.model.checkpoint import Checkpoint
-from m2c.model.config import dense_matrices, small_tensors
 from m2c.model.footprint import bundle_nbytes
+from m2c.model.tensors import dense_matrices, small_tensors
 from m2c.model.weights import vector_tensors
 from m2c.pipeline import write_shards
 from m2c.sections import embedding, shard_groups

@@ -14,8 +14,8 @@ import torch
 from m2c.depth import MOST
 from m2c.engine import Engine
 from m2c.hardware import probe_dram
-from m2c.model.config import active_count
 from m2c.model.footprint import RunShape
+from m2c.model.tensors import active_count
 from m2c.tiers.plan import Plan
 from m2c.tiers.traffic import StoreStats
 from m2c.units import MiB

@@ -31,8 +31,9 @@ from m2c.model.attention import (
     norm_of,
 )
 from m2c.model.checkpoint import Checkpoint
-from m2c.model.config import ModelConfig, router_name
+from m2c.model.config import ModelConfig
 from m2c.model.experts import Router
+from m2c.model.tensors import router_name
 from m2c.model.weights import layer_rows, require_finite, vector_tensors
 from m2c.tally import InputTally, NeuronTally, f32
 

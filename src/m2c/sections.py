@@ -21,7 +21,7 @@ from m2c.encode import F32, Matrix, Opened, Piece, Read
 from m2c.kernels.workers import Workers
 from m2c.model.attention import MATRICES
 from m2c.model.checkpoint import Checkpoint
-from m2c.model.config import experts_of, ffn_names
+from m2c.model.tensors import experts_of, ffn_names
 from m2c.model.weights import matrix_name, require_finite
 from m2c.steer import Steering
 from m2c.tiers.store import EMBED, FFN

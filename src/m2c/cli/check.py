@@ -38,7 +38,7 @@ def command(
     from m2c.cli.names import bundle_path
     from m2c.hub import resolve_model
     from m2c.model.checkpoint import open_checkpoint
-    from m2c.model.config import parameter_count
+    from m2c.model.tensors import parameter_count
 
     path = bundle_path(bundle, ssd)
     total = sum(fact.nbytes for fact in read_manifest(path).shards.values())

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from m2c.kernels.operands import AttentionCall, Norm
 from m2c.kernels.rows import Rows
-from m2c.model.config import FIRST_POSITION, POSITIONS, ModelConfig, up_bias_name
+from m2c.model.config import ModelConfig
+from m2c.model.tensors import FIRST_POSITION, POSITIONS, up_bias_name
 
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj")
 

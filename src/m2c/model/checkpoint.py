@@ -14,12 +14,13 @@ from typing import Any, Final, Protocol
 import torch
 
 from m2c.errors import BadInput, UnsupportedModel
-from m2c.model.config import ModelConfig, expected_tensors
+from m2c.model.config import ModelConfig
 from m2c.model.families import SUPPORTED
 from m2c.model.gguf_file import GgufFile
 from m2c.model.hf_folder import HfFolder
 from m2c.model.places import file_name, norm_offset, places, stored_tensors
 from m2c.model.ranged_file import RangedFile, check_rows
+from m2c.model.tensors import expected_tensors
 
 _PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt")
 _STORED: Final = {"F32": "f32", "F16": "f16", "BF16": "bf16"}

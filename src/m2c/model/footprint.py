@@ -15,10 +15,11 @@ from m2c.bundle.bundle import Bundle
 from m2c.bundle.planes import RecordLayout
 from m2c.bundle.shard import BLOCK, PLANES, align
 from m2c.kernels.reference import CHUNK
-from m2c.model.config import ModelConfig, dense_matrices, small_tensors
+from m2c.model.config import ModelConfig
 from m2c.model.ffn import FETCH
 from m2c.model.kv import kv_nbytes
 from m2c.model.mix import Mix
+from m2c.model.tensors import dense_matrices, small_tensors
 from m2c.tiers.blocks import Precisions, block_of, head_name
 from m2c.tiers.expert_plan import ExpertFact
 from m2c.tiers.experts import expert_nbytes

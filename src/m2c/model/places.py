@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from m2c.model.config import ModelConfig, expected_tensors
+from m2c.model.config import ModelConfig
 from m2c.model.families import FAMILIES
+from m2c.model.tensors import expected_tensors
 
 _FUSED: Final = {
     "q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj",

@@ -27,12 +27,13 @@ from m2c.model.attention import (
     layer_facts,
     norm_of,
 )
-from m2c.model.config import ModelConfig, router_name
+from m2c.model.config import ModelConfig
 from m2c.model.experts import Router, expert_ffn
 from m2c.model.ffn import mixed_ffn, uniform_ffn
 from m2c.model.footprint import LOGITS
 from m2c.model.kv import KvCache
 from m2c.model.mix import Mix
+from m2c.model.tensors import router_name
 from m2c.tiers.store import FFN
 
 Ids = npt.NDArray[np.int32]

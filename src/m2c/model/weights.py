@@ -11,7 +11,7 @@ from m2c.errors import BadInput
 from m2c.kernels.rows import ExactRows
 from m2c.model.attention import MATRICES
 from m2c.model.checkpoint import Checkpoint
-from m2c.model.config import experts_of, ffn_names, small_tensors
+from m2c.model.tensors import experts_of, ffn_names, small_tensors
 
 
 def neuron_records(checkpoint: Checkpoint, layer: int) -> Tensor:
