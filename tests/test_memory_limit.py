@@ -69,7 +69,7 @@ WAYS = [
     Way("long context, two tiers", "--mode mixed -c 8192 --mix 5/15/80", 0, 0, long=True),
     Way("chat", "--mode mixed -c 2048 --mix 0/25/75", command="chat"),
     Way("chat, exact", "--exact -c 2048", 60, command="chat"),
-    Way("auto within 720 MiB", "", limit=720),
+    Way("auto within 1,100 MiB", "", limit=1100),
     Way("eval", "--mix 0/25/75 --mix 5/15/80 -n 2048", command="eval"),
     Way("eval, two tiers", "--mix 5/15/80 -n 1024", 0, 0, command="eval"),
     Way("profile", "", command="profile", limit=400),

@@ -4,7 +4,7 @@ Knows nothing about sampling, text streams or printing.
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
@@ -274,19 +274,26 @@ def _plan(
         policy = policy_for(options, budget, experts=found.experts is not None)
         return make_plan(found, budget, policy=policy, depth=options.depth)
 
-    for candidate in shapes[:-1]:
-        with suppress(DoesNotFit):
+    refused: list[DoesNotFit] = []
+    slow: tuple[RunShape, Plan] | None = None
+    for candidate in shapes:
+        try:
             plan = planned(candidate)
-            # 16-bit weights in memory save their decoding, but only all of them save the reading
-            if candidate.stored or not (plan.streamed or plan.expert_slots is not None):
-                return candidate, plan
-    try:
-        return shapes[-1], planned(shapes[-1])
-    except DoesNotFit as error:
-        if options.dram is None:
-            message = f"not enough free memory: {error.message}"
-            raise DoesNotFit(message, error.hint, error.smallest) from None
-        raise
+        except DoesNotFit as error:
+            refused.append(error)
+            continue
+        # 16-bit weights in memory save their decoding, but only all of them save the reading
+        streams = plan.streamed or plan.expert_slots is not None
+        if candidate is shapes[-1] or candidate.stored or not streams:
+            return candidate, plan
+        slow = slow or (candidate, plan)
+    if slow is not None:
+        return slow
+    least = min(refused, key=lambda error: error.smallest)
+    if options.dram is None:
+        message = f"not enough free memory: {least.message}"
+        raise DoesNotFit(message, least.hint, least.smallest)
+    raise least
 
 
 def _draft_options(bundle: Bundle, ctx_size: int, options: RunOptions) -> RunOptions:
