@@ -135,7 +135,7 @@ def command_line(way: Way, bundle: Bundle, folder: Path) -> tuple[list[object], 
 def test_no_process_exceeds_what_was_allowed(
     limits: ModuleType, smollm2: Bundle, tmp_path: Path
 ) -> None:
-    for trial in trials("R8-memory", ci=2, campaign=len(WAYS)):
+    for trial in trials("R8-memory", ci=1, campaign=len(WAYS)):
         with trial as number:
             way = WAYS[number]
             folder = tmp_path / str(number)

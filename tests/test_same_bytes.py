@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from command_line import shell
+from command_line import m2c_ok, shell
 from tiny_models import digest, job_for, run_pack, write_checkpoint
 from trials import trials
 
@@ -39,36 +39,41 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("source") / "checkpoint", SHAPE)
 
 
-def packed_by_command(source: Path, folder: Path, threads: int, told: dict[str, str]) -> str:
-    """Digest of profile and bundle made by two processes of their own, started in `folder`."""
-    folder.mkdir()
-    path = os.pathsep.join(os.path.abspath(part) for part in os.environ["PYTHONPATH"].split(":"))
+def command_lines(source: Path, folder: Path, threads: int) -> tuple[Path, list[tuple[str, ...]]]:
+    """The folder that a profile and a bundle are written to, and how."""
+    ssd = folder / "ssd"
+    ssd.mkdir(parents=True)
+    made, common = str(ssd / "profile.safetensors"), ("--threads", str(threads), "-q")
+    return ssd, [
+        ("profile", str(source), "--tokens", "600", "-o", made, *common),
+        ("pack", str(source), "--ssd", str(ssd), "--profile", made, *common),
+    ]
+
+
+def packed_by_processes(source: Path, folder: Path, threads: int, told: dict[str, str]) -> str:
+    """Digest of what two processes of their own make, started in `folder`."""
+    ssd, lines = command_lines(source, folder, threads)
+    given = os.environ.get("PYTHONPATH", "")
+    path = os.pathsep.join(os.path.abspath(part) for part in given.split(os.pathsep) if part)
     environment = {**os.environ, **told, "PYTHONPATH": path, "M2C_HOME": str(folder / "home")}
-    (folder / "ssd").mkdir()
-    words = ("--threads", str(threads), "-q")
-    made = folder / "ssd" / "profile.safetensors"
-    for line in (
-        ("profile", str(source), "--tokens", "600", "-o", str(made)),
-        ("pack", str(source), "--ssd", str(made.parent), "--profile", str(made)),
-    ):
-        said = shell('"$@"', *line, *words, env=environment, cwd=folder)
+    for line in lines:
+        said = shell('"$@"', *line, env=environment, cwd=folder)
         assert said.code == 0, said.err
-    return digest(made.parent)
+    return digest(ssd)
 
 
-@pytest.fixture(scope="module")
-def usual(source: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
-        return packed_by_command(source, tmp_path_factory.mktemp("usual") / "a", 1, {})
+@pytest.fixture
+def usual(source: Path, tmp_path: Path) -> str:
+    """Digest of what this process makes with one thread."""
+    ssd, lines = command_lines(source, tmp_path / "usual", 1)
+    for line in lines:
+        m2c_ok(*line)
+    return digest(ssd)
 
 
 @pytest.mark.campaign
 @pytest.mark.slow
-def test_nothing_a_process_is_told_changes_a_byte(
-    source: Path, usual: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
+def test_nothing_a_process_is_told_changes_a_byte(source: Path, usual: str, tmp_path: Path) -> None:
     for trial in trials("R24-pack", ci=1, campaign=50):
         with trial as seed:
             rng = np.random.default_rng(seed)
@@ -78,7 +83,7 @@ def test_nothing_a_process_is_told_changes_a_byte(
                 if rng.random() < 0.7 and (name != "M2C_KERNEL" or LIBRARY.exists())
             }
             threads = int(rng.integers(1, 6))
-            assert packed_by_command(source, tmp_path / str(seed), threads, told) == usual, told
+            assert packed_by_processes(source, tmp_path / str(seed), threads, told) == usual, told
 
 
 @pytest.mark.parametrize("encoder", ["numpy", "scalar", "avx2", "avx512"])

@@ -189,7 +189,7 @@ def cases(deep_bundle: Bundle, tied: Bundle, kernel_names: list[str]) -> Any:
 @pytest.mark.campaign
 @pytest.mark.slow
 def test_no_setting_changes_a_bit(cases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for trial in trials("R17-transparency", ci=12, campaign=500):
+    for trial in trials("R17-transparency", ci=5, campaign=500):
         with trial as seed:
             bundle, case = cases(seed)
             monkeypatch.setattr("m2c.model.footprint.PIECE_NBYTES", case.pieces)
