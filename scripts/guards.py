@@ -290,7 +290,16 @@ RUNS: Final = (
     Guard(
         "a failed read empties the cache", "tiers/upgrades.py",
         "            self.cache.clear()  # a slot may not hold what the cache says it does\n", "",
-        "tests/test_store_failures.py",
+        "tests/test_upgrades.py tests/test_store_failures.py",
+    ),
+    Guard(
+        "what a caller needs beside the model is planned for", "engine.py",
+        "found.workspace_nbytes + options.aside", "found.workspace_nbytes",
+        "tests/test_evaluate.py",
+    ),
+    Guard(
+        "evaluation refuses before its first pass", "cli/eval.py",
+        "    _require_room(opened, [full, *asked])\n", "", "tests/test_smallest.py",
     ),
     Guard(
         "a plan stays within its budget", "tiers/plan.py",
