@@ -331,6 +331,24 @@ RUNS: Final = (
         "        self._engine.encode_special_tokens = not special",
         "        self._engine.encode_special_tokens = False", "tests/test_tokenizer.py",
     ),
+    Guard(
+        "an expert that was not read is not kept", "tiers/experts.py",
+        "                self._cache.evict([one.expert])\n", "                pass\n",
+        "tests/test_experts.py",
+    ),
+    Guard(
+        "an expert under way keeps its slot", "tiers/experts.py", "keep=sorted(under_way)",
+        "keep=[]", "tests/test_experts.py",
+    ),
+    Guard(
+        "a slot's operands go with its expert", "tiers/experts.py",
+        "        self._rows.pop(slot, None)\n", "", "tests/test_experts.py",
+    ),
+    Guard(
+        "a profile that mixes experts is refused", "pack.py",
+        "        and all(keeps_experts(layer.order, config) for layer in known.layers)\n", "",
+        "tests/test_experts.py",
+    ),
 )  # fmt: skip
 
 SOURCES: Final = (

@@ -2,6 +2,7 @@
 
     python scripts/make_checkpoint.py OUT --shape llama2-7b
     python scripts/make_checkpoint.py OUT --layers 2 --hidden 64 --intermediate 160 --heads 4
+    python scripts/make_checkpoint.py OUT --experts 8 --active 2
     python scripts/make_checkpoint.py OUT --from-gguf model.gguf [--dither]
 
 A synthetic model has the shape, the bytes and the speed of a real one and says nothing sensible.
@@ -113,7 +114,8 @@ def weight_std(name: str, shape: tuple[int, ...], layers: int) -> float:
         return 0.3
     std = 1 / math.sqrt(shape[1])
     # 2 * layers outputs add up in the residual stream
-    return std / math.sqrt(2 * layers) if "o_proj" in name or "down_proj" in name else std
+    gives = ("o_proj", "down_proj", ".w2.")
+    return std / math.sqrt(2 * layers) if any(part in name for part in gives) else std
 
 
 def standard(count: int, distribution: str, generator: torch.Generator) -> torch.Tensor:
@@ -240,6 +242,10 @@ def shape_of(options: argparse.Namespace) -> dict[str, Any]:
         if options.shape not in ALIASES:
             raise SystemExit(f"no shape {options.shape}: choose from {', '.join(ALIASES)}")
         return dict(ALIASES[options.shape].hf_config)
+    experts = {
+        "model_type": "mixtral", "num_local_experts": options.experts,
+        "num_experts_per_tok": options.active,
+    }  # fmt: skip
     return {
         "model_type": "llama",
         "hidden_act": options.activation,
@@ -253,6 +259,7 @@ def shape_of(options: argparse.Namespace) -> dict[str, Any]:
         "rope_theta": 10000.0,
         "max_position_embeddings": 4096,
         "tie_word_embeddings": False,
+        **(experts if options.experts else {}),
     }
 
 
@@ -268,6 +275,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--intermediate", type=int, default=688)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--kv-heads", type=int, help="as many as --heads unless given")
+    parser.add_argument("--experts", type=int, default=0, help="of a layer, --intermediate each")
+    parser.add_argument("--active", type=int, default=2, help="experts that a token uses")
     parser.add_argument("--vocab", type=int, default=1024)
     parser.add_argument("--activation", choices=("silu", "relu"), default="silu")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")

@@ -81,6 +81,8 @@ PUBLISHED = {
     "qwen3-8b": 8_190_735_360,
     "qwen3-14b": 14_768_307_200,
     "qwen3-32b": 32_762_123_264,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "mixtral-8x7b": 46_702_792_704,
     "mistral-7b": 7_248_023_552,
     "mistral-small-24b": 23_572_403_200,
     "phi3-mini-4k": 3_821_079_552,
@@ -159,7 +161,10 @@ def test_other_rope_forms() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"model_type": "mixtral"},
+        {"model_type": "qwen2_moe"},
+        {"model_type": "qwen3_moe", "mlp_only_layers": [0]},
+        {"model_type": "qwen3_moe", "decoder_sparse_step": 2},
+        {"model_type": "qwen3_moe", "use_sliding_window": True},
         {"model_type": None},
         {"model_type": ["llama"]},
         {"hidden_act": "gelu_new"},

@@ -24,7 +24,7 @@ from tiny_models import job_for, make_checkpoint_script, profile_folder, run_pac
 
 from m2c import mixsearch, speculate
 from m2c.bundle.bundle import Bundle, open_bundle
-from m2c.contents import importance_of
+from m2c.contents import config_of, importance_of
 from m2c.engine import Engine
 from m2c.generate import generate_step, prefill
 from m2c.kernels.native import LIBRARY
@@ -87,20 +87,23 @@ MODELS: dict[str, dict[str, Any]] = {
     "opt": {"model_type": "opt", "ffn_dim": 96, "word_embed_proj_dim": 64},
     "opt-no-bias": {"model_type": "opt", "ffn_dim": 300, "word_embed_proj_dim": 64,
         "activation_function": "gelu", "enable_bias": False, "tie_word_embeddings": False},
+    "mixtral": {"model_type": "mixtral", "head_dim": 16, "num_local_experts": 6,
+        "num_experts_per_tok": 2, "intermediate_size": 600},
+    "mixtral-windows": {"model_type": "mixtral", "sliding_window": 5, "num_local_experts": 3,
+        "num_experts_per_tok": 1, "head_dim": 24, "intermediate_size": 500},
+    "qwen3-moe": {"model_type": "qwen3_moe", "head_dim": 32, "num_experts": 8,
+        "num_experts_per_tok": 3, "moe_intermediate_size": 512, "norm_topk_prob": True},
+    "qwen3-moe-odd": {"model_type": "qwen3_moe", "head_dim": 16, "num_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 400, "attention_bias": True,
+        "tie_word_embeddings": True},
 }  # fmt: skip
 IN_GGUF = [
-    "mistral",
-    "qwen3",
-    "phi3",
-    "phi3-windows",
-    "gemma2",
-    "gemma3",
-    "falcon-7b",
-    "falcon-40b",
-]
+    "mistral", "qwen3", "phi3", "phi3-windows", "gemma2", "gemma3", "falcon-7b", "falcon-40b",
+    "mixtral", "qwen3-moe",
+]  # fmt: skip
 WITHOUT_GGUF = [
     "mistral-windows", "qwen2-windows", "gemma3-odd", "sparsellama", "falcon-one-norm",
-    "falcon-after", "opt",
+    "falcon-after", "opt", "mixtral-windows", "qwen3-moe-odd",
 ]  # fmt: skip
 
 
@@ -148,6 +151,7 @@ class Made:
             self.logits = model(torch.from_numpy(IDS.astype(np.int64))[None]).logits[0]
         run_pack(job_for(self.checkpoint), folder / "bundle.m2c")
         self.bundle = open_bundle(folder / "bundle.m2c")
+        self.has_experts = bool(config_of(self.bundle).num_experts)
 
 
 @pytest.fixture(scope="module")
@@ -190,12 +194,12 @@ def test_tokens_and_threads_do_not_change_a_bit(made: Made, mix: Mix) -> None:
 
 @every_model
 def test_tiers_do_not_change_a_bit(made: Made) -> None:
-    for mix in (EXACT, MIXES["5/15/80"]):
+    for mix in (EXACT, MIXES["0/0/100" if made.has_experts else "5/15/80"]):
         options = options_for(mix)
         with Engine(made.bundle, options) as engine:
             expected = decode(engine)
         with Engine(made.bundle, replace(options, dram=smallest_dram(made.bundle, options))) as e:
-            assert e.plan.streamed
+            assert e.plan.expert_slots == 0 if made.has_experts else e.plan.streamed
             assert same(decode(e), expected)
 
 
@@ -223,7 +227,8 @@ def test_exact_mode_gives_the_tokens_of_one_by_one_decoding(
 def test_low_precisions_stay_close(made: Made) -> None:
     """A fact that one path forgets would show here, with both sets of kernels."""
     for kernel in ("auto", "torch"):
-        got = logits_of(made.bundle, 18, mix=MIXES["0/25/75"], kernel=kernel)
+        mix = MIXES["0/100/0" if made.has_experts else "0/25/75"]
+        got = logits_of(made.bundle, 18, mix=mix, kernel=kernel)
         assert (got - made.logits).norm() < 0.5 * made.logits.norm()
 
 

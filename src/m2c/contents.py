@@ -12,7 +12,7 @@ from m2c.bundle.bundle import Bundle, shard_name
 from m2c.bundle.files import MEND
 from m2c.bundle.importance import Importance, decode_importance
 from m2c.bundle.shard import PLANES
-from m2c.bundle.tensors import is_array, load_tensors
+from m2c.bundle.tensors import load_tensors
 from m2c.errors import BadInput
 from m2c.model.attention import MATRICES
 from m2c.model.config import ModelConfig, dense_matrices, small_tensors, up_bias_name
@@ -53,7 +53,7 @@ def _shard_shapes(
     for layer in range(config.num_hidden_layers):
         attention = {short: matrices[matrix_name(layer, short)] for short in MATRICES}
         found["dense", layer] = {short: (n, 1, length) for short, (n, length) in attention.items()}
-        found["neurons", layer] = {FFN: (config.intermediate_size, config.vectors, hidden)}
+        found["neurons", layer] = {FFN: (config.neurons, config.vectors, hidden)}
     if not config.tie_word_embeddings:
         found["dense", "head"] = {"lm_head": (config.vocab_size, 1, hidden)}
     return found
@@ -63,15 +63,22 @@ def importance_of(bundle: Bundle) -> Importance:
     importance = decode_importance(bundle.file(IMPORTANCE), bundle.path / IMPORTANCE)
     config = config_of(bundle)
     fits = len(importance.layers) == config.num_hidden_layers and all(
-        len(layer.order) == config.intermediate_size for layer in importance.layers
+        len(layer.order) == config.neurons and keeps_experts(layer.order, config)
+        for layer in importance.layers
     )
     if not fits:
         raise BadInput(f"{bundle.path / IMPORTANCE}: belongs to another model")
     return importance
 
 
+def keeps_experts(order: np.ndarray, config: ModelConfig) -> bool:
+    """Whether every expert's neurons are where its records are."""
+    size = config.intermediate_size
+    return not config.num_experts or bool((order // size == np.arange(len(order)) // size).all())
+
+
 def vectors_of(bundle: Bundle, config: ModelConfig) -> dict[str, torch.Tensor]:
-    """What no plane holds (norms, biases, learned positions), f32.
+    """What no plane holds (norms, biases, routers, learned positions), f32.
 
     Raises BadInput when one is missing, of a wrong shape or not finite.
     """
@@ -82,7 +89,7 @@ def vectors_of(bundle: Bundle, config: ModelConfig) -> dict[str, torch.Tensor]:
         array = arrays.get(name)
         if array is None or array.shape != shape or array.dtype != np.float32:
             raise BadInput(f"{path}: {name} is missing or of a wrong shape")
-        if not is_array(array, np.float32, shape):
+        if not np.isfinite(array).all():
             raise BadInput(f"{path}: {name} holds NaN or infinity", MEND)
         found[name] = torch.from_numpy(array.copy())
     return found

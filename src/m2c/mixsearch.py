@@ -35,6 +35,7 @@ from m2c.tiers.ssd import SsdReader
 
 FP16_SHARES: Final = (0, 1, 2, 5, 10)
 SAMPLED_LAYERS: Final = 8
+UNIFORM: Final = (Mix(0, 0, 100), Mix(0, 100, 0), Mix(100, 0, 0))
 DROPS: Final = (0, 10, 20, 30, 40, 50, 60, 70)
 SEARCHES: Final = ("error", "entropy")
 ENTROPY_TOKENS: Final = 64
@@ -120,6 +121,11 @@ def choose_mix(
     """
     bits = exact_bits(bundle)
     mixes = candidates(budget_bits, bits)
+    config = ModelConfig.from_dict(bundle.manifest.architecture)
+    if config.num_experts:
+        mixes = [mix for mix in UNIFORM if bits_per_weight(mix, bits) <= budget_bits]
+        if request != "entropy":
+            return _best_uniform(mixes, request, bits)
     if request not in ("error", "entropy"):
         mixes = [Mix.parse(request)]
     lines = []
@@ -133,6 +139,9 @@ def choose_mix(
             f"mix {e.mix}: {e.bits:.2f} bits, output error {e.relative_error:.4f}" for e in errors
         ]
         best = min(errors, key=lambda e: e.relative_error).mix
+    if config.num_experts:
+        choice, quality, _ = _best_uniform([best], request, bits)
+        return replace(choice, search=request), quality, [*lines, f"default mix {best}"]
     dropped = [replace(best, drop=float(drop)) for drop in DROPS]
     prices = search_by_error(bundle, importance, dropped, workers)
     choice = MixChoice(
@@ -144,6 +153,18 @@ def choose_mix(
         for drop, price in zip(DROPS, prices, strict=True)
     }
     return choice, quality, [*lines, f"default mix {best}"]
+
+
+def _best_uniform(
+    mixes: list[Mix], request: str, bits: float
+) -> tuple[MixChoice, dict[str, float], list[str]]:
+    """As `choose_mix`, of experts: the precision asked for or the best that the budget allows.
+    Output errors are not measured."""
+    best = mixes[-1] if request == "error" else Mix.parse(request)
+    percent = (round(best.fp16), round(best.int8), round(best.int4))
+    spent = round(bits_per_weight(best, bits), 4)
+    choice = MixChoice(percent, request if request in SEARCHES else "given", spent, 0.0)
+    return choice, {}, [f"default mix {best}: {spent:.2f} bits; experts run at one precision"]
 
 
 def mean_entropy(bundle: Bundle, mix: Mix, threads: int) -> float:

@@ -34,7 +34,7 @@ from m2c.bundle.manifest import (
 from m2c.bundle.planes import GROUP
 from m2c.bundle.shard import VERSION
 from m2c.bundle.strict import dump_json
-from m2c.contents import IMPORTANCE, VECTORS
+from m2c.contents import IMPORTANCE, VECTORS, keeps_experts
 from m2c.encode import PIECE_WEIGHTS, Spent, Tools, encode_piece
 from m2c.errors import NoSpace, UsageError
 from m2c.kernels.encoder import load_encoder
@@ -83,7 +83,7 @@ class PackJob:
         """Weights that `pack` reports progress in."""
         config = self.checkpoint.config
         dense = sum(rows * columns for rows, columns in dense_matrices(config).values())
-        ffn = config.vectors * config.hidden_size * config.intermediate_size
+        ffn = config.vectors * config.hidden_size * config.neurons
         return dense + config.num_hidden_layers * ffn
 
     @property
@@ -259,12 +259,12 @@ def require_matching(job: PackJob) -> None:
     config = job.checkpoint.config
     heads = config.num_attention_heads * config.head_dim
     shapes = {
-        "order": config.intermediate_size, "attn_input": config.hidden_size,
+        "order": config.neurons, "attn_input": config.hidden_size,
         "o_input": heads, "ffn_input": config.hidden_size,
     }  # fmt: skip
     inputs = {
         "attn_directions": config.hidden_size, "o_directions": heads,
-        "ffn_directions": config.hidden_size, "down_directions": config.intermediate_size,
+        "ffn_directions": config.hidden_size, "down_directions": config.neurons,
     }  # fmt: skip
     matches = (
         known.calibration.fingerprint == job.checkpoint.fingerprint()
@@ -282,6 +282,7 @@ def require_matching(job: PackJob) -> None:
             for name, size in inputs.items()
         )
         and all(layer.sample.shape[1] == config.hidden_size for layer in known.layers)
+        and all(keeps_experts(layer.order, config) for layer in known.layers)
     )
     if not matches:
         raise UsageError(

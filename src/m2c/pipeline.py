@@ -66,7 +66,7 @@ def _open(group: Group, path: Path, recipe: str, workers: Workers) -> Opened | N
     """None if an earlier attempt has finished the group's shards."""
     if all(_is_finished(path / name, recipe) for name in group.files.values()):
         return None
-    return [(matrix, matrix.open(workers)) for matrix in group.matrices]
+    return group.open(workers)
 
 
 def _finish(finish: Callable[[], None] | None, path: Path, group: Group) -> dict[str, ShardFact]:

@@ -64,6 +64,7 @@ def command(
     from m2c.cli.names import bundle_path, read_text
     from m2c.cli.runs import run_options
     from m2c.contents import config_of, tokenizer_of
+    from m2c.engine import require_mix
     from m2c.evaluate import FULL, cut, options_within
     from m2c.model.mix import Mix
 
@@ -78,6 +79,8 @@ def command(
     config = config_of(opened)
     if window > (longest := config.max_position_embeddings):
         raise UsageError(f"--window {window} is beyond the {longest} tokens of this model")
+    for one in mixes:
+        require_mix(one, config)
     mixes = mixes or [Mix.of_percent(opened.manifest.mix.percent, drop)]
     tokenizer, content = tokenizer_of(opened), read_text(text)
     ids = tokenizer.encode(content[: tokens * _CHARACTERS])[:tokens]

@@ -97,6 +97,7 @@ def _job(
 ) -> "PackJob":
     from m2c import home
     from m2c.bundle.importance import read_importance
+    from m2c.engine import require_mix
     from m2c.model.checkpoint import open_checkpoint
     from m2c.model.mix import Mix
     from m2c.pack import PackJob, choose_exact_type
@@ -110,6 +111,8 @@ def _job(
     if exact_type not in ("auto", "bf16", "f16"):
         raise UsageError(f"--exact-type {exact_type}: choose bf16, f16 or auto")
     checkpoint = open_checkpoint(source)
+    if mix not in ("error", "entropy"):
+        require_mix(Mix.parse(mix), checkpoint.config)
     path = profile or home.profile_path(checkpoint.name, checkpoint.fingerprint())
     if not path.exists():
         missing = "no such profile" if profile else f"{given} has no profile yet"

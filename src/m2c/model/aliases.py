@@ -104,6 +104,28 @@ _QWEN3: Final = {
     "max_position_embeddings": 40960,
 }
 _QWEN3_SMALL: Final = {**_QWEN3, "tie_word_embeddings": True}
+_QWEN3_MOE: Final = {
+    **_QWEN3,
+    "model_type": "qwen3_moe",
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+_MIXTRAL: Final = {
+    "model_type": "mixtral",
+    "hidden_act": "silu",
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "vocab_size": 32000,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1000000.0,
+    "max_position_embeddings": 32768,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 _MISTRAL: Final = {
     "model_type": "mistral",
     "hidden_act": "silu",
@@ -244,6 +266,10 @@ ALIASES: Final[Mapping[str, Alias]] = {
     "qwen3-8b": _model("Qwen/Qwen3-8B", _QWEN3, (4096, 12288, 36, 32, 8)),
     "qwen3-14b": _model("Qwen/Qwen3-14B", _QWEN3, (5120, 17408, 40, 40, 8)),
     "qwen3-32b": _model("Qwen/Qwen3-32B", _QWEN3, (5120, 25600, 64, 64, 8)),
+    "qwen3-30b-a3b": _model("Qwen/Qwen3-30B-A3B", _QWEN3_MOE, (2048, 6144, 48, 32, 4),
+                            moe_intermediate_size=768, num_experts=128),
+    "mixtral-8x7b":
+        _model("mistralai/Mixtral-8x7B-Instruct-v0.1", _MIXTRAL, (4096, 14336, 32, 32, 8)),
     "mistral-7b":
         _model("mistralai/Mistral-7B-Instruct-v0.3", _MISTRAL, (4096, 14336, 32, 32, 8)),
     "mistral-small-24b":

@@ -12,8 +12,10 @@ from typing import Any, Final
 
 from m2c.errors import BadInput
 from m2c.model.families import (
+    FAMILIES,
     HIDDEN_ACTS,
     MODEL_TYPES,
+    MOST_EXPERTS,
     ROPE_TYPES,
     SUPPORTED,
     facts_of_hf,
@@ -91,6 +93,9 @@ class ModelConfig:
     # the FFN reads what the layer's attention reads, through so many norms; 0: what attention gives
     parallel_norms: int = 0
     learned_positions: bool = False  # a vector is added to the embedding, and nothing is rotated
+    num_experts: int = 0  # of every layer's FFN, each of intermediate_size neurons; 0: it is one
+    num_experts_per_tok: int = 0
+    norm_topk_prob: bool = False  # the weights of a token's experts add up to 1
 
     @classmethod
     def from_hf(cls, data: Mapping[str, Any], *, file: str = "config.json") -> "ModelConfig":
@@ -120,6 +125,7 @@ class ModelConfig:
         vocab = read.integer("vocab_size", 1, 2**22)
         layers = read.integer("num_hidden_layers", 1, 4096)
         window, sliding = _sliding(read, layers)
+        experts, active = _experts(read)
         scaling = read.mapping("rope_scaling")
         return cls(
             model_type=read.choice("model_type", MODEL_TYPES, SUPPORTED),
@@ -155,6 +161,9 @@ class ModelConfig:
             ffn_bias=_ffn_bias(read),
             parallel_norms=_parallel_norms(read),
             learned_positions=read.flag("learned_positions", False),
+            num_experts=experts,
+            num_experts_per_tok=active,
+            norm_topk_prob=read.flag("norm_topk_prob", False),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -178,6 +187,11 @@ class ModelConfig:
     def vectors(self) -> int:
         """Of a neuron, as long as the hidden size each."""
         return 3 if self.gated else 2
+
+    @property
+    def neurons(self) -> int:
+        """Of a layer, those of all its experts."""
+        return self.intermediate_size * max(1, self.num_experts)
 
     def window(self, layer: int) -> int | None:
         """How many positions a token sees in this layer, its own included; None: all."""
@@ -213,6 +227,19 @@ def _parallel_norms(read: Fields) -> int:
     return norms
 
 
+def _experts(read: Fields) -> tuple[int, int]:
+    """num_experts and num_experts_per_tok, of the families that have experts and of no other."""
+    family = FAMILIES.get(str(read.data.get("model_type")))
+    if family is None or not family.experts_key:
+        if read.data.get("num_experts") or read.data.get("num_experts_per_tok"):
+            raise BadInput(f"{read.file}: experts in a model_type that has none")
+        return 0, 0
+    if not read.flag("gated", True) or read.maybe_integer("parallel_norms", 0, 2):
+        raise BadInput(f"{read.file}: experts without a gate, or beside attention")
+    experts = read.integer("num_experts", 2, MOST_EXPERTS)
+    return experts, read.integer("num_experts_per_tok", 1, experts)
+
+
 def _sliding(read: Fields, layers: int) -> tuple[int | None, tuple[int, ...]]:
     """sliding_window and sliding_layers, both or none."""
     window = read.maybe_integer("sliding_window", 1, 2**31 - 1)
@@ -243,14 +270,33 @@ POSITIONS: Final = "model.embed_positions.weight"
 FIRST_POSITION: Final = 2  # the row of the table that is added to the first token
 
 
-def ffn_names(layer: int, *, gated: bool = True) -> tuple[str, ...]:
-    """gate, if there is one, and up [intermediate, hidden], down [hidden, intermediate]."""
+def ffn_names(layer: int, expert: int | None = None, *, gated: bool = True) -> tuple[str, ...]:
+    """gate, if there is one, and up [intermediate, hidden], down [hidden, intermediate]; expert:
+    None for an FFN that is one."""
+    prefix = f"model.layers.{layer}.mlp." + ("" if expert is None else f"experts.{expert}.")
     names = ("gate_proj", "up_proj", "down_proj")[0 if gated else 1 :]
-    return tuple(f"model.layers.{layer}.mlp.{name}.weight" for name in names)
+    return tuple(f"{prefix}{name}.weight" for name in names)
 
 
 def up_bias_name(layer: int) -> str:
     return f"model.layers.{layer}.mlp.up_proj.bias"
+
+
+def experts_of(config: ModelConfig) -> list[int | None]:
+    """The parts of a layer's FFN, as `ffn_names` calls them."""
+    return list(range(config.num_experts)) or [None]
+
+
+def router_name(layer: int) -> str:
+    """[experts, hidden]"""
+    return f"model.layers.{layer}.mlp.gate.weight"
+
+
+def small_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """What is kept in f32, never in planes: norms, biases, routers, learned positions."""
+    matrices = {router_name(layer) for layer in range(config.num_hidden_layers)} | {POSITIONS}
+    every = expected_tensors(config)
+    return {name: size for name, size in every.items() if len(size) == 1 or name in matrices}
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -258,20 +304,17 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = dict(dense_matrices(config))
     hidden, ffn = config.hidden_size, config.intermediate_size
     for layer in range(config.num_hidden_layers):
-        *rows, down = ffn_names(layer, gated=config.gated)
-        found.update(dict.fromkeys(rows, (ffn, hidden)))
-        found[down] = (hidden, ffn)
+        for expert in experts_of(config):
+            *rows, down = ffn_names(layer, expert, gated=config.gated)
+            found.update(dict.fromkeys(rows, (ffn, hidden)))
+            found[down] = (hidden, ffn)
+        if config.num_experts:
+            found[router_name(layer)] = (config.num_experts, hidden)
         found.update(_vectors(config, f"model.layers.{layer}."))
     found.update(_norm(config, "model.norm"))
     if config.learned_positions:
         found[POSITIONS] = (FIRST_POSITION + config.max_position_embeddings, hidden)
     return found
-
-
-def small_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """What is kept in f32, never in planes: norms, biases, learned positions."""
-    tensors = expected_tensors(config).items()
-    return {name: shape for name, shape in tensors if len(shape) == 1 or name == POSITIONS}
 
 
 def _norm(config: ModelConfig, name: str) -> Iterator[tuple[str, tuple[int]]]:
@@ -305,3 +348,10 @@ def _vectors(config: ModelConfig, prefix: str) -> Iterator[tuple[str, tuple[int]
 def parameter_count(config: ModelConfig) -> int:
     """Weights of the model; tied embeddings count once."""
     return sum(prod(shape) for shape in expected_tensors(config).values())
+
+
+def active_count(config: ModelConfig) -> int:
+    """Weights that a token meets: of the experts, those it chooses."""
+    idle = config.num_experts - config.num_experts_per_tok
+    of_expert = 3 * config.hidden_size * config.intermediate_size
+    return parameter_count(config) - config.num_hidden_layers * idle * of_expert

@@ -36,23 +36,23 @@ def uniform_ffn(
     out_norm: of the output, before it is added. onto: what it is added to instead of x, and lost.
     bias [neurons], of neurons without a gate; out_bias [hidden], of the output.
     """
-    out, start = _begin(x, onto, out_norm), 0
+    out, start = begin(x, out_norm, onto), 0
     for part in parts:
         own = None if bias is None else bias[start : start + len(part)]
         gather_ffn(x, part, act, workers, norm=norm, into=out, bias=own)
         start += len(part)
-    return _end(x, out, out_norm, out_bias, workers)
+    return end(x, out, out_norm, workers, out_bias)
 
 
-def _begin(x: Tensor, onto: Tensor | None, out_norm: Norm | None) -> Tensor:
+def begin(x: Tensor, out_norm: Norm | None, onto: Tensor | None = None) -> Tensor:
     """What neurons are added to: what comes in, unless their sum is normed first."""
     if out_norm is not None:
         return torch.zeros_like(x)
     return x.clone() if onto is None else onto
 
 
-def _end(
-    x: Tensor, out: Tensor, out_norm: Norm | None, out_bias: Tensor | None, workers: Workers
+def end(
+    x: Tensor, out: Tensor, out_norm: Norm | None, workers: Workers, out_bias: Tensor | None = None
 ) -> Tensor:
     if out_norm is not None:
         return add_normed(x, out, out_norm, workers)
@@ -71,7 +71,7 @@ def mixed_ffn(
     neurons `ids` (ascending) at `plane`; with one token it is called once per plane, and `record`
     is told the ids (traces).
     """
-    out = _begin(x, onto, out_norm)
+    out = begin(x, out_norm, onto)
     activations = scored_ffn(x, floor, act, workers, norm=norm, into=out, bias=bias)
     levels = rank(activations, down_norm, mix.ranks(len(floor)), workers)
     # all were added at the floor, in one pass over memory: take back those that do not stay there
@@ -93,7 +93,7 @@ def mixed_ffn(
             mask, own = chosen[:, _index(part, x)].to(x.dtype), _chosen(bias, part)
             rows = fetch(plane, part)
             gather_ffn(x, rows, act, workers, mask=mask, norm=norm, into=out, bias=own)
-    return _end(x, out, out_norm, out_bias, workers)
+    return end(x, out, out_norm, workers, out_bias)
 
 
 def _chosen(bias: Tensor | None, ids: Ids) -> Tensor | None:

@@ -21,6 +21,9 @@ ROPE_DIVISORS: Final = "rope_freqs.weight"
 ARCHITECTURES: Final = {
     FAMILIES[name].gguf: name for name in reversed(MODEL_TYPES) if FAMILIES[name].gguf
 }
+_WITH_EXPERTS: Final = {
+    family.gguf: name for name, family in FAMILIES.items() if family.experts_key
+}
 _EOS_KEYS: Final = ("eos", "eot", "eom")  # any of them ends a turn
 
 
@@ -40,18 +43,21 @@ def config_from_metadata(
         message = f"{file}: the architecture {str(arch)[:80]!r} is not supported"
         raise UnsupportedModel(message, SUPPORTED)
     keys = _Keys(metadata, arch, file)
-    family = FAMILIES[ARCHITECTURES[arch]]
-    if keys.get("expert_count", 0):
-        raise UnsupportedModel(f"{file}: a mixture of experts is not supported", SUPPORTED)
+    model_type = _model_type(keys)
+    family = FAMILIES[model_type]
     heads, head_dim = _heads(keys)
     theta = _shortest(keys.get("rope.freq_base", family.defaults.get("rope_theta", 10000.0)))
     tokens = metadata.get("tokenizer.ggml.tokens")
     vocab = len(tokens) if isinstance(tokens, list) else keys.get("vocab_size")
     biased = "model.layers.0.self_attn.q_proj.bias" in names
     data = {
-        "model_type": ARCHITECTURES[arch],
+        "model_type": model_type,
         "hidden_size": keys.get("embedding_length"),
-        "intermediate_size": keys.get("feed_forward_length"),
+        "intermediate_size": keys.get(
+            "feed_forward_length"
+            if family.expert_size_key == "intermediate_size"
+            else "expert_feed_forward_length"
+        ),
         "num_hidden_layers": keys.get("block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": keys.get("attention.head_count_kv", heads),
@@ -71,6 +77,7 @@ def config_from_metadata(
         **_windows(keys, family),
         **_gemma(keys, family, head_dim),
         **_falcon(family, names),
+        **_experts(keys, family),
         **family.facts,
     }
     return ModelConfig.from_dict(data, file=file)
@@ -92,6 +99,27 @@ class _Keys:
         if type(value) is not int or not 0 < value < 1 << 20:
             raise BadInput(f"{self.file}: {self.arch}.{key} is {str(value)[:80]}")
         return value
+
+
+def _model_type(keys: _Keys) -> str:
+    """Raises UnsupportedModel for experts in an architecture that we run without."""
+    if not keys.get("expert_count", 0):
+        return ARCHITECTURES[keys.arch]
+    if keys.arch not in _WITH_EXPERTS:
+        message = f"{keys.file}: a mixture of experts in {keys.arch} is not supported"
+        raise UnsupportedModel(message, SUPPORTED)
+    return _WITH_EXPERTS[keys.arch]
+
+
+def _experts(keys: _Keys, family: Family) -> dict[str, Any]:
+    """Files that do not say how weights add up are of models where they add up to 1."""
+    if not family.experts_key:
+        return {}
+    return {
+        "num_experts": keys.get("expert_count"),
+        "num_experts_per_tok": keys.get("expert_used_count"),
+        "norm_topk_prob": keys.get("expert_weights_norm", True),
+    }
 
 
 def _heads(keys: _Keys) -> tuple[int, int]:

@@ -33,6 +33,9 @@ _WORDS: Final[Mapping[str, Mapping[str, str]]] = {
 _TWO_NORMS: Final = {"input_layernorm": "ln_attn", "post_attention_layernorm": "ln_mlp"}
 
 
+_EXPERT_MATRICES: Final = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+
+
 @dataclass(frozen=True)
 class Place:
     """Rows of the stored tensor `stored`: those from `start` on, or runs of `run` rows, each
@@ -100,9 +103,16 @@ def norm_offset(config: ModelConfig, name: str) -> float:
 
 
 def _stored_name(config: ModelConfig, name: str) -> str:
+    if config.model_type == "mixtral" and ".mlp." in name:
+        return _mixtral_name(name)
     if not FAMILIES[config.model_type].fused:
         return name
     *path, short, kind = name.split(".")
     if short == "up_proj" and not config.gated:
         return name
     return ".".join((*path, _FUSED.get(short, short), kind))
+
+
+def _mixtral_name(name: str) -> str:
+    *path, short, kind = name.replace(".mlp.", ".block_sparse_moe.").split(".")
+    return ".".join((*path, _EXPERT_MATRICES.get(short, short), kind))

@@ -27,7 +27,8 @@ from m2c.model.attention import (
     layer_facts,
     norm_of,
 )
-from m2c.model.config import ModelConfig
+from m2c.model.config import ModelConfig, router_name
+from m2c.model.experts import Router, expert_ffn
 from m2c.model.ffn import mixed_ffn, uniform_ffn
 from m2c.model.footprint import LOGITS
 from m2c.model.kv import KvCache
@@ -49,6 +50,8 @@ class Weights(Protocol):
     def holds_all(self) -> bool: ...
 
     def uses(self, kind: str, layer: int) -> Iterator[Mapping[str, Rows]]: ...
+
+    def experts(self, layer: int, ids: Ids) -> Iterator[Rows]: ...
 
     def embed(self, ids: Ids) -> Tensor: ...
 
@@ -79,8 +82,13 @@ class Transformer:
         self._workers = workers
         layers = range(config.num_hidden_layers)
         self._layers = [layer_facts(config, vectors, layer) for layer in layers]
-        # a norm of the FFN's output comes between its sum and what it is added to
-        self._stacks = mix.is_uniform and not any(facts.ffn_out_norm for facts in self._layers)
+        self._routers = [
+            Router.of(config, vectors[router_name(layer)]) for layer in layers if config.num_experts
+        ]
+        # a norm of the FFN's output comes between its sum and what it is added to; experts are
+        # chosen between the layers
+        plain = not self._routers and not any(facts.ffn_out_norm for facts in self._layers)
+        self._stacks = mix.is_uniform and plain
         self._norm = norm_of(config, vectors, "model.norm")
         self._down_norms = down_norms
         self._calls: dict[int, AttentionCall] = {}
@@ -139,6 +147,11 @@ class Transformer:
         for rows in self._store.uses("dense", layer):
             call = self._attention_call(layer, rows)
             x = attention(x, call, self.kv.length, self._workers, norm=facts.attn_norm)
+        if self._routers:
+            return expert_ffn(
+                x, self._routers[layer], partial(self._store.experts, layer), norm=facts.ffn_norm,
+                act=act, workers=self._workers, out_norm=facts.ffn_out_norm,
+            )  # fmt: skip
         onto = None
         if self.config.parallel_norms:
             x, onto = given, x

@@ -11,18 +11,32 @@ from m2c.errors import BadInput
 from m2c.kernels.rows import ExactRows
 from m2c.model.attention import MATRICES
 from m2c.model.checkpoint import Checkpoint
-from m2c.model.config import ffn_names, small_tensors
+from m2c.model.config import experts_of, ffn_names, small_tensors
 
 
 def neuron_records(checkpoint: Checkpoint, layer: int) -> Tensor:
     """[neurons, vectors * hidden]: gate row if there is one, up row, down column of every neuron,
-    in the stored type.
+    in the stored type; experts one after another.
 
     Needs the memory of the layer's FFN plus its largest matrix. Raises BadInput on NaN or infinity.
     """
+    parts = experts_of(checkpoint.config)
+    first = expert_records(checkpoint, layer, parts[0])
+    if len(parts) == 1:
+        return first
+    size = len(first)
+    records = first.new_empty((len(parts) * size, first.shape[1]))
+    records[:size] = first
+    for i in range(1, len(parts)):
+        records[i * size : (i + 1) * size] = expert_records(checkpoint, layer, parts[i])
+    return records
+
+
+def expert_records(checkpoint: Checkpoint, layer: int, expert: int | None) -> Tensor:
+    """As `neuron_records`, of one expert; None: of an FFN that is one."""
     hidden, vectors = checkpoint.config.hidden_size, checkpoint.config.vectors
     records = None
-    for position, name in enumerate(ffn_names(layer, gated=checkpoint.config.gated)):
+    for position, name in enumerate(ffn_names(layer, expert, gated=checkpoint.config.gated)):
         matrix = checkpoint.read(name)
         require_finite(matrix, checkpoint, name)
         if position == vectors - 1:
@@ -35,9 +49,12 @@ def neuron_records(checkpoint: Checkpoint, layer: int) -> Tensor:
 
 
 def layer_rows(checkpoint: Checkpoint, layer: int) -> dict[str, ExactRows]:
-    """Operands of a layer's attention matrices and, as "ffn", its neurons."""
-    layout = RecordLayout(checkpoint.config.vectors, checkpoint.config.hidden_size)
-    rows = {"ffn": ExactRows(layout, neuron_records(checkpoint, layer))}
+    """Operands of a layer's attention matrices and, as "ffn", its neurons unless they are in
+    experts."""
+    rows = {}
+    if not checkpoint.config.num_experts:
+        layout = RecordLayout(checkpoint.config.vectors, checkpoint.config.hidden_size)
+        rows["ffn"] = ExactRows(layout, neuron_records(checkpoint, layer))
     for short in MATRICES:
         name = matrix_name(layer, short)
         matrix = checkpoint.read(name)
@@ -51,7 +68,7 @@ def matrix_name(layer: int, short: str) -> str:
 
 
 def vector_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Norms, biases and learned positions, f32, by Hugging Face name."""
+    """Norms, biases, routers and learned positions, f32, by Hugging Face name."""
     found = {}
     for name in small_tensors(checkpoint.config):
         found[name] = checkpoint.read(name).float()

@@ -91,12 +91,17 @@ class SsdReader:
         self._under_way = 0  # requests
         self._busy_since = 0.0
 
-    def read(self, index: ShardIndex, runs: Sequence[tuple[int, int]], into: U8) -> Pending:
+    def read(
+        self, index: ShardIndex, runs: Sequence[tuple[int, int]], into: U8, *, now: bool = False
+    ) -> Pending:
         """Start reading runs of blocks [first, stop) one after another into `into`.
 
-        into: page-aligned u8 of at least the runs' bytes. Errors surface in `Pending.wait`.
+        into: page-aligned u8 of at least the runs' bytes. now: before all that is waiting in line.
+        Errors surface in `Pending.wait`.
         """
         requests = self._requests(index, runs, into)
+        if now:
+            return Pending([self._helpers.submit(self._read_first, one) for one in requests])
         return Pending([self._pool.submit(self._read_ahead, request) for request in requests])
 
     def read_now(self, index: ShardIndex, runs: Sequence[tuple[int, int]], into: U8) -> None:
@@ -185,6 +190,10 @@ class SsdReader:
         with self._turn:  # a courtesy that ends: an interrupted caller may never say it is done
             self._turn.wait_for(lambda: not self._on_demand, timeout=_COURTESY_S)
         self._read(request)
+
+    def _read_first(self, request: _Request) -> None:
+        with self._priority():
+            self._read(request)
 
     def _read(self, request: _Request) -> None:
         index, view = request.index, request.view
