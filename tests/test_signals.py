@@ -26,6 +26,9 @@ from tiny_models import digest, pack_folder, write_checkpoint
 from trials import trials
 
 from m2c.bundle.files import TEMPORARY_PREFIX
+from m2c.cli.app import Terminated
+from m2c.errors import BadInput
+from m2c.tokenizer import _engine_errors
 
 COMMANDS: Final = ("profile", "pack", "run", "chat")
 CODES: Final = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -122,6 +125,15 @@ def percentiles(seconds: list[float]) -> str:
     ordered = sorted(seconds)
     parts = {"median": 0.5, "99 %": 0.99, "longest": 1.0}
     return ", ".join(f"{k} {ordered[int((len(ordered) - 1) * v)]:.2f} s" for k, v in parts.items())
+
+
+def test_stopped_while_a_tokenizer_is_read() -> None:
+    """What a signal raises there is not about the file; what a panic in Rust raises is."""
+    panic = type("PanicException", (BaseException,), {})
+    with pytest.raises(Terminated), _engine_errors("tokenizer.json"):
+        raise Terminated
+    with pytest.raises(BadInput, match="not a usable tokenizer"), _engine_errors("tokenizer.json"):
+        raise panic
 
 
 @pytest.mark.parametrize(
