@@ -5,6 +5,7 @@ or was accepted where other readers refuse it.
 import json
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hostile import judge
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
+from m2c.bundle.bundle import open_bundle
 from m2c.bundle.files import read_small
 from m2c.bundle.importance import decode_importance, encode_importance
 from m2c.bundle.manifest import (
@@ -29,6 +31,7 @@ from m2c.bundle.manifest import (
 from m2c.bundle.shard import read_index
 from m2c.bundle.tensors import load_tensors
 from m2c.cli.console import plain
+from m2c.contents import config_of, importance_of, vectors_of
 from m2c.errors import BadInput
 from m2c.hub import find_model
 from m2c.model.hf_folder import HfFolder, weight_map
@@ -113,6 +116,14 @@ def test_a_folder_of_a_bundle_that_is_a_link(tmp_path: Path) -> None:
     write_manifest(tmp_path, manifest)
     (tmp_path / "model").symlink_to("/")
     refused(lambda: read_manifest(tmp_path), "a link, and all of a bundle lies in its folder")
+
+
+def test_a_manifest_that_names_no_profile(bundle: Path) -> None:
+    """A KeyError, and so an internal error."""
+    opened = open_bundle(bundle)
+    empty = replace(opened, manifest=replace(opened.manifest, files={}))
+    refused(lambda: importance_of(empty), "holds no importance.safetensors")
+    refused(lambda: vectors_of(empty, config_of(opened)), "holds no vectors.safetensors")
 
 
 def test_arrays_that_numpy_cannot_hold() -> None:
