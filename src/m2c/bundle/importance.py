@@ -120,7 +120,7 @@ def read_importance(path: Path) -> tuple[Importance, str]:
 
 
 def decode_importance(data: bytes, path: Path) -> Importance:
-    tensors = load_tensors(data, path)
+    tensors = load_tensors(data, path, "an importance file of m2c profile")
     try:
         length = int.from_bytes(data[:8], "little")
         header = load_json(data[8 : 8 + length], file=path)

@@ -14,13 +14,16 @@ from safetensors.numpy import load
 from m2c.errors import BadInput
 
 
-def load_tensors(data: bytes, path: Path) -> dict[str, npt.NDArray[Any]]:
-    """Raises BadInput naming `path` for a damaged file, and for dtypes and shapes numpy lacks."""
+def load_tensors(
+    data: bytes, path: Path, what: str = "a readable safetensors file"
+) -> dict[str, npt.NDArray[Any]]:
+    """Raises BadInput, saying that `path` is not `what`, for a damaged file and for dtypes and
+    shapes that numpy lacks."""
     try:
         return dict(load(data))
     except (SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise BadInput(f"{path}: not a readable safetensors file ({reason})") from None
+        raise BadInput(f"{path}: not {what} ({reason})") from None
 
 
 def is_array(array: Any, dtype: type, shape: tuple[int, ...]) -> bool:
