@@ -29,6 +29,7 @@ from m2c.bundle.manifest import (
     write_manifest,
 )
 from m2c.bundle.shard import read_index
+from m2c.bundle.strict import parse_object
 from m2c.bundle.tensors import load_tensors
 from m2c.cli.console import plain
 from m2c.contents import config_of, importance_of, vectors_of
@@ -60,6 +61,13 @@ def test_headers_that_only_m2c_took(tmp_path: Path, old: str, new: str, match: s
     with pytest.raises(SafetensorError):
         deserialize(content)
     refused(lambda: SafetensorsFile(tmp_path / "m"), match)
+
+
+def test_nesting_that_can_be_read_but_not_written() -> None:
+    """Reading and writing JSON give up at different depths."""
+    for depth in range(100, 1100, 7):
+        text = '{"\\ud83d\\ude00": ' + "[" * depth + "]" * depth + "}"
+        judge(lambda text=text: parse_object(text.encode(), "f"), f"{depth} levels")
 
 
 def test_names_without_end(tmp_path: Path) -> None:
