@@ -35,7 +35,7 @@ from m2c.cli.console import plain
 from m2c.contents import config_of, importance_of, vectors_of
 from m2c.errors import BadInput
 from m2c.hub import find_model
-from m2c.model.hf_folder import HfFolder, weight_map
+from m2c.model.hf_folder import HfFolder, small_files, weight_map
 from m2c.model.safetensors_file import SafetensorsFile
 
 
@@ -68,6 +68,19 @@ def test_nesting_that_can_be_read_but_not_written() -> None:
     for depth in range(100, 1100, 7):
         text = '{"\\ud83d\\ude00": ' + "[" * depth + "]" * depth + "}"
         judge(lambda text=text: parse_object(text.encode(), "f"), f"{depth} levels")
+
+
+def test_only_plain_names_travel_into_a_bundle() -> None:
+    """A bundle with others would be refused when it is read."""
+    names = [
+        "LICENSE",
+        "NOTICE.txt",
+        "LICENSE\x1b[2J",
+        "LICENSE\\x",
+        "LICENSE" + "x" * 300,
+        "LICENSE\n",
+    ]
+    assert list(small_files(names)) == ["LICENSE", "NOTICE.txt"]
 
 
 def test_names_without_end(tmp_path: Path) -> None:
