@@ -15,7 +15,8 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 FOLDER = Path("src/m2c/kernels/csrc")
 SOURCES = (
     "primitives.c", "scalar.c", "avx2.c", "avx512.c", "inputs.c", "rows.c", "ffn.c", "attention.c",
-    "rank.c", "exact.c", "frames.c", "encode.c", "steer.c", "layers.c", "pool.c",
+    "rank.c", "exact.c", "exact2.c", "exact512.c", "frames.c", "encode.c", "steer.c", "layers.c",
+    "pool.c",
 )  # fmt: skip
 # no -march=native: the instruction set is chosen at run time; no -ffast-math: sums keep their order
 FLAGS = (

@@ -4,6 +4,7 @@
 
 One layer of the llama2-7b shape (11,008 neurons of 3 x 4,096), random codes, INT4; operands rotate
 through 6 copies (450 MB) so that no cache holds them. Medians, GB/s of the bytes a kernel needs.
+Then decoding the exact plane of 512 such neurons with normal weights, BF16: G weights/s.
 """
 
 import argparse
@@ -11,12 +12,14 @@ import statistics
 import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
-from m2c.bundle.planes import RecordLayout
+from m2c.bundle.exact import encode_frames, round_to, widen
+from m2c.bundle.planes import RecordLayout, quantize
 from m2c.errors import UsageError
 from m2c.kernels.native import NativeKernels
-from m2c.kernels.rows import PackedRows
+from m2c.kernels.rows import ExactFrames, PackedRows
 from m2c.tiers.memory import aligned_buffer
 
 NEURONS, HIDDEN, COPIES = 11008, 4096, 6
@@ -75,6 +78,24 @@ def measure(kernels: NativeKernels, records: list[torch.Tensor], repeats: int) -
     )
 
 
+def framed_neurons(neurons: int = 512) -> PackedRows:
+    layout = RecordLayout(3, HIDDEN)
+    values = np.random.default_rng(0).normal(0, 0.02, (neurons, 3 * HIDDEN)).astype(np.float32)
+    true = round_to(values, "bf16")
+    int4, int8, _ = quantize(widen(true, "bf16").reshape(neurons, 3, HIDDEN))
+    made = encode_frames(true, int4, int8, layout, exact_type="bf16", frame_records=1)
+    frames = ExactFrames(
+        np.frombuffer(made.data, np.uint8).copy(), made.nbytes, made.escapes, 1, "bf16"
+    )
+    return PackedRows(layout, torch.from_numpy(int4), torch.from_numpy(int8), frames)
+
+
+def decoded(kernels: NativeKernels, rows: PackedRows, repeats: int) -> float:
+    """Weights per second."""
+    (found,) = interleaved([(lambda _: kernels.decode(rows), len(rows) * 3 * HIDDEN)], repeats)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
@@ -82,8 +103,8 @@ def main() -> None:
     parser.add_argument("--kernels", nargs="+", default=["scalar", "avx2", "avx512"])
     given = parser.parse_args()
     torch.set_num_threads(1)
-    records = operands()
-    names = ["plain read", "gate_up", "down", "FFN", "FFN, half", "dense rows"]
+    records, framed = operands(), framed_neurons()
+    names = ["plain read", "gate_up", "down", "FFN", "FFN, half", "dense rows", "exact plane"]
     print("| kernels | threads | " + " | ".join(names) + " |")
     print("|---" * (len(names) + 2) + "|")
     for choice in given.kernels:
@@ -93,9 +114,10 @@ def main() -> None:
             except UsageError:
                 continue
             found = measure(kernels, records, given.repeats)
-            kernels.close()
             cells = [f"{found[0] / 1e9:.1f}"]
             cells += [f"{v / 1e9:.1f} ({v / found[0]:.0%})" for v in found[1:]]
+            cells.append(f"{decoded(kernels, framed, given.repeats) / 1e9:.2f}")
+            kernels.close()
             print(f"| {choice} | {threads} | {' | '.join(cells)} |")
 
 

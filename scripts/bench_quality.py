@@ -32,8 +32,9 @@ from m2c.engine import Engine, RunOptions
 from m2c.errors import M2CError
 from m2c.evaluate import FULL, WINDOW, Estimate, Quality, Reference, compare, cut
 from m2c.mixsearch import exact_bits
-from m2c.model.config import ModelConfig, dense_matrices
+from m2c.model.config import ModelConfig
 from m2c.model.mix import Mix, bits_per_weight
+from m2c.model.tensors import dense_matrices
 
 HERE = Path(__file__).parent
 EVAL_TEXT = HERE.parent / "tests" / "data" / "austen_eval.txt"
@@ -113,7 +114,7 @@ def rounded(q: torch.Tensor, r: torch.Tensor, refine: int) -> tuple[torch.Tensor
 
 def read_weights(config: ModelConfig) -> tuple[int, int]:
     """Weights a token meets: (of the FFN, of attention and head)."""
-    ffn = 3 * config.num_hidden_layers * config.hidden_size * config.intermediate_size
+    ffn = config.vectors * config.num_hidden_layers * config.hidden_size * config.intermediate_size
     shapes = dense_matrices(config)
     attention = sum(n * m for name, (n, m) in shapes.items() if name.startswith("model.layers."))
     return ffn, attention + config.vocab_size * config.hidden_size

@@ -39,6 +39,7 @@ class Outcome:
     errors: str
     peak_nbytes: int  # largest resident set, files it maps included
     reads: tuple[tuple[float, int], ...]  # (seconds since the start, bytes read from disk so far)
+    charged_nbytes: int = 0  # most that the limit counted, page cache included; 0: not known
 
     def read_in_last(self, seconds: float) -> int:
         """Bytes read from disk in the last `seconds` before the exit."""
@@ -74,6 +75,14 @@ class MemoryGroup:
         text = (self.path / ("memory.oom_control" if self._v1 else "memory.events")).read_text()
         counts = dict(line.split(maxsplit=1) for line in text.splitlines())
         return int(counts.get("oom_kill", 0)) > 0
+
+    def peak(self) -> int:
+        """Most bytes that were charged at a time; 0 where the kernel does not say (before 5.19)."""
+        file = self.path / ("memory.max_usage_in_bytes" if self._v1 else "memory.peak")
+        try:
+            return int(file.read_text())
+        except OSError:
+            return 0
 
     def close(self) -> None:
         if self._v1:
@@ -132,7 +141,8 @@ def run(command: Sequence[str], *, limit: int | None = None, timeout_s: float = 
         for file in (output, errors):
             file.seek(0)
             texts.append(file.read().decode(errors="replace"))
-        return Outcome(status, seconds, texts[0], texts[1], peak, tuple(reads))
+        charged = 0 if group is None else group.peak()
+        return Outcome(status, seconds, texts[0], texts[1], peak, tuple(reads), charged)
 
 
 def _watch(

@@ -2,6 +2,7 @@
 
     python scripts/make_checkpoint.py OUT --shape llama2-7b
     python scripts/make_checkpoint.py OUT --layers 2 --hidden 64 --intermediate 160 --heads 4
+    python scripts/make_checkpoint.py OUT --experts 8 --active 2
     python scripts/make_checkpoint.py OUT --from-gguf model.gguf [--dither]
 
 A synthetic model has the shape, the bytes and the speed of a real one and says nothing sensible.
@@ -28,7 +29,7 @@ from m2c.errors import BadInput, M2CError
 from m2c.model.aliases import ALIASES
 from m2c.model.checkpoint import open_checkpoint, read_stored
 from m2c.model.config import ModelConfig
-from m2c.model.places import norm_offset, stored_tensors
+from m2c.model.places import file_name, norm_offset, stored_tensors
 from m2c.tokenizer_gguf import build_from_gguf, build_tokenizer_config
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
@@ -78,7 +79,9 @@ def write_checkpoint(
 
     shapes = stored_tensors(facts)
     groups = by_layer(shapes)
-    shards = ({name: tensor(name, shapes[name]) for name in names} for names in groups)
+    shards = (
+        {file_name(facts, name): tensor(name, shapes[name]) for name in names} for names in groups
+    )
     write_shards(directory, shards, len(groups))
 
 
@@ -107,11 +110,12 @@ def weight_std(name: str, shape: tuple[int, ...], layers: int) -> float:
     """Keeps activations near 1 through any number of layers (0.016 at a hidden size of 4096)."""
     if name.endswith(".bias"):
         return 0.1
-    if "embed_tokens" in name:
+    if ".embed_" in name:
         return 0.3
     std = 1 / math.sqrt(shape[1])
     # 2 * layers outputs add up in the residual stream
-    return std / math.sqrt(2 * layers) if "o_proj" in name or "down_proj" in name else std
+    gives = ("o_proj", "down_proj", ".w2.")
+    return std / math.sqrt(2 * layers) if any(part in name for part in gives) else std
 
 
 def standard(count: int, distribution: str, generator: torch.Generator) -> torch.Tensor:
@@ -201,8 +205,9 @@ def export_gguf(
         return tensor.to(DTYPES[dtype]).contiguous()
 
     generator = torch.Generator().manual_seed(seed)
-    groups = by_layer(stored_tensors(checkpoint.config))
-    shards = ({name: tensor(name) for name in names} for names in groups)
+    facts = checkpoint.config
+    groups = by_layer(stored_tensors(facts))
+    shards = ({file_name(facts, name): tensor(name) for name in names} for names in groups)
     write_shards(directory, shards, len(groups))
 
 
@@ -237,6 +242,10 @@ def shape_of(options: argparse.Namespace) -> dict[str, Any]:
         if options.shape not in ALIASES:
             raise SystemExit(f"no shape {options.shape}: choose from {', '.join(ALIASES)}")
         return dict(ALIASES[options.shape].hf_config)
+    experts = {
+        "model_type": "mixtral", "num_local_experts": options.experts,
+        "num_experts_per_tok": options.active,
+    }  # fmt: skip
     return {
         "model_type": "llama",
         "hidden_act": options.activation,
@@ -250,6 +259,7 @@ def shape_of(options: argparse.Namespace) -> dict[str, Any]:
         "rope_theta": 10000.0,
         "max_position_embeddings": 4096,
         "tie_word_embeddings": False,
+        **(experts if options.experts else {}),
     }
 
 
@@ -265,6 +275,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--intermediate", type=int, default=688)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--kv-heads", type=int, help="as many as --heads unless given")
+    parser.add_argument("--experts", type=int, default=0, help="of a layer, --intermediate each")
+    parser.add_argument("--active", type=int, default=2, help="experts that a token uses")
     parser.add_argument("--vocab", type=int, default=1024)
     parser.add_argument("--activation", choices=("silu", "relu"), default="silu")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")

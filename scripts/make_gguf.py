@@ -9,6 +9,7 @@ timed but not talked to.
 """
 
 import argparse
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from m2c.model.checkpoint import Checkpoint, open_checkpoint, read_stored
 from m2c.model.config import ModelConfig
 from m2c.model.families import FAMILIES, by_pattern
 from m2c.model.gguf_config import ROPE_DIVISORS, llama3_divisors
-from m2c.model.places import stored_tensors
+from m2c.model.places import file_name, stored_tensors
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def write_gguf(
     """
     config = checkpoint.config
     _refuse_unsayable(checkpoint)
-    names = in_file_order(stored_tensors(config))
+    names = together(in_file_order(stored_tensors(config)))
     with atomic_file(out) as file:
         # the writer opens its file by name; that is the same file, synced and renamed afterwards
         writer = gguf.GGUFWriter(file.name, FAMILIES[config.model_type].gguf)
@@ -85,6 +86,11 @@ def _refuse_unsayable(checkpoint: Checkpoint) -> None:
     config = checkpoint.config
     arch = FAMILIES[config.model_type].gguf
     family = FAMILIES[config.model_type]
+    if not arch:
+        raise UnsupportedModel(
+            f"{checkpoint.path}: GGUF has no word for {config.model_type}",
+            "compare with a program that reads safetensors",
+        )
     if config.hidden_act != family.defaults.get(family.act_key, "silu"):
         raise UnsupportedModel(
             f"{checkpoint.path}: GGUF has no word for {config.hidden_act} in {arch}",
@@ -97,6 +103,17 @@ def _refuse_unsayable(checkpoint: Checkpoint) -> None:
         raise UnsupportedModel(
             f"{checkpoint.path}: GGUF has no word for these sliding windows in {arch}",
             "use a checkpoint whose attention sees everything",
+        )
+    unusual = config.o_bias or config.ffn_bias or not config.parallel_norms
+    if arch == "falcon" and unusual:
+        raise UnsupportedModel(
+            f"{checkpoint.path}: GGUF has no word for biases or an FFN after attention in {arch}",
+            "use a checkpoint like falcon-7b or falcon-40b",
+        )
+    if config.num_experts and not config.norm_topk_prob:
+        raise UnsupportedModel(
+            f"{checkpoint.path}: GGUF has no word for experts' weights that add up to less than 1",
+            "use a checkpoint with norm_topk_prob",
         )
     if config.query_pre_attn_scalar not in (None, config.head_dim):
         raise UnsupportedModel(
@@ -116,6 +133,15 @@ def in_file_order(names: Iterable[str]) -> list[str]:
     return sorted(names, key=place)
 
 
+def together(names: Iterable[str]) -> dict[str, list[str]]:
+    """The stored tensors that each tensor of the file is made of: of experts, which are one
+    tensor, all; by a name without the expert's number, which GGUF knows."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(re.sub(r"\.experts\.\d+\.", ".experts.", name), []).append(name)
+    return found
+
+
 def add_metadata(writer: gguf.GGUFWriter, config: ModelConfig, name: str, kind: MatrixType) -> None:
     writer.add_name(name)
     writer.add_file_type(kind.file)
@@ -128,9 +154,16 @@ def add_metadata(writer: gguf.GGUFWriter, config: ModelConfig, name: str, kind: 
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
     writer.add_rope_dimension_count(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if config.layer_norms:
+        writer.add_layer_norm_eps(config.rms_norm_eps)
+    else:
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_vocab_size(config.vocab_size)
+    if config.num_experts:
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.intermediate_size)
     if config.sliding_window:
         writer.add_sliding_window(config.sliding_window)
     if config.attn_logit_softcapping:
@@ -158,7 +191,7 @@ def copy_tokenizer(writer: gguf.GGUFWriter, source: Path) -> None:
 
 
 def add_tensor_infos(
-    writer: gguf.GGUFWriter, checkpoint: Checkpoint, names: Iterable[str], kind: MatrixType
+    writer: gguf.GGUFWriter, checkpoint: Checkpoint, names: dict[str, list[str]], kind: MatrixType
 ) -> None:
     config, shapes = checkpoint.config, stored_tensors(checkpoint.config)
     arch = _ARCHITECTURES[FAMILIES[config.model_type].gguf]
@@ -167,31 +200,41 @@ def add_tensor_infos(
     divisors = rope_divisors(config)
     if divisors is not None:
         writer.add_tensor_info(ROPE_DIVISORS, divisors.shape, f32, divisors.nbytes)
-    for name in names:
-        renamed = known.get_name(name, try_suffixes=(".weight", ".bias"))
+    for name, stored in names.items():
+        renamed = known.get_name(file_name(config, name), try_suffixes=(".weight", ".bias"))
         if renamed is None:
             raise UnsupportedModel(f"{checkpoint.path}: GGUF has no name for {name}")
-        shape = shapes[name]
-        dtype = f16 if len(shape) > 1 else f32
-        raw = kind.ggml if len(shape) > 1 else gguf.GGMLQuantizationType.F32
+        shape = shapes[stored[0]] if len(stored) == 1 else (len(stored), *shapes[stored[0]])
+        plain = is_plain(name, shape)
+        dtype = f32 if plain else f16
+        raw = gguf.GGMLQuantizationType.F32 if plain else kind.ggml
         nbytes = int(np.prod(shape)) * dtype.itemsize
         writer.add_tensor_info(renamed, shape, dtype, nbytes, raw_dtype=raw)
 
 
-def arrays(checkpoint: Checkpoint, names: Iterable[str], kind: MatrixType) -> Iterator[np.ndarray]:
+def is_plain(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether it is written in F32: vectors and routers are."""
+    return len(shape) == 1 or name.endswith((".mlp.gate.weight", ".block_sparse_moe.gate.weight"))
+
+
+def arrays(
+    checkpoint: Checkpoint, names: dict[str, list[str]], kind: MatrixType
+) -> Iterator[np.ndarray]:
     """The tensors announced by `add_tensor_infos`, in that order; 16-bit ones as bytes."""
     config = checkpoint.config
     divisors = rope_divisors(config)
     if divisors is not None:
         yield divisors
-    for name in names:
-        tensor = read_stored(checkpoint, name)
+    for name, stored in names.items():
+        parts = [read_stored(checkpoint, part, gguf=True) for part in stored]
+        tensor = parts[0] if len(parts) == 1 else torch.stack(parts)
+        del parts
         if FAMILIES[config.model_type].gguf == "llama" and name.split(".")[-2] in (
             "q_proj",
             "k_proj",
         ):
             tensor = permute(tensor, config.head_dim)
-        if tensor.ndim == 1:
+        if is_plain(name, tuple(tensor.shape)):
             yield tensor.float().numpy()
             continue
         rounded = tensor.to(kind.torch)

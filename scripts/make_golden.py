@@ -26,7 +26,8 @@ from m2c.bundle.planes import dequantize, quantize
 from m2c.kernels.workers import Workers
 from m2c.mixsearch import choose_mix
 from m2c.model.checkpoint import Checkpoint, open_checkpoint
-from m2c.model.config import ModelConfig, expected_tensors
+from m2c.model.config import ModelConfig
+from m2c.model.tensors import expected_tensors
 from m2c.pack import PackJob, pack
 from m2c.profile import profile
 from m2c.sections import shard_groups

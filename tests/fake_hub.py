@@ -92,7 +92,9 @@ class FakeHub:
         token = handler.headers.get("Authorization")
         if repo.private and token != f"Bearer {TOKEN}":
             return _refuse(handler, 401, "RepoNotFound")
-        if (api and rest == ["revision", "main"]) or rest == ["revision", COMMIT]:
+        # as the real one takes a pull request: its slashes quoted
+        known = ("main", "refs%2Fpr%2F7", COMMIT) if api else (COMMIT,)
+        if rest in (["revision", revision] for revision in known):
             if faults := self.faults.get("api"):
                 fault = faults.pop(0)
                 return _refuse(handler, fault, "") if isinstance(fault, int) else self._stall()

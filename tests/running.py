@@ -73,6 +73,15 @@ def smallest_dram(bundle: Bundle, options: RunOptions) -> int:
     return high
 
 
+def named_smallest(bundle: Bundle, options: RunOptions) -> int:
+    """The bytes of the budget that a plan with too little names; 0 if there is a plan."""
+    try:
+        plan_of(bundle, options)
+    except DoesNotFit as error:
+        return error.smallest
+    return 0
+
+
 def budgets(bundle: Bundle, options: RunOptions) -> Iterator[int]:
     """DRAM sizes from the smallest that works to one where nearly everything is resident."""
     smallest = smallest_dram(bundle, options)

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 from m2c.errors import BadInput, UnsupportedModel
 from m2c.model.checkpoint import open_checkpoint
-from m2c.model.config import ModelConfig, expected_tensors
+from m2c.model.config import ModelConfig
+from m2c.model.tensors import expected_tensors
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",

@@ -38,7 +38,7 @@ WITHOUT_BUNDLE = {
     "pack - --ssd .": (2, "no path on stdin; type: m2c profile MODEL | m2c pack - --ssd DIR"),
     "profile llama2-70": (4, "no such file, folder or alias; did you mean llama2-70b?"),
     "profile SmolLM2_135M": (4, "did you mean smollm2-135m?"),
-    "profile xyzzy": (4, "aliases are gemma2-27b, "),
+    "profile xyzzy": (4, "aliases are falcon-40b, "),
     "profile llama2-7b": (4, "offline, so nothing is fetched: run it once without --offline"),
     "profile /dev/null": (4, "/dev/null: neither a model folder nor a GGUF file"),
     "plan xyzzy": (4, "xyzzy: no such file"),

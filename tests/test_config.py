@@ -12,15 +12,9 @@ from hypothesis import strategies as st
 from m2c.bundle.strict import parse_object
 from m2c.errors import BadInput, UnsupportedModel
 from m2c.model.aliases import ALIASES
-from m2c.model.config import (
-    ModelConfig,
-    RopeScaling,
-    dense_matrices,
-    expected_tensors,
-    ffn_names,
-    parameter_count,
-)
+from m2c.model.config import ModelConfig, RopeScaling
 from m2c.model.families import MODEL_TYPES
+from m2c.model.tensors import dense_matrices, expected_tensors, ffn_names, parameter_count
 
 TINY: dict[str, Any] = {
     "model_type": "llama",
@@ -81,6 +75,8 @@ PUBLISHED = {
     "qwen3-8b": 8_190_735_360,
     "qwen3-14b": 14_768_307_200,
     "qwen3-32b": 32_762_123_264,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "mixtral-8x7b": 46_702_792_704,
     "mistral-7b": 7_248_023_552,
     "mistral-small-24b": 23_572_403_200,
     "phi3-mini-4k": 3_821_079_552,
@@ -102,6 +98,13 @@ PUBLISHED = {
     "qwen2.5-coder-32b": 32_763_876_352,
     "prosparse-llama2-7b": 6_738_415_616,
     "prosparse-llama2-13b": 13_015_864_320,
+    "falcon-7b": 7_217_189_760 - 65024 * 4544,  # the files hold the tied embeddings twice
+    "falcon-40b": 41_835_970_560 - 65024 * 8192,  # likewise
+    "opt-1.3b": 1_315_758_080,
+    "opt-6.7b": 6_658_473_984,
+    "opt-13b": 12_853_473_280,
+    "opt-30b": 29_974_540_288,
+    "opt-66b": 65_719_701_504,  # counted as the others are: there is no safetensors file
 }
 
 
@@ -152,10 +155,13 @@ def test_other_rope_forms() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"model_type": "mixtral"},
+        {"model_type": "qwen2_moe"},
+        {"model_type": "qwen3_moe", "mlp_only_layers": [0]},
+        {"model_type": "qwen3_moe", "decoder_sparse_step": 2},
+        {"model_type": "qwen3_moe", "use_sliding_window": True},
         {"model_type": None},
         {"model_type": ["llama"]},
-        {"hidden_act": "gelu"},
+        {"hidden_act": "gelu_new"},
         {"mlp_bias": True},
         {"quantization_config": {"quant_method": "gptq"}},
         {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
@@ -337,6 +343,19 @@ FIELDS = [
     "sliding_window_pattern",
     "rope_local_base_freq",
     "text_config",
+    "num_kv_heads",
+    "ffn_hidden_size",
+    "activation",
+    "layer_norm_epsilon",
+    "new_decoder_architecture",
+    "num_ln_in_parallel_attn",
+    "multi_query",
+    "parallel_attn",
+    "bias",
+    "ffn_dim",
+    "activation_function",
+    "enable_bias",
+    "word_embed_proj_dim",
 ]
 
 
@@ -349,6 +368,42 @@ def test_any_value_of_any_field_is_accepted_or_refused_politely(
     except (BadInput, UnsupportedModel):
         return
     assert ModelConfig.from_hf(config.to_hf()) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model_type": "falcon", "alibi": True}, "alibi"),
+        ({"model_type": "falcon", "num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn"),
+        (
+            {"model_type": "falcon", "new_decoder_architecture": True, "parallel_attn": False},
+            "new_decoder_architecture",
+        ),
+        ({"model_type": "opt", "do_layer_norm_before": False}, "do_layer_norm_before False"),
+        ({"model_type": "opt", "word_embed_proj_dim": 32}, "word_embed_proj_dim"),
+        ({"model_type": "opt", "_remove_final_layer_norm": True}, "_remove_final_layer_norm"),
+        ({"model_type": "opt", "layer_norm_elementwise_affine": False}, "elementwise_affine"),
+    ],
+)
+def test_variants_of_a_family_that_do_not_run_are_named(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(UnsupportedModel, match=rf"some/config\.json: .*{named}") as caught:
+        ModelConfig.from_hf(TINY | change, file="some/config.json")
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ffn_bias": True},
+        {"parallel_norms": 1, "post_norms": True},
+        {"parallel_norms": 3},
+        {"gated": 0},
+    ],
+)
+def test_facts_that_do_not_go_together_are_refused(change: dict[str, Any]) -> None:
+    facts = ModelConfig.from_hf(TINY).to_dict()
+    with pytest.raises(BadInput):
+        ModelConfig.from_dict(facts | change)
 
 
 def test_tensors_of_a_tied_biased_model() -> None:

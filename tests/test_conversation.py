@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from running import MIXES, options_for, smallest_dram
 from tiny_models import pack_folder, write_checkpoint
@@ -41,7 +41,6 @@ ids_lists = st.lists(st.integers(0, 2), max_size=8)
 
 
 @given(known=ids_lists, length=st.integers(0, 12), ids=ids_lists.filter(bool))
-@settings(deadline=None)
 def test_what_is_reused_was_certain_and_is_the_prompt(
     known: list[int], length: int, ids: list[int]
 ) -> None:

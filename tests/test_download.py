@@ -113,6 +113,20 @@ def test_a_tokenizer_json_makes_the_others_needless(hub: FakeHub) -> None:
     }
 
 
+def test_a_vocabulary_and_its_merges_are_fetched_where_nothing_says_more(hub: FakeHub) -> None:
+    files = hub.repos[NAME].files
+    files |= {"vocab.json": b"{}", "merges.txt": b""}
+    pair = {"vocab.json", "merges.txt"}
+    assert not set(download.Download(NAME, "main").small()) & pair
+    del files["tokenizer.model"]
+    assert set(download.Download(NAME, "main").small()) >= pair
+
+
+def test_a_pull_request_is_a_revision(hub: FakeHub) -> None:
+    fetch(revision="refs/pr/7")
+    assert not isinstance(find_model(f"{NAME}@refs/pr/7"), Absent)
+
+
 def test_a_single_file_of_weights(hub: FakeHub) -> None:
     files = hub.repos[NAME].files
     hub.repos[NAME].files = {"config.json": files["config.json"], "model.safetensors": b"w" * 999}
@@ -295,7 +309,9 @@ def test_repositories_without_weights_for_us(hub: FakeHub) -> None:
     repo = hub.repos[NAME]
     config = {"config.json": b"{}"}
     repo.files = config | {"pytorch_model.bin": b""}
-    assert isinstance(refusal(hub), UnsupportedModel)
+    pickled = refusal(hub)
+    assert isinstance(pickled, UnsupportedModel)
+    assert f"{NAME}@refs/pr/" in pickled.hint
     repo.files = config | {"m.Q4_K.gguf": b""}
     assert f"hf download {NAME} m.Q4_K.gguf" in refusal(hub).hint
     repo.files = config

@@ -179,7 +179,7 @@ def test_every_number_is_restored_from_any_code(exact_type: str, scale: int) -> 
     with_codes(true, n, np.array([[scale]]), exact_type).assert_restored()
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     shape=st.tuples(st.integers(1, 9), st.integers(1, 3), st.integers(1, 130)),
     exact_type=st.sampled_from(EXACT_TYPES), per_frame=st.integers(1, 5),
@@ -198,7 +198,6 @@ def test_round_trip_of_quantized_weights(
     coded(values, exact_type, per_frame).assert_restored()
 
 
-@settings(deadline=None)
 @given(
     shape=st.tuples(st.integers(1, 9), st.integers(1, 3), st.integers(1, 130)),
     exact_type=st.sampled_from(EXACT_TYPES), per_frame=st.integers(1, 5),

@@ -18,18 +18,26 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from running import MIXES, decode, options_for, same, smallest_dram
+from running import MIXES, decode, inputs, options_for, same, smallest_dram
 from safetensors.torch import load_file, save_file
 from tiny_models import job_for, make_checkpoint_script, profile_folder, run_pack
 
-from m2c import speculate
+from m2c import mixsearch, speculate
 from m2c.bundle.bundle import Bundle, open_bundle
+from m2c.contents import config_of, importance_of
 from m2c.engine import Engine
 from m2c.generate import generate_step, prefill
 from m2c.kernels.native import LIBRARY
+from m2c.kernels.operands import Norm
+from m2c.kernels.reference import gather_ffn
+from m2c.kernels.rows import ExactRows
+from m2c.kernels.workers import Workers
 from m2c.model.checkpoint import open_checkpoint
 from m2c.model.families import FAMILIES
+from m2c.model.ffn import Ids, mixed_ffn, uniform_ffn
 from m2c.model.mix import Mix
+from m2c.model.tensors import up_bias_name
+from m2c.model.weights import layer_rows, vector_tensors
 from m2c.modes import exact_options
 from m2c.sampling import Sampler, SamplingParams
 from m2c.speculate import Speculator
@@ -69,9 +77,34 @@ MODELS: dict[str, dict[str, Any]] = {
         "attn_logit_softcapping": 1.0, "rope_parameters": {
             SLIDING: {"rope_type": "default", "rope_theta": 500.0},
             FULL: {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e5}}},
+    "falcon-7b": {"model_type": "falcon"},
+    "falcon-40b": {"model_type": "falcon", "new_decoder_architecture": True, "num_kv_heads": 2,
+        "ffn_hidden_size": 96, "tie_word_embeddings": False},
+    "falcon-one-norm": {"model_type": "falcon", "new_decoder_architecture": True,
+        "num_kv_heads": 2, "num_ln_in_parallel_attn": 1, "bias": True, "activation": "relu"},
+    "falcon-after": {"model_type": "falcon", "parallel_attn": False, "multi_query": False,
+        "bias": True},
+    "opt": {"model_type": "opt", "ffn_dim": 96, "word_embed_proj_dim": 64},
+    "opt-no-bias": {"model_type": "opt", "ffn_dim": 300, "word_embed_proj_dim": 64,
+        "activation_function": "gelu", "enable_bias": False, "tie_word_embeddings": False},
+    "mixtral": {"model_type": "mixtral", "head_dim": 16, "num_local_experts": 6,
+        "num_experts_per_tok": 2, "intermediate_size": 600},
+    "mixtral-windows": {"model_type": "mixtral", "sliding_window": 5, "num_local_experts": 3,
+        "num_experts_per_tok": 1, "head_dim": 24, "intermediate_size": 500},
+    "qwen3-moe": {"model_type": "qwen3_moe", "head_dim": 32, "num_experts": 8,
+        "num_experts_per_tok": 3, "moe_intermediate_size": 512, "norm_topk_prob": True},
+    "qwen3-moe-odd": {"model_type": "qwen3_moe", "head_dim": 16, "num_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 400, "attention_bias": True,
+        "tie_word_embeddings": True},
 }  # fmt: skip
-IN_GGUF = ["mistral", "qwen3", "phi3", "phi3-windows", "gemma2", "gemma3"]
-WITHOUT_GGUF = ["mistral-windows", "qwen2-windows", "gemma3-odd", "sparsellama"]
+IN_GGUF = [
+    "mistral", "qwen3", "phi3", "phi3-windows", "gemma2", "gemma3", "falcon-7b", "falcon-40b",
+    "mixtral", "qwen3-moe",
+]  # fmt: skip
+WITHOUT_GGUF = [
+    "mistral-windows", "qwen2-windows", "gemma3-odd", "sparsellama", "falcon-one-norm",
+    "falcon-after", "opt", "mixtral-windows", "qwen3-moe-odd",
+]  # fmt: skip
 
 
 @cache
@@ -98,7 +131,10 @@ class Made:
         generator = torch.Generator().manual_seed(0)
         for key, weight in model.named_parameters():
             # norms near what they are born with, matrices that keep activations near 1
-            norm, wide = "norm" in key, 0.3 if "embed" in key else weight.shape[-1] ** -0.5
+            norm, wide = (
+                "norm" in key or ".ln_" in key,
+                0.3 if "embed" in key else weight.shape[-1] ** -0.5,
+            )
             drawn = torch.randn(weight.shape, generator=generator) * (0.1 if norm else wide)
             drawn = drawn + weight.data if norm else drawn
             weight.data = drawn.bfloat16().float()
@@ -115,6 +151,7 @@ class Made:
             self.logits = model(torch.from_numpy(IDS.astype(np.int64))[None]).logits[0]
         run_pack(job_for(self.checkpoint), folder / "bundle.m2c")
         self.bundle = open_bundle(folder / "bundle.m2c")
+        self.has_experts = bool(config_of(self.bundle).num_experts)
 
 
 @pytest.fixture(scope="module")
@@ -157,12 +194,12 @@ def test_tokens_and_threads_do_not_change_a_bit(made: Made, mix: Mix) -> None:
 
 @every_model
 def test_tiers_do_not_change_a_bit(made: Made) -> None:
-    for mix in (EXACT, MIXES["5/15/80"]):
+    for mix in (EXACT, MIXES["0/0/100" if made.has_experts else "5/15/80"]):
         options = options_for(mix)
         with Engine(made.bundle, options) as engine:
             expected = decode(engine)
         with Engine(made.bundle, replace(options, dram=smallest_dram(made.bundle, options))) as e:
-            assert e.plan.streamed
+            assert e.plan.expert_slots == 0 if made.has_experts else e.plan.streamed
             assert same(decode(e), expected)
 
 
@@ -190,8 +227,58 @@ def test_exact_mode_gives_the_tokens_of_one_by_one_decoding(
 def test_low_precisions_stay_close(made: Made) -> None:
     """A fact that one path forgets would show here, with both sets of kernels."""
     for kernel in ("auto", "torch"):
-        got = logits_of(made.bundle, 18, mix=MIXES["0/25/75"], kernel=kernel)
+        mix = MIXES["0/100/0" if made.has_experts else "0/25/75"]
+        got = logits_of(made.bundle, 18, mix=mix, kernel=kernel)
         assert (got - made.logits).norm() < 0.5 * made.logits.norm()
+
+
+@pytest.mark.parametrize("made", ["opt"], indirect=True)
+@pytest.mark.parametrize("kernel", ["auto", "torch"])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_upgraded_neurons_keep_their_own_biases(made: Made, kernel: str, tokens: int) -> None:
+    """With the same weights at every precision a mix changes nothing but the order of a sum."""
+    rows = layer_rows(open_checkpoint(made.checkpoint), 0)["ffn"]
+    x = inputs(tokens, 64)
+    given: dict[str, Any] = {
+        "norm": Norm(torch.ones(64), 1e-5, torch.zeros(64)), "act": "relu",
+        "bias": 3 * inputs(1, len(rows), seed=1)[0], "out_bias": inputs(1, 64, seed=2)[0],
+        "workers": Workers(2, kernel=kernel),
+    }  # fmt: skip
+
+    def fetch(plane: str, ids: Ids) -> ExactRows:
+        return rows.take(torch.from_numpy(ids.astype(np.int64)))
+
+    whole = uniform_ffn(x, [rows], **given)
+    halves = [ExactRows(rows.layout, rows.weights[:64]), ExactRows(rows.layout, rows.weights[64:])]
+    assert torch.allclose(uniform_ffn(x, halves, **given), whole, atol=1e-5)
+    norms = torch.rand(len(rows), generator=torch.Generator().manual_seed(3)) + 0.1
+    mixed = mixed_ffn(x, rows, norms, mix=Mix(10, 20, 70), fetch=fetch, **given)
+    given["workers"].close()
+    assert torch.allclose(mixed, whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("made", ["opt", "falcon-40b"], indirect=True)
+def test_the_search_for_a_mix_computes_what_the_checkpoint_does(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, known = open_checkpoint(made.checkpoint), importance_of(made.bundle)
+    found, of_layer = [], mixsearch._layer_errors
+
+    def spied(*given: Any, **more: Any) -> tuple[torch.Tensor, float]:
+        found.append(of_layer(*given, **more))
+        return found[-1]
+
+    monkeypatch.setattr(mixsearch, "_layer_errors", spied)
+    workers = Workers(1)
+    errors = mixsearch.search_by_error(made.bundle, known, [EXACT, Mix(0, 0, 100)], workers)
+    assert errors[0].relative_error < 1e-5 < errors[1].relative_error
+    vectors = vector_tensors(checkpoint)
+    for layer, (_, truth) in enumerate(found):
+        rows = layer_rows(checkpoint, layer)["ffn"]
+        x = torch.from_numpy(known.layers[layer].sample)
+        bias = vectors.get(up_bias_name(layer))
+        y = gather_ffn(x, rows, checkpoint.config.activation, workers, bias=bias)
+        assert truth == pytest.approx(float(y.double().square().sum()), rel=1e-4)
 
 
 @every_model
@@ -247,7 +334,7 @@ def test_the_language_model_of_a_multimodal_checkpoint(
     assert all(torch.equal(checkpoint.read(name), plain.read(name)) for name in plain.names())
 
 
-@pytest.mark.parametrize("made", ["gemma2", "phi3"], indirect=True)
+@pytest.mark.parametrize("made", ["gemma2", "phi3", "falcon-40b"], indirect=True)
 def test_a_gguf_exported_as_a_folder_is_the_same_checkpoint(made: Made, tmp_path: Path) -> None:
     """Fused matrices are put together again, and norms lose the one that GGUF adds."""
     source = open_checkpoint(made.checkpoint)

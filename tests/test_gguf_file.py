@@ -12,9 +12,10 @@ import torch
 from gguf_builders import HEAD_DIM, HEADS, HIDDEN, META, VOCAB, info, pair, raw, text, write
 
 from m2c.errors import BadInput, UnsupportedModel
-from m2c.model.config import RopeScaling, expected_tensors
+from m2c.model.config import RopeScaling
 from m2c.model.gguf_config import llama3_divisors
 from m2c.model.gguf_file import GgufFile, hf_tensor_name, unpermute
+from m2c.model.tensors import expected_tensors
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
@@ -152,11 +153,11 @@ def test_linear_rope(tmp_path: Path) -> None:
         ("llama", {"rope.freq_base": 5e5}, {"rope_freqs.weight": 1 / llama3()}),
         ("llama", {"rope.freq_base": 5e5}, {"rope_freqs.weight": llama3()[1:].copy()}),
         ("llama", {"rope.scaling.factor": 4.0}, {"rope_freqs.weight": llama3()}),
-        ("llama", {"expert_count": 8}, {}),
+        ("qwen2", {"expert_count": 8}, {}),
         ("llama", {"attention.key_length": 32, "attention.value_length": 64}, {}),
         ("llama", {"rope.dimension_count": 32}, {}),
         ("llama", {"split.count": 2}, {}),
-        ("llama", {}, {"blk.0.ffn_gate_exps.weight": np.zeros((2, 2), np.float32)}),
+        ("qwen2", {}, {"blk.0.ffn_gate_exps.weight": np.zeros((2, 2, 2), np.float32)}),
         ("llama", {}, {"blk.0.attn_sinks.weight": np.zeros(2, np.float32)}),
     ],
 )
@@ -189,6 +190,49 @@ def test_lying_metadata(tmp_path: Path, meta: dict[str, Any]) -> None:
     write(path, meta=meta)
     with pytest.raises(BadInput, match=r"x\.gguf"):
         GgufFile(path)
+
+
+EXPERTS = {"expert_count": 3, "expert_used_count": 2, "expert_feed_forward_length": 24}
+
+
+@pytest.mark.parametrize(
+    ("arch", "name"),
+    [
+        ("llama", "model.layers.0.block_sparse_moe.experts.{}.w2.weight"),
+        ("qwen3moe", "model.layers.0.mlp.experts.{}.down_proj.weight"),
+    ],
+)
+def test_experts_are_parts_of_one_tensor(tmp_path: Path, arch: str, name: str) -> None:
+    path = tmp_path / "x.gguf"
+    stacked = np.random.default_rng(1).standard_normal((3, HIDDEN, 24)).astype(np.float32)
+    write(path, arch, meta=EXPERTS, more={"blk.0.ffn_down_exps.weight": stacked})
+    file = GgufFile(path)
+    assert file.config.num_experts == 3
+    assert file.config.num_experts_per_tok == 2
+    assert file.config.norm_topk_prob
+    assert file.config.intermediate_size == (
+        24 if arch == "qwen3moe" else META["feed_forward_length"]
+    )
+    for expert in range(3):
+        read = file.read(name.format(expert), 3, 9)
+        assert np.array_equal(read.numpy(), stacked[expert, 3:9])
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (2, 2, 2, 2), (2000, 1, 1)])
+def test_experts_of_an_odd_shape_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    path = tmp_path / "x.gguf"
+    write(path, meta=EXPERTS, more={"blk.0.ffn_up_exps.weight": np.zeros(shape, np.float32)})
+    with pytest.raises(BadInput, match="has the shape"):
+        GgufFile(path)
+
+
+@pytest.mark.parametrize(
+    "meta", [{"expert_used_count": 4}, {"expert_used_count": None}, {"expert_count": 5000}]
+)
+def test_experts_that_do_not_add_up_are_refused(tmp_path: Path, meta: dict[str, Any]) -> None:
+    write(tmp_path / "x.gguf", meta=EXPERTS | meta)
+    with pytest.raises(BadInput, match="num_experts"):
+        GgufFile(tmp_path / "x.gguf")
 
 
 def test_a_part_of_a_split_file_is_refused_by_its_name_too(tmp_path: Path) -> None:

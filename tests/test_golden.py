@@ -30,7 +30,7 @@ from m2c.check import check_bundle, compare_with_source, exact_section
 from m2c.contents import config_of, importance_of, tokenizer_of, vectors_of
 from m2c.errors import BadInput
 from m2c.model.checkpoint import open_checkpoint
-from m2c.model.config import ffn_names
+from m2c.model.tensors import ffn_names
 from m2c.tiers.blocks import block_of
 from m2c.tiers.memory import aligned_buffer
 from m2c.tiers.ssd import SsdReader

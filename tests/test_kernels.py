@@ -1,5 +1,6 @@
 """The reference kernels against plain float64 numpy, and their independence of threads."""
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -9,7 +10,8 @@ import torch
 
 from m2c.bundle.exact import encode_frames, round_to, widen
 from m2c.bundle.planes import RecordLayout, dequantize, quantize
-from m2c.kernels.reference import CHUNK, down, gate_up, gather_ffn, matmul_rows
+from m2c.kernels.operands import Norm
+from m2c.kernels.reference import CHUNK, apply_norm, down, gate_up, gather_ffn, matmul_rows
 from m2c.kernels.rows import ExactFrames, ExactRows, PackedRows, Rows, as_exact_tensor
 from m2c.kernels.workers import Workers
 
@@ -49,6 +51,8 @@ def inputs(tokens: int, length: int = HIDDEN) -> torch.Tensor:
 
 
 def activation(name: str, x: F64) -> F64:
+    if name == "gelu":
+        return 0.5 * x * (1 + np.vectorize(math.erf, otypes=[float])(x / math.sqrt(2)))
     return np.maximum(x, 0) if name == "relu" else x / (1 + np.exp(-x))
 
 
@@ -91,6 +95,32 @@ def test_ffn(precision: str, count: int, tokens: int, act: str, workers: Workers
     mask = (weights > 0).float()
     masked = (hidden * mask.numpy()) @ values[:, 2]
     close(gather_ffn(x, rows, act, workers, mask=mask), masked)
+
+
+@pytest.mark.parametrize("act", ["gelu", "relu"])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_ffn_without_a_gate(
+    precision: str, count: int, biased: bool, act: str, workers: Workers
+) -> None:
+    rows, values = make_rows(precision, count, 2)
+    x, bias = inputs(3), inputs(1, count)[0] if biased else None
+    before = x.double().numpy() @ values[:, 0].T
+    hidden = activation(act, before if bias is None else before + bias.double().numpy())
+    close(gate_up(x, rows, act, workers, bias=bias), hidden)
+    close(gather_ffn(x, rows, act, workers, bias=bias), hidden @ values[:, 1])
+    weights = inputs(3, count)
+    close(down(weights, rows, workers), weights.double().numpy() @ values[:, 1])
+
+
+def test_a_norm_with_a_bias_is_a_layer_norm() -> None:
+    x, weight, bias = inputs(3) + 2, inputs(1, HIDDEN)[0], inputs(2, HIDDEN)[1]
+    x64 = x.double().numpy()
+    centred = x64 - x64.mean(1, keepdims=True)
+    normed = centred / np.sqrt((centred**2).mean(1, keepdims=True) + 1e-5)
+    expected = normed * weight.double().numpy() + bias.double().numpy()
+    close(apply_norm(x, Norm(weight, 1e-5, bias)), expected)
 
 
 @pytest.mark.parametrize("precision", ["int4", "exact"])

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from m2c.model.checkpoint import open_checkpoint
-from m2c.model.config import expected_tensors
+from m2c.model.tensors import expected_tensors
 from m2c.tokenizer import Tokenizer
 
 CONFIG = {

@@ -69,8 +69,21 @@ def forge(folder: Path, change: Callable[[dict[str, Any]], None], *, sign: bool 
     change(facts)
     if sign:
         checksum = hashlib.sha256(dump_json(facts)).hexdigest()
-    (folder / MANIFEST).write_bytes(dump_json({**facts, "checksum": checksum}))
+    (folder / MANIFEST).write_bytes(dump_json({**facts, "checksum": checksum}) + b"\n")
     return folder
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [(b"1e-05", b"1E-05"), (b"\\u00e4", b"\\u00E4"), (b"\n", b""), (b"\n", b"\n\n")]
+)
+def test_other_bytes_for_the_same_facts_are_refused(tmp_path: Path, old: bytes, new: bytes) -> None:
+    """The first two differ in one bit, and the checksum of the facts is right."""
+    write_manifest(tmp_path, replace(EXAMPLE, name="\xe4", quality={"kl": 1e-5}))
+    data = (tmp_path / MANIFEST).read_bytes()
+    assert data.count(old) == 1
+    (tmp_path / MANIFEST).write_bytes(data.replace(old, new))
+    with pytest.raises(BadInput, match="damaged"):
+        read_manifest(tmp_path)
 
 
 def put(path: str, value: Any) -> Callable[[dict[str, Any]], None]:

@@ -46,3 +46,32 @@ def test_the_budget_is_kept(
     facts = json.loads(stats.read_text())
     assert facts["plan"]["dram_used"] <= dram
     assert facts["peak_memory_nbytes"] <= dram + OVERHEAD_NBYTES
+
+
+@pytest.fixture(scope="module")
+def expert_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("wide-experts")
+    shape = {
+        **WIDE, "model_type": "mixtral", "intermediate_size": 1100, "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    }  # fmt: skip
+    return pack_folder(write_checkpoint(folder / "checkpoint", shape), folder / "wide.m2c")
+
+
+@pytest.mark.parametrize(("mix", "extra_mib"), [("100/0/0", 24), ("0/0/100", 0)])
+def test_the_budget_is_kept_with_experts(
+    expert_bundle: Bundle, tmp_path: Path, mix: str, extra_mib: int
+) -> None:  # fmt: skip
+    shape = options_for(Mix.parse(mix), ctx_size=512, threads=2, kv_type="f16")
+    dram = (-(-smallest_dram(expert_bundle, shape) // MiB) + extra_mib) * MiB
+    stats = tmp_path / "stats.json"
+    said = shell(
+        '"$@"', "run", str(expert_bundle.path), "--raw", "-p", "to be or not to be " * 12,
+        "-n", "6", "-c", "512", "-t", "2", "--mix", mix, "--dram", f"{dram // MiB}MiB",
+        "--stats", str(stats),
+    )  # fmt: skip
+    assert said.code == 0, said.err
+    facts = json.loads(stats.read_text())
+    assert facts["plan"]["expert_slots"] is not None
+    assert facts["plan"]["dram_used"] <= dram
+    assert facts["peak_memory_nbytes"] <= dram + OVERHEAD_NBYTES

@@ -1,5 +1,7 @@
 """The C kernels against the torch reference, for every instruction set this machine has."""
 
+import itertools
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from m2c.bundle.planes import GROUP, RecordLayout, quantize
 from m2c.errors import UsageError
 from m2c.kernels import dispatch, native, reference
 from m2c.kernels.native import LIBRARY, NativeKernels, load_native
-from m2c.kernels.operands import AttentionCall, Norm
+from m2c.kernels.operands import AttentionCall, LayerCall, Norm, Stack
 from m2c.kernels.rows import ExactRows, PackedRows, Rows, as_exact_tensor
 from m2c.kernels.workers import Workers
 
@@ -53,11 +55,12 @@ def as_int8(x: torch.Tensor, rows: Rows) -> torch.Tensor:
 
 
 def gather(
-    kernels: NativeKernels, x: torch.Tensor, rows: Rows, mask: torch.Tensor | None = None
-) -> torch.Tensor:
+    kernels: NativeKernels, x: torch.Tensor, rows: Rows, mask: torch.Tensor | None = None,
+    act: str = "silu", **given: Any,
+) -> torch.Tensor:  # fmt: skip
     """The FFN output of neurons, as `dispatch.gather_ffn` puts it together."""
     total = torch.zeros_like(x)
-    kernels.ffn(x, rows, "silu", mask=mask, into=total)
+    kernels.ffn(x, rows, act, mask=mask, into=total, **given)
     return total
 
 
@@ -92,6 +95,41 @@ def test_parity_with_the_reference(
     close(gather(kernels, x, neurons, mask), theirs, columns=True)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("act", ["gelu", "relu", "silu"])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize(("count", "tokens", "length"), [(1, 1, 40), (33, 3, 96), (300, 2, 250)])
+def test_neurons_without_a_gate(
+    kernels: NativeKernels, workers: Workers, kind: str, act: str, biased: bool, count: int,
+    tokens: int, length: int,
+) -> None:  # fmt: skip
+    rows, x = make_rows(kind, count, 2, length), inputs(tokens, length)
+    met, bias = as_int8(x, rows), 3 * inputs(1, count, seed=4)[0] if biased else None
+    expected = reference.gate_up(met, rows, act, workers, bias=bias)
+    close(kernels.gate_up(x, rows, act, bias=bias), expected)
+    kept = torch.empty(tokens, count)
+    ours = gather(kernels, x, rows, act=act, bias=bias, kept=kept)
+    close(kept, expected)
+    theirs = reference.gather_ffn(met, rows, act, workers, bias=bias)
+    close(ours, theirs, columns=True)
+    mask = (inputs(tokens, count, seed=2) > 0).float()
+    theirs = reference.gather_ffn(met, rows, act, workers, bias=bias, mask=mask)
+    close(gather(kernels, x, rows, mask, act, bias=bias), theirs, columns=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", [40, 576])
+def test_a_norm_with_a_bias_is_a_layer_norm(
+    kernels: NativeKernels, workers: Workers, kind: str, length: int
+) -> None:
+    rows, x = make_rows(kind, 50, 1, length), inputs(3, length) + 2
+    norm = Norm(inputs(1, length, seed=1)[0], 1e-5, inputs(1, length, seed=2)[0])
+    expected = reference.matmul_rows(as_int8(reference.apply_norm(x, norm), rows), rows, workers)
+    ours = kernels.matmul_rows(x, rows, norm=norm)
+    # a value between two steps may be rounded to the other one where the norms' last bits differ
+    assert relative(ours, expected) < (2e-3 if kind in ("int4", "int8") else 1e-5)
+
+
 @pytest.mark.parametrize("kind", ["int4", "int8"])
 def test_rounding_activations_costs_under_one_percent(workers: Workers, kind: str) -> None:
     kernels = NativeKernels("auto", 1)
@@ -103,14 +141,17 @@ def test_rounding_activations_costs_under_one_percent(workers: Workers, kind: st
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_tokens_and_threads_do_not_change_a_bit(kind: str) -> None:
-    rows = make_rows(kind, 300, 3, 250)
-    x = inputs(TOKENS, 250)
+@pytest.mark.parametrize("vectors", [3, 2])
+def test_tokens_and_threads_do_not_change_a_bit(kind: str, vectors: int) -> None:
+    rows = make_rows(kind, 300, vectors, 250)
+    x, norm = inputs(TOKENS, 250), Norm(inputs(1, 250)[0], 1e-5, inputs(1, 250)[0])
+    how: dict[str, Any] = {"norm": norm, "bias": inputs(1, 300)[0]} if vectors == 2 else {}
     found = []
     for threads in (1, 2, 3, 7):
         kernels = NativeKernels("auto", threads)
         for tokens in (1, 2, 5, TOKENS):
-            parts = [gather(kernels, x[i : i + tokens], rows) for i in range(0, TOKENS, tokens)]
+            starts = range(0, TOKENS, tokens)
+            parts = [gather(kernels, x[i : i + tokens], rows, **how) for i in starts]
             found.append(torch.cat(parts))
         kernels.close()
     assert all(torch.equal(found[0], other) for other in found[1:])
@@ -148,6 +189,26 @@ def test_extreme_values(kernels: NativeKernels, workers: Workers, kind: str) -> 
     assert torch.isfinite(dense).all()
 
 
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+@pytest.mark.parametrize("code", [0x00, 0xFF])
+def test_sums_over_down_columns_hold_the_largest_codes_and_factors(
+    kernels: NativeKernels, workers: Workers, kind: str, code: int
+) -> None:
+    """Sums of a tile run in 16 bits with AVX2: factors of 128 mod 256 have the largest low byte."""
+    layout, count = RecordLayout(3, 96), 32
+    records = torch.full((count, layout.nbytes("int4")), code, dtype=torch.uint8)
+    scales = torch.ones(count, 3 * layout.groups, dtype=torch.float16)
+    records[:, layout.code_nbytes :] = scales.view(torch.uint8)
+    second = torch.full((count, layout.nbytes("int8")), code, dtype=torch.uint8)
+    rows = PackedRows(layout, records, second if kind == "int8" else None)
+    for sign in (1, -1):
+        h = torch.full((1, count), sign * (128 + 256 * 126) / 32512)
+        h[:, 0] = 1
+        total = torch.zeros(1, 96)
+        kernels.down(h, rows, into=total)
+        close(total, reference.down(h, rows, workers), columns=True)
+
+
 def test_dispatch_falls_back_where_native_cannot() -> None:
     workers = Workers(1, kernel="auto")
     assert workers.native is not None
@@ -178,6 +239,49 @@ def test_what_is_not_finite_stays_so(kernels: NativeKernels, kind: str, bad: flo
     assert not torch.isfinite(kernels.matmul_rows(x, make_rows(kind, 3, 1, 64))).all()
 
 
+def spoil(rows: PackedRows, record: int | list[int], vector: int, value: float) -> None:
+    """The first scale of a vector becomes `value`."""
+    groups = rows.layout.padded // GROUP
+    scales = rows.int4[:, rows.layout.vectors * groups * 16 :].view(torch.float16)
+    scales[record, vector * groups] = value
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+@pytest.mark.parametrize("act", ["silu", "gelu_pytorch_tanh", "relu", "fatrelu:0.2"])
+@pytest.mark.parametrize("vector", [0, 1, 2])
+def test_a_scale_that_is_no_number_is_not_passed_over(
+    kernels: NativeKernels, workers: Workers, kind: str, act: str, vector: int
+) -> None:
+    """Of gate, up or down, of any of the neurons that are computed together."""
+    # of a neuron that a ReLU silences nobody needs the down column
+    every = list(range(40)) if vector == 2 and "relu" in act else None
+    for record in (0, 5, 15, 39):
+        rows = make_rows(kind, 40, 3, 96)
+        assert isinstance(rows, PackedRows)
+        spoil(rows, every or record, vector, float("nan"))
+        for tokens in (1, 3):
+            x, total = inputs(tokens, 96), torch.zeros(tokens, 96)
+            kernels.ffn(x, rows, act, into=total)
+            assert not torch.isfinite(total).all()
+            assert not torch.isfinite(reference.gather_ffn(x, rows, act, workers)).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_soft_cap_does_not_hide_a_score_that_is_no_number(
+    kernels: NativeKernels, workers: Workers, value: float
+) -> None:
+    norm = Norm(torch.ones(72), 1e-5)
+    for which, seed in itertools.product((0, 1), range(5)):  # of queries, of keys
+        for compute in (kernels.attention, partial(reference.attention, workers=workers)):
+            call = as_calls("int4", kv=torch.float32, bias=False, extras="softcap")
+            rows = call.projections[which]
+            assert isinstance(rows, PackedRows)
+            spoil(rows, 3, 0, value)
+            x = inputs(2, 72, seed)
+            out = compute(x, call, 0, norm=norm)
+            assert not torch.isfinite(x if out is None else out).all()
+
+
 def test_tiny_activations_are_zero_not_undefined(kernels: NativeKernels) -> None:
     x = torch.full((1, 64), 1e-38)
     assert torch.equal(kernels.matmul_rows(x, make_rows("int4", 3, 1, 64)), torch.zeros(1, 3))
@@ -201,6 +305,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "window": {"window": 3},
     "softcap": {"softcap": 1.0},
     "out norm": {"out_norm": UNIT},
+    "no rotation": {"cosines": None, "sines": None},
     "head norms": {
         "qk_norms": (Norm(torch.linspace(0.5, 2, 20), 1e-5), Norm(torch.linspace(-1, 1, 20), 1e-5))
     },
@@ -216,10 +321,10 @@ def as_calls(kind: str, *, kv: torch.dtype, bias: bool, extras: str = "") -> Att
     biases = [torch.randn(n, generator=generator) if bias else None for n in (*counts, hidden)]
     angles = torch.rand(positions, dim // 2, generator=generator)
     keys, values = torch.zeros((2, kv_heads, positions, dim), dtype=kv)
+    more = {"cosines": angles.cos(), "sines": angles.sin()} | EXTRAS[extras]
     return AttentionCall(
         projections=(q, k, v, make_rows(kind, hidden, 1, heads * dim)), biases=tuple(biases),
-        keys=keys, values=values, cosines=angles.cos(), sines=angles.sin(), heads=heads,
-        scale=0.005, **EXTRAS[extras],
+        keys=keys, values=values, heads=heads, scale=0.005, **more,
     )  # fmt: skip
 
 
@@ -281,3 +386,48 @@ def test_activations_are_kept_when_asked_for(kernels: NativeKernels) -> None:
     kernels.ffn(x, rows, "silu", kept=kept, into=total)
     assert torch.equal(kept, kernels.gate_up(x, rows, "silu"))
     assert torch.equal(total, gather(kernels, x, rows))
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stack_gives_the_bits_of_its_layers(kind: str, parallel: bool) -> None:
+    """Norms and FFNs with biases, neurons without a gate, attention and FFN side by side."""
+
+    def stack() -> Stack:
+        norms = [Norm(inputs(1, 72, seed=i)[0], 1e-5, inputs(1, 72, seed=i + 9)[0]) for i in (1, 2)]
+        layers = [
+            LayerCall(
+                as_calls(kind, kv=torch.float16, bias=True), norms[0], make_rows(kind, 40, 2, 72),
+                norms[1], "relu", inputs(1, 40, seed=i)[0], inputs(1, 72, seed=i)[0],
+            )
+            for i in range(2)
+        ]  # fmt: skip
+        return Stack(tuple(layers), parallel=parallel)
+
+    workers, made = Workers(2, kernel="auto"), stack()
+    assert workers.native is not None
+    x, found = inputs(5, 72), []
+    for at_once in (1, 5):
+        parts = (x[i : i + at_once] for i in range(0, 5, at_once))
+        found.append(
+            torch.cat(
+                [dispatch.run_stack(p, made, i * at_once, workers) for i, p in enumerate(parts)]
+            )
+        )
+    layer_by_layer = x
+    for layer in stack().layers:
+        given = layer_by_layer
+        out = dispatch.attention(given, layer.attention, 0, workers, norm=layer.attn_norm)
+        given = given if parallel else out.clone()
+        dispatch.gather_ffn(
+            given, layer.neurons, layer.act, workers, norm=layer.ffn_norm, into=out,
+            bias=layer.up_bias,
+        )  # fmt: skip
+        assert layer.down_bias is not None
+        layer_by_layer = out + layer.down_bias
+    workers.close()
+    torch_only = Workers(1)
+    expected = dispatch.run_stack(x, stack(), 0, torch_only)
+    assert torch.equal(found[0], layer_by_layer)
+    assert torch.equal(found[1], layer_by_layer)
+    assert relative(found[0], expected) < (0.05 if kind in ("int4", "int8") else 2e-3)

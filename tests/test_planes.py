@@ -71,7 +71,6 @@ def test_nibble_order_is_the_one_in_the_format() -> None:
     assert (np.delete(packed[0], 3) == 0x88).all()
 
 
-@settings(deadline=None)
 @given(shape=shapes, kind=kinds, seed=seeds)
 def test_int8_is_close_to_every_weight(shape: tuple[int, int, int], kind: str, seed: int) -> None:
     """Scales are bounded below, so that no weight of any group is out of the INT8 code's reach."""
@@ -87,7 +86,6 @@ def test_int8_is_close_to_every_weight(shape: tuple[int, int, int], kind: str, s
     assert (np.abs(approximate - values) <= bound).all()
 
 
-@settings(deadline=None)
 @given(shape=shapes, kind=kinds, seed=seeds)
 def test_records_hold_what_quantize_says(shape: tuple[int, int, int], kind: str, seed: int) -> None:
     """One value, three ways to it: quantize's own, the numpy reading and the torch reading."""
@@ -139,7 +137,7 @@ def test_zeros_and_denormals_become_zero(value: float) -> None:
 
 
 @given(kind=kinds, seed=seeds, cut=st.integers(1, 5))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_a_record_does_not_depend_on_its_neighbours(kind: str, seed: int, cut: int) -> None:
     values = draw(kind, (6, 2, 70), seed)
     importance = np.abs(draw("gaussian", (1, 2, 70), seed + 1))[0]

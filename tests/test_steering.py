@@ -110,7 +110,7 @@ def test_factors_stay_right_over_many_inputs() -> None:
 
 
 @built
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     shape=st.tuples(st.integers(1, 70), st.integers(1, 130)), rank=st.integers(0, 12),
     exact_type=st.sampled_from(EXACT_TYPES), columns=st.booleans(),

@@ -309,16 +309,21 @@ def test_with_memory_to_spare_embeddings_are_not_read(deep_bundle: Bundle, mix: 
         assert bytes_read(engine, engine.store.embed) > 0
 
 
-LONG = [
-    (5 * i * i + i) % 300 for i in range(45)
-]  # above native.MAX_TOKENS: the batch goes to torch
+LONG = [(5 * i * i + i) % 300 for i in range(45)]
 
 
+@pytest.mark.parametrize("kernel", ["auto", "torch"])
 @pytest.mark.parametrize("mix", [Mix(100, 0, 0), Mix(5, 15, 80), Mix(0, 0, 100)], ids=str)
-def test_a_long_prompt_does_not_see_the_tiers(deep_bundle: Bundle, mix: Mix) -> None:
+def test_a_long_prompt_does_not_see_the_tiers(
+    deep_bundle: Bundle, mix: Mix, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole layers and heads, then pieces of them."""
+    options = options_for(mix, ctx_size=64, kernel=kernel)
     found = []
-    for dram in budgets(deep_bundle, options_for(mix, ctx_size=64)):
-        with Engine(deep_bundle, options_for(mix, dram=dram, ctx_size=64)) as engine:
+    for dram in [GiB, *budgets(deep_bundle, options)]:
+        if dram != GiB:
+            monkeypatch.setattr("m2c.model.footprint.PIECE_NBYTES", 1)
+        with Engine(deep_bundle, replace(options, dram=dram)) as engine:
             batch = engine.model.forward(np.asarray(LONG, np.int32), all_logits=True)
             one = engine.model.forward(np.asarray([7], np.int32))
             found.append(torch.cat((batch, one[None])))

@@ -73,9 +73,12 @@ def merge_all(word: str, ranks: dict[tuple[str, ...], int]) -> list[str]:
 
 
 def test_digits_and_merges_by_family() -> None:
-    # smollm splits off each digit, gpt-2 keeps a space with the number, llama takes three digits
+    # smollm splits off each digit, gpt-2 keeps a space with the number, llama and falcon take three
     assert small_tokenizer("smollm").encode(" he") == [259]
-    for pre, words in {"smollm": "12", "gpt-2": "1234", "qwen2": "1", "llama-bpe": "123"}.items():
+    first_words = {
+        "smollm": "12", "gpt-2": "1234", "qwen2": "1", "llama-bpe": "123", "falcon": "123",
+    }  # fmt: skip
+    for pre, words in first_words.items():
         tokens = ["<|im_start|>", *byte_symbols(), "12", "123", "1234"]
         metadata = small_metadata(
             pre,
@@ -86,6 +89,16 @@ def test_digits_and_merges_by_family() -> None:
         tokenizer = Tokenizer.from_json(build_from_gguf(metadata), source="test")
         first = tokenizer.decode(tokenizer.encode("1234")[:1])
         assert first == ("1" if pre == "smollm" else words)
+
+
+def test_falcon_keeps_punctuation_from_words() -> None:
+    """GPT-2's expression would put the space before the comma into one word with it."""
+    tokens = ["<|im_start|>", *byte_symbols(), "\u0120,", ",,"]
+    changes = {"tokens": tokens, "token_type": [3, *[1] * 258], "merges": ["\u0120 ,", ", ,"]}
+    for pre, expected in (("gpt-2", ["a", " ,", ","]), ("falcon", ["a", " ", ",,"])):
+        made = build_from_gguf(small_metadata(pre, **changes))
+        tokenizer = Tokenizer.from_json(made, source="test")
+        assert [tokenizer.decode([id]) for id in tokenizer.encode("a ,,")] == expected
 
 
 def test_llama3_takes_whole_words_that_no_merge_reaches() -> None:

@@ -24,6 +24,7 @@ from m2c.kernels.workers import Workers
 from m2c.model.checkpoint import open_checkpoint
 from m2c.pack import PackJob, choose_exact_type, pack
 from m2c.profile import profile
+from m2c.repair import repair
 from m2c.source import model_files
 
 CONFIG: dict[str, Any] = {
@@ -96,25 +97,45 @@ def pack_folder(folder: Path, out: Path) -> Bundle:
     return open_bundle(out)
 
 
+def run_repair(job: PackJob, path: Path) -> list[str]:
+    workers = Workers(1)
+    try:
+        return repair(job, path, workers=workers, choose_mix=lambda _: (MIX, {}))
+    finally:
+        workers.close()
+
+
 def pack_again(folder: Path, importance: Path, out: Path, deadly_call: int = 0) -> None:
     """Pack with a stored profile, in a process of its own.
 
     deadly_call: the process kills itself at this call of those that make files durable (0: never).
     """
     job = job_for(folder, read_importance(importance)[0])
-    if deadly_call:
-        calls = itertools.count(1)
-
-        def deadly(function: Callable[..., Any]) -> Callable[..., Any]:
-            def wrapped(*arguments: Any) -> Any:
-                if next(calls) == deadly_call:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return function(*arguments)
-
-            return wrapped
-
-        os.fsync, os.rename = deadly(os.fsync), deadly(os.rename)
+    _die_at(deadly_call)
     run_pack(job, out)
+
+
+def mend_again(folder: Path, importance: Path, path: Path, deadly_call: int) -> None:
+    """As `pack_again`, but a repair."""
+    job = job_for(folder, read_importance(importance)[0])
+    _die_at(deadly_call)
+    run_repair(job, path)
+
+
+def _die_at(call: int) -> None:
+    if not call:
+        return
+    calls = itertools.count(1)
+
+    def deadly(function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any) -> Any:
+            if next(calls) == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments)
+
+        return wrapped
+
+    os.fsync, os.rename = deadly(os.fsync), deadly(os.rename)
 
 
 def hold_lock(path: Path, ready: Connection) -> None:

@@ -43,6 +43,14 @@ def trials(promise: str, *, ci: int, campaign: int) -> Iterator["Trial"]:
         state.save(time.monotonic() - begin)
 
 
+def keep_row(promise: str, row: dict[str, Any]) -> None:
+    """In a campaign, a line of the table that a promise's figures are quoted from."""
+    if _FOLDER is not None:
+        Path(_FOLDER).mkdir(parents=True, exist_ok=True)
+        with open(Path(_FOLDER) / f"{promise}.rows.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
 class Trial:
     """`with trial as seed:`"""
 

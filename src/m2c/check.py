@@ -1,21 +1,22 @@
 """`m2c check`: is a bundle what its manifest says, bit for bit, and is it the checkpoint it claims?
 
-Finds every damage and names it; mends nothing. Knows nothing about printing.
+Finds every damage and names it; `repair` mends it. Knows nothing about printing.
 """
 
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from m2c.bundle.bundle import Bundle, verified_file, verify_blocks
+from m2c.bundle.bundle import Bundle, block_damage, verified_file
 from m2c.bundle.claim import MARKER
 from m2c.bundle.exact import round_to
-from m2c.bundle.files import TEMPORARY_PREFIX
-from m2c.bundle.manifest import MANIFEST, Manifest, read_manifest
+from m2c.bundle.files import TEMPORARY_PREFIX, disk_errors
+from m2c.bundle.manifest import MANIFEST, Manifest, ShardFact, read_manifest
 from m2c.bundle.shard import read_index
 from m2c.contents import importance_of
 from m2c.errors import M2CError
@@ -31,6 +32,12 @@ from m2c.tiers.ssd import SsdReader
 from m2c.tiers.store import EMBED, FFN
 
 
+@dataclass(frozen=True)
+class Damage:
+    name: str  # of the file, in the bundle
+    sentence: str
+
+
 def check_bundle(
     path: Path, *, read_data: bool, progress: Callable[[int], None] = lambda nbytes: None
 ) -> Iterator[str]:
@@ -39,14 +46,8 @@ def check_bundle(
     read_data: verify every block and the sha256 of every shard, not only headers and indexes.
     """
     manifest = read_manifest(path)
-    for name, fact in sorted(manifest.files.items()):
-        try:
-            verified_file(path / name, fact)
-        except M2CError as error:
-            yield error.message
-    for name in sorted(manifest.shards):
-        yield from _check_shard(path / name, name, manifest, read_data)
-        progress(manifest.shards[name].nbytes)
+    for damage in find_damage(path, manifest, read_data=read_data, progress=progress):
+        yield damage.sentence
     # a pack stopped right after its manifest leaves its marker: the bundle is complete
     known = {MANIFEST, MARKER, *manifest.files, *manifest.shards}
     for file in sorted(p for p in path.rglob("*") if not p.is_dir()):
@@ -55,8 +56,23 @@ def check_bundle(
             yield f"{file}: not part of the bundle"
 
 
-def _check_shard(file: Path, name: str, manifest: Manifest, read_data: bool) -> Iterator[str]:
-    fact = manifest.shards[name]
+def find_damage(
+    path: Path, manifest: Manifest, *, read_data: bool,
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> Iterator[Damage]:  # fmt: skip
+    """All that is wrong with what the manifest names: side files, shards, and every block."""
+    for name, fact in sorted(manifest.files.items()):
+        try:
+            verified_file(path / name, fact)
+        except M2CError as error:
+            yield Damage(name, error.message)
+    for name, shard in sorted(manifest.shards.items()):
+        for sentence in _check_shard(path / name, shard, read_data):
+            yield Damage(name, sentence)
+        progress(shard.nbytes)
+
+
+def _check_shard(file: Path, fact: ShardFact, read_data: bool) -> Iterator[str]:
     try:
         index = read_index(file)
     except M2CError as error:
@@ -67,13 +83,11 @@ def _check_shard(file: Path, name: str, manifest: Manifest, read_data: bool) -> 
         return
     if not read_data:
         return
-    try:
-        for _ in verify_blocks(index):
-            pass
-    except M2CError as error:
-        yield error.message
+    damaged = [error.message for error in block_damage(index) if error is not None]
+    yield from damaged
+    if damaged:
         return
-    with open(file, "rb") as data:
+    with disk_errors(file), open(file, "rb") as data:
         if hashlib.file_digest(data, "sha256").hexdigest() != fact.sha256:
             yield f"{file}: its sha256 is not the manifest's"
 

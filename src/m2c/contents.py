@@ -9,12 +9,14 @@ import numpy as np
 import torch
 
 from m2c.bundle.bundle import Bundle, shard_name
+from m2c.bundle.files import MEND
 from m2c.bundle.importance import Importance, decode_importance
 from m2c.bundle.shard import PLANES
-from m2c.bundle.tensors import is_array, load_tensors
+from m2c.bundle.tensors import load_tensors
 from m2c.errors import BadInput
 from m2c.model.attention import MATRICES
-from m2c.model.config import ModelConfig, dense_matrices, expected_tensors
+from m2c.model.config import ModelConfig
+from m2c.model.tensors import dense_matrices, small_tensors, up_bias_name
 from m2c.model.weights import matrix_name
 from m2c.tiers.store import EMBED, FFN
 from m2c.tokenizer import Tokenizer
@@ -52,7 +54,7 @@ def _shard_shapes(
     for layer in range(config.num_hidden_layers):
         attention = {short: matrices[matrix_name(layer, short)] for short in MATRICES}
         found["dense", layer] = {short: (n, 1, length) for short, (n, length) in attention.items()}
-        found["neurons", layer] = {FFN: (config.intermediate_size, 3, hidden)}
+        found["neurons", layer] = {FFN: (config.neurons, config.vectors, hidden)}
     if not config.tie_word_embeddings:
         found["dense", "head"] = {"lm_head": (config.vocab_size, 1, hidden)}
     return found
@@ -62,24 +64,46 @@ def importance_of(bundle: Bundle) -> Importance:
     importance = decode_importance(bundle.file(IMPORTANCE), bundle.path / IMPORTANCE)
     config = config_of(bundle)
     fits = len(importance.layers) == config.num_hidden_layers and all(
-        len(layer.order) == config.intermediate_size for layer in importance.layers
+        len(layer.order) == config.neurons and keeps_experts(layer.order, config)
+        for layer in importance.layers
     )
     if not fits:
         raise BadInput(f"{bundle.path / IMPORTANCE}: belongs to another model")
     return importance
 
 
+def keeps_experts(order: np.ndarray, config: ModelConfig) -> bool:
+    """Whether every expert's neurons are where its records are."""
+    size = config.intermediate_size
+    return not config.num_experts or bool((order // size == np.arange(len(order)) // size).all())
+
+
 def vectors_of(bundle: Bundle, config: ModelConfig) -> dict[str, torch.Tensor]:
-    """Norms and biases, f32. Raises BadInput when one is missing or of a wrong shape."""
+    """What no plane holds (norms, biases, routers, learned positions), f32.
+
+    Raises BadInput when one is missing, of a wrong shape or not finite.
+    """
     path = bundle.path / VECTORS
     arrays = load_tensors(bundle.file(VECTORS), path)
     found = {}
-    for name, shape in expected_tensors(config).items():
-        if len(shape) == 1:
-            array = arrays.get(name)
-            if array is None or not is_array(array, np.float32, shape):
-                raise BadInput(f"{path}: {name} is missing, of a wrong shape or not finite")
-            found[name] = torch.from_numpy(array.copy())
+    for name, shape in small_tensors(config).items():
+        array = arrays.get(name)
+        if array is None or array.shape != shape or array.dtype != np.float32:
+            raise BadInput(f"{path}: {name} is missing or of a wrong shape")
+        if not np.isfinite(array).all():
+            raise BadInput(f"{path}: {name} holds NaN or infinity", MEND)
+        found[name] = torch.from_numpy(array.copy())
+    return found
+
+
+def in_shard_order(
+    vectors: dict[str, torch.Tensor], importance: Importance
+) -> dict[str, torch.Tensor]:
+    """`vectors` with the biases of neurons in the order of the bundle's records."""
+    found = dict(vectors)
+    for i, layer in enumerate(importance.layers):
+        if (name := up_bias_name(i)) in found:
+            found[name] = found[name][torch.from_numpy(layer.order.astype(np.int64))]
     return found
 
 

@@ -215,7 +215,8 @@ class Download:
         if any(name.endswith((".bin", ".pth", ".pt")) for name in names):
             raise UnsupportedModel(
                 f"{self.repo} has only pickle files, which can run code when they are opened",
-                "find a version of this model with safetensors files",
+                "find a version with safetensors files; where a pull request on the hub adds them, "
+                f"give {self.repo}@refs/pr/NUMBER",
             )
         raise BadInput(
             f"{self.repo} is no model that m2c reads: {CONFIG} or {SINGLE} is not there",

@@ -6,11 +6,12 @@ Knows nothing about which matrices a model has.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 
@@ -52,7 +53,7 @@ Read = Callable[[int, int], Piece]
 
 @dataclass(frozen=True)
 class Matrix:
-    """What becomes one section.
+    """What becomes one section, or with those of the same name after it a part of one.
 
     open: makes ready to read, with the workers' help; returns what reads records [start, stop).
     Both may be called in any thread. check: raises BadInput when such rows hold what is no number.
@@ -87,7 +88,7 @@ class Matrix:
         return np.ones(shape, np.float32) if found is None else found
 
 
-Opened = list[tuple[Matrix, Read]]
+Opened = Iterable[tuple[Matrix, Read]]
 
 
 @dataclass(frozen=True)
@@ -168,8 +169,12 @@ def write_planes(
             for plane in PLANES
         }
         with Aside() as aside:
-            for matrix, read in opened:
-                _write_section(matrix, read, writers, tools, aside)
+            for _, parts in groupby(opened, key=lambda part: part[0].name):
+                records = 0
+                for matrix, read in parts:
+                    _write_records(matrix, read, writers, tools, aside)
+                    records += matrix.records
+                aside.give(partial(_end_section, writers, matrix, records))
         tools.spent.write += aside.busy
         return stack.pop_all().close
 
@@ -226,7 +231,7 @@ def _encode_natively(
     return None if planes is None else Encoded(*planes)
 
 
-def _write_section(
+def _write_records(
     matrix: Matrix, read: Read, writers: dict[str, ShardWriter], tools: Tools, aside: Aside
 ) -> None:
     per_frame, threads = matrix.frame_records, tools.workers.threads
@@ -247,7 +252,6 @@ def _write_section(
         tools.spent.read += sum(seconds for _, seconds, _ in done)
         tools.spent.encode += sum(seconds for _, _, seconds in done)
         tools.progress((min(last * piece, matrix.records) - first * piece) * matrix.weights)
-    aside.give(partial(_end_section, writers, matrix))
 
 
 def _write(writers: dict[str, ShardWriter], pieces: list[Encoded]) -> None:
@@ -257,7 +261,7 @@ def _write(writers: dict[str, ShardWriter], pieces: list[Encoded]) -> None:
         writers["fp16"].write_frames(encoded.frames)
 
 
-def _end_section(writers: dict[str, ShardWriter], matrix: Matrix) -> None:
+def _end_section(writers: dict[str, ShardWriter], matrix: Matrix, records: int) -> None:
     for plane, writer in writers.items():
         frames = matrix.frame_records if plane == "fp16" else 0
-        writer.end_section(matrix.name, matrix.layout, matrix.records, frames)
+        writer.end_section(matrix.name, matrix.layout, records, frames)

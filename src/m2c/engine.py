@@ -4,17 +4,19 @@ Knows nothing about sampling, text streams or printing.
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from m2c.bundle.bundle import Bundle
 from m2c.bundle.importance import Importance
 from m2c.bundle.shard import BLOCK
-from m2c.contents import config_of, importance_of, tokenizer_of, vectors_of
+from m2c.contents import config_of, importance_of, in_shard_order, tokenizer_of, vectors_of
 from m2c.disk import DEFAULT, disk_profile
 from m2c.drafting import Draft, OwnDraft, SharedDraft
 from m2c.errors import DoesNotFit, UsageError
@@ -32,7 +34,8 @@ from m2c.model.kv import KvCache
 from m2c.model.mix import Mix
 from m2c.model.transformer import Transformer
 from m2c.speculate import FEW_AT_ONCE, MOST_AT_ONCE
-from m2c.tiers.plan import DEPTH, Budget, DraftFact, Footprint, Plan, make_plan
+from m2c.tiers.facts import Budget, DraftFact, Footprint
+from m2c.tiers.plan import DEPTH, Plan, make_plan
 from m2c.tiers.policies import POLICY_NAMES
 from m2c.tiers.store import NeuronStore
 from m2c.tokenizer import Tokenizer
@@ -62,6 +65,7 @@ class RunOptions:
     kernel: str = "auto"  # native.CHOICES
     speculate: bool = False  # draft tokens, verify several in a pass
     draft: Bundle | None = None  # another model that drafts; its vocabulary must be the same
+    aside: int = 0  # bytes that whoever runs the model needs beside it, of the same memory
 
 
 class Engine:
@@ -95,10 +99,11 @@ class Engine:
             io_threads=self.disk.depth, request_blocks=self.disk.request_nbytes // BLOCK,
             decode=partial(exact_weights, workers=self.workers),
         )  # fmt: skip
-        vectors = {k: v.to(device) for k, v in vectors_of(bundle, self.config).items()}
-        norms = [
-            torch.from_numpy(layer.down_norm[layer.order]).to(device) for layer in importance.layers
-        ]
+        vectors = in_shard_order(vectors_of(bundle, self.config), importance)
+        vectors = {k: v.to(device) for k, v in vectors.items()}
+        # needed to choose neurons, of which no expert's is chosen
+        scored = [] if self.config.num_experts else importance.layers
+        norms = [torch.from_numpy(layer.down_norm[layer.order]).to(device) for layer in scored]
         kv = KvCache(self.config, self.shape.ctx_size, kv_type=self.shape.kv_type, device=device)
         self.model = Transformer(
             self.config, self.store, vectors=vectors, down_norms=norms, mix=self.shape.mix, kv=kv,
@@ -163,7 +168,21 @@ def shape_for(config: ModelConfig, options: RunOptions, mix: Mix) -> RunShape:
     threads = options.threads or auto_threads()
     native = computes_natively(kernel_for(options))
     dense = options.dense or mix.dense
+    if config.num_experts:
+        require_mix(mix, config)
+        # attention and head are a small part of what a token reads, and all of its tokens read it
+        if options.dense is None and dense == "int4":
+            dense = "int8"
     return RunShape(mix, dense, ctx_size, options.kv_type, threads, native)
+
+
+def require_mix(mix: Mix, config: ModelConfig) -> None:
+    """Raises UsageError where a model cannot run at this mix."""
+    if config.num_experts and not mix.is_uniform:
+        raise UsageError(
+            f"mix {mix}: a mixture of experts runs at one precision",
+            "use --mix 0/0/100, 0/100/0 or 100/0/0",
+        )
 
 
 def device_for(options: RunOptions) -> torch.device:
@@ -198,9 +217,10 @@ def kernel_for(options: RunOptions) -> str:
     return "torch"
 
 
-def policy_for(options: RunOptions, budget: Budget) -> str:
-    """In DRAM the hottest are pinned; in HBM the active set of the token before is kept."""
-    policy = options.policy or ("atu" if budget.hbm else "pinned")
+def policy_for(options: RunOptions, budget: Budget, *, experts: bool = False) -> str:
+    """In DRAM the hottest are pinned; in HBM the active set of the token before is kept. Of experts
+    those used last."""
+    policy = options.policy or ("lru" if experts else "atu" if budget.hbm else "pinned")
     if policy not in POLICY_NAMES:
         raise UsageError(f"--policy {policy}: choose one of {', '.join(POLICY_NAMES)}")
     return policy
@@ -213,9 +233,19 @@ def plan_for(
     """The plan, and the shape it is for. Raises DoesNotFit naming a budget that works."""
 
     def footprint(candidate: RunShape) -> Footprint:
-        return footprint_of_bundle(bundle, config, candidate, importance.hit_share)
+        return footprint_of_bundle(
+            bundle, config, candidate, importance.hit_share, _popularity(config, importance)
+        )
 
     return _plan(footprint, shape, options)
+
+
+def _popularity(config: ModelConfig, importance: Importance) -> npt.NDArray[np.float32] | None:
+    """[layers, experts] share of the tokens that use an expert; None where there are none."""
+    if not config.num_experts:
+        return None
+    shares = np.stack([layer.frequency for layer in importance.layers])
+    return shares[:, :: config.intermediate_size]  # all neurons of an expert have the same
 
 
 def plan_without_weights(config: ModelConfig, options: RunOptions) -> tuple[RunShape, Plan]:
@@ -224,14 +254,14 @@ def plan_without_weights(config: ModelConfig, options: RunOptions) -> tuple[RunS
     def footprint(candidate: RunShape) -> Footprint:
         return footprint_of_config(config, candidate, ASSUMED_EXACT_TYPE)
 
-    return _plan(footprint, shape_for(config, options, options.mix or ASSUMED_MIX), options)
+    assumed = _INT4 if config.num_experts else ASSUMED_MIX
+    return _plan(footprint, shape_for(config, options, options.mix or assumed), options)
 
 
 def _plan(
     footprint: Callable[[RunShape], Footprint], shape: RunShape, options: RunOptions
 ) -> tuple[RunShape, Plan]:
     budget = budget_for(options)
-    policy = policy_for(options, budget)
     shapes, draft = [shape], None
     if options.speculate:
         shapes = speculative_shapes(shape, budget, own=options.draft is not None)
@@ -239,22 +269,31 @@ def _plan(
 
     def planned(candidate: RunShape) -> Plan:
         found = footprint(candidate)
-        found = replace(found, draft=draft or found.draft)
+        workspace = found.workspace_nbytes + options.aside
+        found = replace(found, draft=draft or found.draft, workspace_nbytes=workspace)
+        policy = policy_for(options, budget, experts=found.experts is not None)
         return make_plan(found, budget, policy=policy, depth=options.depth)
 
-    for candidate in shapes[:-1]:
-        with suppress(DoesNotFit):
+    refused: list[DoesNotFit] = []
+    slow: tuple[RunShape, Plan] | None = None
+    for candidate in shapes:
+        try:
             plan = planned(candidate)
-            # 16-bit weights in memory save their decoding, but only all of them save the reading
-            if candidate.stored or not plan.streamed:
-                return candidate, plan
-    try:
-        return shapes[-1], planned(shapes[-1])
-    except DoesNotFit as error:
-        if options.dram is None:
-            message = f"not enough free memory: {error.message}"
-            raise DoesNotFit(message, error.hint, error.smallest) from None
-        raise
+        except DoesNotFit as error:
+            refused.append(error)
+            continue
+        # 16-bit weights in memory save their decoding, but only all of them save the reading
+        streams = plan.streamed or plan.expert_slots is not None
+        if candidate is shapes[-1] or candidate.stored or not streams:
+            return candidate, plan
+        slow = slow or (candidate, plan)
+    if slow is not None:
+        return slow
+    least = min(refused, key=lambda error: error.smallest)
+    if options.dram is None:
+        message = f"not enough free memory: {least.message}"
+        raise DoesNotFit(message, least.hint, least.smallest)
+    raise least
 
 
 def _draft_options(bundle: Bundle, ctx_size: int, options: RunOptions) -> RunOptions:

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from m2c.bundle.files import disk_errors
-from m2c.engine import Engine, RunOptions, budget_for
-from m2c.errors import BadInput, DoesNotFit, UsageError
+from m2c.engine import Engine, RunOptions
+from m2c.errors import BadInput, UsageError
 from m2c.model.config import ModelConfig
 from m2c.model.footprint import batch_tokens
 from m2c.model.mix import Mix
-from m2c.units import MiB, format_size
+from m2c.units import MiB
 
 WINDOW: Final = 512
 FULL: Final = Mix(100, 0, 0)  # the checkpoint's own weights
@@ -99,18 +99,9 @@ def scored_tokens(window: int) -> int:
 
 
 def options_within(options: RunOptions, config: ModelConfig, window: int) -> RunOptions:
-    """`options` with a context of one window, and room left in DRAM for the logits of a pass.
-
-    Raises DoesNotFit when the budget is smaller than that room.
-    """
+    """`options` with a context of one window, and memory left for the logits of a pass."""
     room = _COPIES * 4 * config.vocab_size * _rows(config, window)
-    dram = budget_for(options).dram - room
-    if dram <= 0:
-        raise DoesNotFit(
-            f"evaluation needs {format_size(room)} for logits, beside the weights",
-            "raise --dram or lower --window",
-        )
-    return replace(options, dram=dram, ctx_size=window)
+    return replace(options, ctx_size=window, aside=room)
 
 
 class Reference:

@@ -19,7 +19,7 @@ from torch import Tensor
 from m2c.bundle.bundle import Bundle
 from m2c.bundle.importance import Importance
 from m2c.bundle.manifest import MixChoice
-from m2c.bundle.shard import PAGE
+from m2c.contents import in_shard_order, vectors_of
 from m2c.engine import Engine, RunOptions
 from m2c.generate import prefill
 from m2c.kernels.dispatch import exact_weights
@@ -28,12 +28,15 @@ from m2c.kernels.rows import ExactRows, PackedRows, Rows
 from m2c.kernels.workers import Workers
 from m2c.model.config import ModelConfig
 from m2c.model.mix import LEVELS, Mix, bits_per_weight
+from m2c.model.tensors import up_bias_name
 from m2c.prompt import raw_ids
 from m2c.tiers.blocks import block_of
 from m2c.tiers.memory import aligned_buffer
+from m2c.tiers.ssd import SsdReader
 
 FP16_SHARES: Final = (0, 1, 2, 5, 10)
 SAMPLED_LAYERS: Final = 8
+UNIFORM: Final = (Mix(0, 0, 100), Mix(0, 100, 0), Mix(100, 0, 0))
 DROPS: Final = (0, 10, 20, 30, 40, 50, 60, 70)
 SEARCHES: Final = ("error", "entropy")
 ENTROPY_TOKENS: Final = 64
@@ -65,7 +68,11 @@ def exact_bits(bundle: Bundle) -> float:
         for name, index in bundle.shards.items()
         if name.startswith("neurons/") and name.endswith(".fp16")
     ]
-    return 8 * sum(s.nbytes for s in sections) / sum(s.records * 3 * s.length for s in sections)
+    return (
+        8
+        * sum(s.nbytes for s in sections)
+        / sum(s.records * s.vectors * s.length for s in sections)
+    )
 
 
 def search_by_error(
@@ -76,6 +83,7 @@ def search_by_error(
     config = ModelConfig.from_dict(bundle.manifest.architecture)
     errors = torch.zeros(len(mixes), dtype=torch.float64)
     total = 0.0
+    vectors = in_shard_order(vectors_of(bundle, config), importance)
     for layer in sampled_layers(config.num_hidden_layers):
         rows = _read_neurons(bundle, layer)
         known = importance.layers[layer]
@@ -86,8 +94,9 @@ def search_by_error(
         ) as native:  # decodes fast, where it was built
             exact = exact_weights(rows, native)
         differences, truth = _layer_errors(
-            x, rows, exact, norms, act=config.activation, mixes=mixes, workers=workers
-        )
+            x, rows, exact, norms, act=config.activation, mixes=mixes, workers=workers,
+            bias=vectors.get(up_bias_name(layer)),
+        )  # fmt: skip
         # layers differ in the size of their output: each counts by its relative error
         errors += differences / max(truth, 1e-30)
         total += 1
@@ -113,6 +122,11 @@ def choose_mix(
     """
     bits = exact_bits(bundle)
     mixes = candidates(budget_bits, bits)
+    config = ModelConfig.from_dict(bundle.manifest.architecture)
+    if config.num_experts:
+        mixes = [mix for mix in UNIFORM if bits_per_weight(mix, bits) <= budget_bits]
+        if request != "entropy":
+            return _best_uniform(mixes, request, bits)
     if request not in ("error", "entropy"):
         mixes = [Mix.parse(request)]
     lines = []
@@ -126,6 +140,9 @@ def choose_mix(
             f"mix {e.mix}: {e.bits:.2f} bits, output error {e.relative_error:.4f}" for e in errors
         ]
         best = min(errors, key=lambda e: e.relative_error).mix
+    if config.num_experts:
+        choice, quality, _ = _best_uniform([best], request, bits)
+        return replace(choice, search=request), quality, [*lines, f"default mix {best}"]
     dropped = [replace(best, drop=float(drop)) for drop in DROPS]
     prices = search_by_error(bundle, importance, dropped, workers)
     choice = MixChoice(
@@ -137,6 +154,18 @@ def choose_mix(
         for drop, price in zip(DROPS, prices, strict=True)
     }
     return choice, quality, [*lines, f"default mix {best}"]
+
+
+def _best_uniform(
+    mixes: list[Mix], request: str, bits: float
+) -> tuple[MixChoice, dict[str, float], list[str]]:
+    """As `choose_mix`, of experts: the precision asked for or the best that the budget allows.
+    Output errors are not measured."""
+    best = mixes[-1] if request == "error" else Mix.parse(request)
+    percent = (round(best.fp16), round(best.int8), round(best.int4))
+    spent = round(bits_per_weight(best, bits), 4)
+    choice = MixChoice(percent, request if request in SEARCHES else "given", spent, 0.0)
+    return choice, {}, [f"default mix {best}: {spent:.2f} bits; experts run at one precision"]
 
 
 def mean_entropy(bundle: Bundle, mix: Mix, threads: int) -> float:
@@ -157,7 +186,7 @@ def mean_entropy(bundle: Bundle, mix: Mix, threads: int) -> float:
 
 def _layer_errors(
     x: Tensor, rows: PackedRows, exact: Tensor, norms: Tensor, *, act: str, mixes: list[Mix],
-    workers: Workers,
+    workers: Workers, bias: Tensor | None,
 ) -> tuple[Tensor, float]:  # fmt: skip
     """Squared output error of each mix [mixes], and the squared norm of the 16-bit output.
 
@@ -168,14 +197,13 @@ def _layer_errors(
         "int8": PackedRows(rows.layout, rows.int4, rows.int8),
         "fp16": ExactRows(rows.layout, exact),
     }
-    hidden = {name: gate_up(x, view, act, workers) for name, view in views.items()}
+    hidden = {name: gate_up(x, view, act, workers, bias=bias) for name, view in views.items()}
+    down = rows.layout.vectors - 1
     levels = [rank(hidden["int4"], norms, mix.ranks(norms.shape[0])) for mix in mixes]
 
     def piece(i: int) -> tuple[list[Tensor], Tensor]:
         start, stop = i * CHUNK, min((i + 1) * CHUNK, len(rows))
-        columns = {
-            name: view.values(start, stop, first=2, last=3)[:, 0] for name, view in views.items()
-        }
+        columns = {name: view.values(start, stop, first=down)[:, 0] for name, view in views.items()}
         parts = []
         for level in levels:
             y = torch.zeros_like(x)
@@ -193,14 +221,9 @@ def _layer_errors(
 
 
 def _read_neurons(bundle: Bundle, layer: int) -> PackedRows:
-    """All planes of a layer's neurons, read plainly; pack has just verified them."""
+    """All planes of a layer's neurons, verified."""
     block = block_of(bundle, "neurons", layer, "fp16")
     payload = aligned_buffer(block.streamed_nbytes)
-    position = 0
-    for index in block.shards:
-        with open(index.path, "rb") as file:
-            file.seek(PAGE)
-            view = payload.data[position : position + index.header.payload_nbytes]
-            file.readinto(view)
-        position += index.header.payload_nbytes
+    with closing(SsdReader()) as reader:
+        block.read(reader, payload).wait()
     return block.rows(payload)["ffn"]

@@ -16,9 +16,10 @@ from m2c.engine import RunOptions, kernel_for, plan_for, plan_without_weights, r
 from m2c.errors import DoesNotFit
 from m2c.hardware import probe_dram
 from m2c.kernels.workers import Workers
-from m2c.model.config import ModelConfig, parameter_count
+from m2c.model.config import ModelConfig
 from m2c.model.footprint import RunShape
 from m2c.model.mix import Mix
+from m2c.model.tensors import active_count
 from m2c.predict import Speeds, predicted_exact_tps, predicted_tps
 from m2c.tiers.plan import Plan
 
@@ -93,7 +94,7 @@ def outlooks(
     planner: Planner, modes: dict[str, RunOptions], speeds_for: Callable[[RunShape, Plan], Speeds]
 ) -> dict[str, Outlook]:
     """Of the modes with these options those that fit. Raises DoesNotFit when none does."""
-    weights = parameter_count(planner.config)
+    weights = active_count(planner.config)
     found: dict[str, Outlook] = {}
     refused: DoesNotFit | None = None
     for mode, options in modes.items():

@@ -8,7 +8,8 @@ constant. Knows nothing about printing.
 import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -33,14 +34,14 @@ from m2c.bundle.manifest import (
 from m2c.bundle.planes import GROUP
 from m2c.bundle.shard import VERSION
 from m2c.bundle.strict import dump_json
-from m2c.contents import IMPORTANCE, VECTORS
+from m2c.contents import IMPORTANCE, VECTORS, keeps_experts
 from m2c.encode import PIECE_WEIGHTS, Spent, Tools, encode_piece
 from m2c.errors import NoSpace, UsageError
 from m2c.kernels.encoder import load_encoder
 from m2c.kernels.workers import Workers
 from m2c.model.checkpoint import Checkpoint
-from m2c.model.config import dense_matrices
 from m2c.model.footprint import bundle_nbytes
+from m2c.model.tensors import dense_matrices, small_tensors
 from m2c.model.weights import vector_tensors
 from m2c.pipeline import write_shards
 from m2c.sections import embedding, shard_groups
@@ -82,7 +83,7 @@ class PackJob:
         """Weights that `pack` reports progress in."""
         config = self.checkpoint.config
         dense = sum(rows * columns for rows, columns in dense_matrices(config).values())
-        ffn = 3 * config.hidden_size * config.intermediate_size
+        ffn = config.vectors * config.hidden_size * config.neurons
         return dense + config.num_hidden_layers * ffn
 
     @property
@@ -115,9 +116,9 @@ ChooseMix = Callable[[Bundle], tuple[MixChoice, dict[str, float]]]
 def pack(
     job: PackJob, path: Path, *, workers: Workers, choose_mix: ChooseMix,
     progress: Callable[[int], None] = lambda weights: None,
-    report: Callable[[Figures], None] = lambda figures: None,
+    report: Callable[[Figures], None] = lambda figures: None, reclaim: bool = False,
 ) -> bool:  # fmt: skip
-    """Write the bundle at `path`; False if it was complete already.
+    """Write the bundle at `path`; False if it was complete already. reclaim: as for claim_folder.
 
     `choose_mix` is asked once all shards are there; `report` is told how it went. Raises
     UsageError, NoSpace, StorageError, Busy, BadInput; whatever was finished by then is kept for the
@@ -125,11 +126,11 @@ def pack(
     """
     begin = time.perf_counter()
     _refuse_input_as_output(job.checkpoint.path, path)
-    _require_matching(job)
+    require_matching(job)
     require_space(job, path)
     # derived once: every use reads samples of the whole checkpoint
     recipe, shard_recipe = job.recipe, job.shard_recipe
-    with claim_folder(path, recipe) as complete:
+    with _sizes_said(job, path), claim_folder(path, recipe, reclaim=reclaim) as complete:
         if complete:
             return False
         tools = Tools(job.exact_type, workers, load_encoder(), progress, Spent())
@@ -157,7 +158,8 @@ def choose_exact_type(checkpoint: Checkpoint) -> str:
 
     Judged on a sample of every matrix; bf16 when both lose the same, as its planes are smaller.
     """
-    names = [n for n in checkpoint.names() if len(checkpoint.shape(n)) == 2]
+    small = small_tensors(checkpoint.config)
+    names = [name for name in checkpoint.names() if name not in small]
     stored = {checkpoint.stored_type(name) for name in names}
     if len(stored) == 1 and stored <= {"bf16", "f16"}:
         return stored.pop()
@@ -172,6 +174,28 @@ def choose_exact_type(checkpoint: Checkpoint) -> str:
 
 def require_space(job: PackJob, path: Path) -> tuple[int, int]:
     """(bytes needed, bytes free). Raises NoSpace when the bundle will not fit."""
+    needed, free = _space(job, path)
+    if needed > free:
+        raise NoSpace(
+            f"{path}: the bundle needs {format_size(needed)}, {format_size(free)} are free",
+            "free some space or give another --ssd",
+        )
+    return needed, free
+
+
+@contextmanager
+def _sizes_said(job: PackJob, path: Path) -> Iterator[None]:
+    """A disk that is full before the end: how much is missing is said with it."""
+    try:
+        yield
+    except NoSpace as error:
+        needed, free = _space(job, path)
+        sizes = f"{format_size(needed)} more are needed, {format_size(free)} are free"
+        raise NoSpace(f"{error.message}: {sizes}", error.hint) from None
+
+
+def _space(job: PackJob, path: Path) -> tuple[int, int]:
+    """(bytes that are still to be written, bytes free)."""
     existing = path
     while not existing.exists():
         existing = existing.parent
@@ -179,13 +203,7 @@ def require_space(job: PackJob, path: Path) -> tuple[int, int]:
         stats = os.statvfs(existing)
     free = stats.f_bavail * stats.f_frsize
     done = sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) if path.is_dir() else 0
-    needed = max(0, bundle_nbytes(job.checkpoint.config, job.exact_type) - done)
-    if needed > free:
-        raise NoSpace(
-            f"{path}: the bundle needs {format_size(needed)}, {format_size(free)} are free",
-            "free some space or give another --ssd",
-        )
-    return needed, free
+    return max(0, bundle_nbytes(job.checkpoint.config, job.exact_type) - done), free
 
 
 def estimate_seconds(job: PackJob, workers: Workers) -> float:
@@ -198,11 +216,17 @@ def estimate_seconds(job: PackJob, workers: Workers) -> float:
     return seconds * _WHOLE
 
 
-def _write_files(job: PackJob, path: Path) -> dict[str, FileFact]:
+def side_files(job: PackJob) -> dict[str, bytes]:
+    """Every file of the bundle but shards and manifest."""
     vectors = {k: v.numpy() for k, v in vector_tensors(job.checkpoint).items()}
     contents = {f"model/{name}": data for name, data in job.sidecars.items()}
     contents[IMPORTANCE] = encode_importance(job.importance.without_directions())
     contents[VECTORS] = save(vectors)
+    return contents
+
+
+def _write_files(job: PackJob, path: Path) -> dict[str, FileFact]:
+    contents = side_files(job)
     for name, data in contents.items():
         write_atomic(path / name, data)
     return {
@@ -229,18 +253,18 @@ def _manifest(
     )
 
 
-def _require_matching(job: PackJob) -> None:
+def require_matching(job: PackJob) -> None:
     """The profile must be of this checkpoint, and of its shapes: it comes from a file."""
     known = job.importance
     config = job.checkpoint.config
     heads = config.num_attention_heads * config.head_dim
     shapes = {
-        "order": config.intermediate_size, "attn_input": config.hidden_size,
+        "order": config.neurons, "attn_input": config.hidden_size,
         "o_input": heads, "ffn_input": config.hidden_size,
     }  # fmt: skip
     inputs = {
         "attn_directions": config.hidden_size, "o_directions": heads,
-        "ffn_directions": config.hidden_size, "down_directions": config.intermediate_size,
+        "ffn_directions": config.hidden_size, "down_directions": config.neurons,
     }  # fmt: skip
     matches = (
         known.calibration.fingerprint == job.checkpoint.fingerprint()
@@ -258,6 +282,7 @@ def _require_matching(job: PackJob) -> None:
             for name, size in inputs.items()
         )
         and all(layer.sample.shape[1] == config.hidden_size for layer in known.layers)
+        and all(keeps_experts(layer.order, config) for layer in known.layers)
     )
     if not matches:
         raise UsageError(

@@ -16,7 +16,7 @@ from m2c.bundle.files import disk_errors
 from m2c.bundle.manifest import ShardFact
 from m2c.bundle.shard import read_index
 from m2c.encode import Aside, Opened, Tools, write_planes
-from m2c.errors import BadInput
+from m2c.errors import BadInput, StorageError
 from m2c.kernels.workers import Workers
 from m2c.sections import Group
 
@@ -66,7 +66,7 @@ def _open(group: Group, path: Path, recipe: str, workers: Workers) -> Opened | N
     """None if an earlier attempt has finished the group's shards."""
     if all(_is_finished(path / name, recipe) for name in group.files.values()):
         return None
-    return [(matrix, matrix.open(workers)) for matrix in group.matrices]
+    return group.open(workers)
 
 
 def _finish(finish: Callable[[], None] | None, path: Path, group: Group) -> dict[str, ShardFact]:
@@ -77,14 +77,14 @@ def _finish(finish: Callable[[], None] | None, path: Path, group: Group) -> dict
 
 
 def _is_finished(path: Path, recipe: str) -> bool:
-    """A shard of an earlier attempt counts only if it is ours and every block is intact."""
+    """A shard of an earlier attempt counts only if it is ours and every block can be read."""
     try:
         index = read_index(path)
         if index.header.recipe != recipe:
             return False
         for _ in verify_blocks(index):
             pass
-    except BadInput:
+    except (BadInput, StorageError):
         return False
     return True
 

@@ -14,8 +14,8 @@ import torch
 from m2c.depth import MOST
 from m2c.engine import Engine
 from m2c.hardware import probe_dram
-from m2c.model.config import parameter_count
 from m2c.model.footprint import RunShape
+from m2c.model.tensors import active_count
 from m2c.tiers.plan import Plan
 from m2c.tiers.traffic import StoreStats
 from m2c.units import MiB
@@ -24,6 +24,7 @@ from m2c.units import MiB
 _EFFICIENCY: Final = 0.88
 _LAYER_S: Final = 0.0001  # Python between the kernels of a layer
 _MIXED_LAYER_S: Final = 0.0004  # ranking and gathering besides
+_EXPERT_S: Final = 0.00004  # the router, and likewise each expert
 # of a thread: weights decoded a second, by the kernels' name (BENCHMARKS.md, "Exact mode");
 # products of weights and activations in a prompt of 128 tokens, AVX-512
 _DECODED: Final = {"avx512": 0.75e9, "avx2": 0.045e9, "scalar": 0.03e9, "torch": 0.01e9}
@@ -64,16 +65,22 @@ def measured_speeds(engine: Engine, stats: StoreStats | None = None) -> Speeds:
 
 
 def predicted_tps(plan: Plan, speeds: Speeds) -> float:
-    """Tokens per second while decoding; 0 when nothing that limits was measured."""
+    """Tokens per second while decoding; 0 when nothing that limits was measured.
+
+    Experts are read once they are chosen: nothing else is computed meanwhile.
+    """
     seconds = [0.0]
+    waited_s = plan.expert_reads() / speeds.ssd if speeds.ssd else 0.0
     if speeds.ssd:
-        seconds.append(plan.ssd_nbytes_per_token / speeds.ssd)
+        seconds.append(plan.streamed_nbytes_per_token / speeds.ssd + waited_s)
     if speeds.link:
         seconds.append(plan.link_nbytes_per_token / speeds.link)
     if speeds.memory:
         layer_s = _MIXED_LAYER_S if plan.footprint.upgrades else _LAYER_S
+        if (facts := plan.footprint.experts) is not None:
+            layer_s += (1 + facts.active) * _EXPERT_S
         compute_s = plan.compute_nbytes_per_token / (_EFFICIENCY * speeds.memory)
-        seconds.append(compute_s + plan.footprint.layers * layer_s)
+        seconds.append(compute_s + plan.footprint.layers * layer_s + waited_s)
     return 1 / max(seconds) if max(seconds) else 0.0
 
 
@@ -82,15 +89,17 @@ def predicted_exact_tps(
 ) -> float:
     """Tokens per second of drafting and verifying, at the depth that suits the costs.
 
-    weights: of the model; kernel: name of the kernels that compute. How often drafts are right is a
-    guess until they are: it depends on the text.
+    weights: that a token meets; kernel: name of the kernels that compute. How often drafts are
+    right is a guess until they are: it depends on the text.
     """
     footprint, threads = plan.footprint, shape.threads
     draft_s = 0.0
     if (draft := footprint.draft) is not None:
         draft_s = draft.compute_nbytes / (_EFFICIENCY * speeds.memory)
         draft_s += draft.layers * _LAYER_S + _SAMPLE_S
-    read_s = plan.ssd_nbytes_per_token / speeds.ssd if speeds.ssd else 0.0
+        if footprint.experts is not None and not draft.name:
+            draft_s += draft.layers * (1 + footprint.experts.active) * _EXPERT_S
+    read_s = plan.streamed_nbytes_per_token / speeds.ssd if speeds.ssd else 0.0
     decodes = shape.stored and shape.dense == "fp16"
     decode_s = weights / (_DECODED[kernel] * threads) if decodes else 0.0
     more_s = weights / (_PRODUCTS[shape.dense] * threads)
@@ -100,7 +109,10 @@ def predicted_exact_tps(
     for depth in range(MOST + 1):
         tokens += chance**depth if depth else 0.0
         compute_s = max(memory_s, decode_s + (depth + 1) * more_s)
-        seconds = depth * draft_s + max(read_s, compute_s + footprint.layers * _LAYER_S)
+        compute_s += footprint.layers * _LAYER_S
+        if speeds.ssd:  # of experts, those of all tokens; nothing is computed meanwhile
+            compute_s += plan.expert_reads(depth + 1) / speeds.ssd
+        seconds = depth * draft_s + max(read_s, compute_s)
         best = max(best, tokens / seconds)
     return best
 
@@ -117,7 +129,7 @@ def expected_tps(engine: Engine) -> float:
     speeds = measured_speeds(engine)
     if not engine.speculates:
         return predicted_tps(engine.plan, speeds)
-    weights = parameter_count(engine.config)
+    weights = active_count(engine.config)
     kernel = engine.workers.kernel
     return predicted_exact_tps(engine.plan, engine.shape, weights, speeds, kernel=kernel)
 

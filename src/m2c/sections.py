@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -16,11 +17,11 @@ from m2c.bundle.importance import Importance, LayerImportance
 from m2c.bundle.planes import RecordLayout
 from m2c.bundle.shard import PLANES
 from m2c.bundle.steering import Factors, factors_of
-from m2c.encode import F32, Matrix, Piece, Read
+from m2c.encode import F32, Matrix, Opened, Piece, Read
 from m2c.kernels.workers import Workers
 from m2c.model.attention import MATRICES
 from m2c.model.checkpoint import Checkpoint
-from m2c.model.config import ffn_names
+from m2c.model.tensors import experts_of, ffn_names
 from m2c.model.weights import matrix_name, require_finite
 from m2c.steer import Steering
 from m2c.tiers.store import EMBED, FFN
@@ -30,7 +31,8 @@ _TILE = 256  # rows and columns that a transposition moves at a time: they stay 
 
 @dataclass(frozen=True)
 class Group:
-    """Matrices that share three shards: `files`, plane to name."""
+    """Matrices that share three shards: `files`, plane to name. Of those with one name, the parts
+    of a section, one is in memory at a time."""
 
     files: dict[str, str]
     matrices: list[Matrix]
@@ -38,6 +40,12 @@ class Group:
     @property
     def weights(self) -> int:
         return sum(matrix.records * matrix.weights for matrix in self.matrices)
+
+    def open(self, workers: Workers) -> Opened:
+        """Parts of a section are opened as the caller comes to them."""
+        if len({matrix.name for matrix in self.matrices}) < len(self.matrices):
+            return ((matrix, matrix.open(workers)) for matrix in self.matrices)
+        return [(matrix, matrix.open(workers)) for matrix in self.matrices]
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,10 @@ def shard_groups(
     for layer in range(config.num_hidden_layers):
         known = importance.layers[layer]
         yield _group("dense", layer, _attention_matrices(checkpoint, known, layer, steering))
-        yield _group("neurons", layer, [_neurons(checkpoint, known, layer, steering)])
+        neurons = [
+            _neurons(checkpoint, known, layer, steering, part) for part in experts_of(config)
+        ]
+        yield _group("neurons", layer, neurons)
     if not config.tie_word_embeddings:
         matrix = _matrix(checkpoint, "lm_head.weight", "lm_head", head, steering)
         yield _group("dense", "head", [matrix])
@@ -119,20 +130,25 @@ def _matrix(
 
 
 def _neurons(
-    checkpoint: Checkpoint, known: LayerImportance, layer: int, steering: Steering
-) -> Matrix:
-    """A layer's neurons in importance order. All matrices of the FFN are read when it is opened."""
-    order = known.order.astype(np.int64)
-    names = ffn_names(layer)
+    checkpoint: Checkpoint, known: LayerImportance, layer: int, steering: Steering,
+    expert: int | None,
+) -> Matrix:  # fmt: skip
+    """A layer's neurons, or those of an expert, in importance order. All matrices of the FFN, or of
+    the expert, are read when it is opened."""
+    hidden, size = checkpoint.config.hidden_size, checkpoint.config.intermediate_size
+    first = size * (expert or 0)
+    stored = known.order[first : first + size]  # of the layer's neurons
+    order = stored.astype(np.int64) - first
+    names = ffn_names(layer, expert, gated=checkpoint.config.gated)
     inputs = Inputs(known.ffn_input, known.ffn_directions)
 
     def opened(workers: Workers) -> Read:
-        gate, up = workers.map(lambda i: checkpoint.read(names[i]), 2)
-        matrices = gate, up, _columns(checkpoint, names[2], workers)
+        rows = workers.map(lambda i: checkpoint.read(names[i]), len(names) - 1)
+        matrices = *rows, _columns(checkpoint, names[-1], workers)
         factors, down = inputs.factors, None
         if factors is not None:
-            columns = matrices[2].index_select(0, torch.from_numpy(order))
-            down = steering.columns(columns, _down_factors(known), workers)
+            columns = matrices[-1].index_select(0, torch.from_numpy(order))
+            down = steering.columns(columns, _down_factors(known, stored), workers)
 
         def read(start: int, stop: int) -> Piece:
             rows = _gathered(matrices, torch.from_numpy(order[start:stop]))
@@ -140,27 +156,28 @@ def _neurons(
                 return Piece(rows)
             parts = [
                 steering.rows(part, inputs.mean_square, factors)
-                for part in rows.chunk(3, dim=1)[:2]
+                for part in rows.split(hidden, dim=1)[:-1]
             ]
             codes = [part for part in parts if part is not None]
-            return Piece(rows, np.hstack([*codes, down[start:stop]]) if len(codes) == 2 else None)
+            known = len(codes) == len(parts)
+            return Piece(rows, np.hstack([*codes, down[start:stop]]) if known else None)
 
         return read
 
     # the down column meets the neuron's own activation: one number for the whole vector
     flat = np.ones_like(known.ffn_input)
-    weight = np.stack((known.ffn_input, known.ffn_input, flat))
-    layout = RecordLayout(3, checkpoint.config.hidden_size)
+    weight = np.stack((*[known.ffn_input] * (len(names) - 1), flat))
+    layout = RecordLayout(len(names), hidden)
     checks = _checks(checkpoint, names)
-    return Matrix(FFN, layout, checkpoint.config.intermediate_size, opened, checks, weight)
+    return Matrix(FFN, layout, size, opened, checks, weight)
 
 
-def _down_factors(known: LayerImportance) -> Factors:
-    """Of the neurons' activations, the most important neurons first: their errors are mended by
+def _down_factors(known: LayerImportance, order: npt.NDArray[np.int32]) -> Factors:
+    """Of the activations of neurons `order`, the most important first: their errors are mended by
     the many that follow."""
     norms = np.maximum(known.down_norm, np.float32(1e-20))
-    mean_square = np.square(np.sqrt(known.energy) / norms)[known.order].astype(np.float32)
-    return factors_of(mean_square, known.down_directions[known.order])
+    mean_square = np.square(np.sqrt(known.energy) / norms)[order].astype(np.float32)
+    return factors_of(mean_square, known.down_directions[order])
 
 
 def _gathered(matrices: tuple[Tensor, ...], ids: Tensor) -> Tensor:

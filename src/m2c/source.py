@@ -11,6 +11,7 @@ from m2c.errors import BadInput, UnsupportedModel
 from m2c.model.checkpoint import Checkpoint
 from m2c.model.config import ModelConfig
 from m2c.tokenizer import MAX_JSON_NBYTES, Tokenizer
+from m2c.tokenizer_bpe import build_from_vocabulary
 from m2c.tokenizer_gguf import build_from_gguf, build_tokenizer_config
 from m2c.tokenizer_spm import convert_tokenizer_model
 
@@ -44,6 +45,12 @@ def with_tokenizer(files: dict[str, bytes], source: Path) -> dict[str, bytes]:
             model, source=f"{source}/tokenizer.model",
             config=kept.get("tokenizer_config.json"), added=added,
         )  # fmt: skip
+    vocab, merges = (kept.pop(name, None) for name in ("vocab.json", "merges.txt"))
+    if vocab is not None and merges is not None and "tokenizer.json" not in kept:
+        kept["tokenizer.json"] = build_from_vocabulary(
+            vocab, merges, source=str(source), config=kept.get("tokenizer_config.json"),
+            special=kept.get("special_tokens_map.json"),
+        )  # fmt: skip
     return kept
 
 
@@ -51,7 +58,8 @@ def tokenizer_of_files(files: dict[str, bytes], source: Path) -> Tokenizer:
     """Raises BadInput when there is no tokenizer.json."""
     if "tokenizer.json" not in files:
         raise BadInput(
-            f"{source}: has neither tokenizer.json nor tokenizer.model",
+            f"{source}: has neither tokenizer.json nor tokenizer.model, nor vocab.json with "
+            "merges.txt",
             "fetch it from the model's repository",
         )
     return Tokenizer.from_json(

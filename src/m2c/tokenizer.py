@@ -194,8 +194,10 @@ def _engine_errors(source: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        # A panic in Rust arrives as a BaseException whose type cannot be imported.
-        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+        # a panic in Rust arrives as a BaseException whose type cannot be imported; all others that
+        # are no Exception, as those of signals, are not about the file
+        panic = type(error).__name__ == "PanicException"
+        if isinstance(error, MemoryError) or not (panic or isinstance(error, Exception)):
             raise
         reason = str(error).partition("\n")[0][:200]
         raise BadInput(f"{source} is not a usable tokenizer: {reason}", _DOWNLOAD_AGAIN) from None

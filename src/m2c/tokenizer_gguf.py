@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from m2c.errors import BadInput, UnsupportedModel
+from m2c.tokenizer_bpe import added_token, bpe_json, byte_level
 from m2c.tokenizer_spm import CONTROL, UNUSED, USER_DEFINED, Vocabulary, build_spm
 
 _DOWNLOAD_AGAIN = "fetch the GGUF file again from where it came from"
@@ -19,7 +20,7 @@ _WORDS = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
-_PRE_TOKENIZERS = ("smollm", "gpt-2", "qwen2", *_LLAMA3)
+_PRE_TOKENIZERS = ("smollm", "gpt-2", "qwen2", "falcon", *_LLAMA3)
 _BPE, _SPM = "gpt2", "llama"  # values of tokenizer.ggml.model; gemma files say llama too
 
 
@@ -43,18 +44,13 @@ def build_from_gguf(metadata: dict[str, Any]) -> bytes:
     vocab = {token: id for id, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         raise BadInput("tokenizer.ggml.tokens names a token twice", _DOWNLOAD_AGAIN)
-    document = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": _added_tokens(tokens, metadata.get("tokenizer.ggml.token_type")),
-        "normalizer": normalizer,
-        "pre_tokenizer": pre_tokenizer,
-        "post_processor": None,
-        "decoder": _byte_level(),
-        "model": _bpe_model(metadata, vocab),
-    }
-    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+    return bpe_json(
+        vocab, _strings(metadata, "tokenizer.ggml.merges"),
+        _added_tokens(tokens, metadata.get("tokenizer.ggml.token_type")),
+        normalizer=normalizer, pre_tokenizer=pre_tokenizer,
+        # whole words that no sequence of merges reaches
+        ignore_merges=metadata["tokenizer.ggml.pre"] in _LLAMA3, hint=_DOWNLOAD_AGAIN,
+    )  # fmt: skip
 
 
 def build_tokenizer_config(metadata: dict[str, Any]) -> bytes:
@@ -82,12 +78,14 @@ def build_tokenizer_config(metadata: dict[str, Any]) -> bytes:
 def _pipeline(name: Any) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """(normalizer, pre-tokenizer) of a model family."""
     if name == "gpt-2":
-        return None, _byte_level(use_regex=True)
+        return None, byte_level(use_regex=True)
     if name == "smollm":
-        steps = [{"type": "Digits", "individual_digits": True}, _byte_level(use_regex=True)]
+        steps = [{"type": "Digits", "individual_digits": True}, byte_level(use_regex=True)]
         return None, {"type": "Sequence", "pretokenizers": steps}
     if name == "qwen2":
         return {"type": "NFC"}, _split_words(digits="")
+    if name == "falcon":
+        return None, _falcon()
     if name in _LLAMA3:
         return None, _split_words(digits="{1,3}")
     raise UnsupportedModel(
@@ -97,35 +95,22 @@ def _pipeline(name: Any) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     )
 
 
-def _bpe_model(metadata: dict[str, Any], vocab: dict[str, int]) -> dict[str, Any]:
-    return {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": False,
-        "byte_fallback": False,
-        # whole words that no sequence of merges reaches
-        "ignore_merges": metadata["tokenizer.ggml.pre"] in _LLAMA3,
-        "vocab": vocab,
-        "merges": [_pair(merge, vocab) for merge in _strings(metadata, "tokenizer.ggml.merges")],
-    }
-
-
-def _byte_level(*, use_regex: bool = False) -> dict[str, Any]:
-    return {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": use_regex,
-    }
-
-
 def _split_words(*, digits: str) -> dict[str, Any]:
     pattern = {"Regex": _WORDS.replace("DIGITS", digits)}
     split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
-    return {"type": "Sequence", "pretokenizers": [split, _byte_level()]}
+    return {"type": "Sequence", "pretokenizers": [split, byte_level()]}
+
+
+def _falcon() -> dict[str, Any]:
+    """Runs of punctuation apart, then GPT-2's words, digits three by three."""
+    digits = {"type": "Digits", "individual_digits": False}
+    threes = {
+        "type": "Split", "pattern": {"Regex": "[0-9][0-9][0-9]"}, "behavior": "Isolated",
+        "invert": False,
+    }  # fmt: skip
+    punctuation = {"type": "Punctuation", "behavior": "Contiguous"}
+    steps = [punctuation, byte_level(use_regex=True), digits, threes]
+    return {"type": "Sequence", "pretokenizers": steps}
 
 
 def _spm_vocabulary(metadata: dict[str, Any]) -> Vocabulary:
@@ -157,22 +142,7 @@ def _added_tokens(tokens: list[str], types: Any) -> list[dict[str, Any]]:
     if not isinstance(types, list) or len(types) != len(tokens):
         raise BadInput("tokenizer.ggml.token_type does not match the tokens", _DOWNLOAD_AGAIN)
     return [
-        {
-            "id": id,
-            "content": token,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": kind == CONTROL,
-        }
+        added_token(token, id, special=kind == CONTROL)
         for id, (token, kind) in enumerate(zip(tokens, types, strict=True))
         if kind in (CONTROL, USER_DEFINED)
     ]
-
-
-def _pair(merge: str, vocab: dict[str, int]) -> list[str]:
-    left, space, right = merge.partition(" ")
-    if not space or left not in vocab or right not in vocab or left + right not in vocab:
-        raise BadInput(f"the merge {merge[:80]!r} does not join two tokens", _DOWNLOAD_AGAIN)
-    return [left, right]

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from m2c.bundle.files import disk_errors, read_small
+from m2c.bundle.files import MEND, disk_errors, read_at, read_small
 from m2c.bundle.manifest import FileFact, Manifest, read_manifest
 from m2c.bundle.shard import BLOCK, PAGE, ShardIndex, read_index
-from m2c.errors import BadInput
+from m2c.errors import BadInput, M2CError
 
 SUFFIX = ".m2c"
 MAX_FILE_NBYTES = 1 << 30
@@ -49,9 +49,7 @@ def open_shards(path: Path, manifest: Manifest) -> dict[str, ShardIndex]:
     for name, fact in manifest.shards.items():
         index = read_index(path / name)
         if index.digest != fact.digest:
-            raise BadInput(
-                f"{path / name}: not the shard that the manifest names", "pack the model again"
-            )
+            raise BadInput(f"{path / name}: not the shard that the manifest names", MEND)
         shards[name] = index
     return shards
 
@@ -59,17 +57,32 @@ def open_shards(path: Path, manifest: Manifest) -> dict[str, ShardIndex]:
 def verified_file(path: Path, fact: FileFact) -> bytes:
     data = read_small(path, limit=min(fact.nbytes, MAX_FILE_NBYTES))
     if hashlib.sha256(data).hexdigest() != fact.sha256:
-        raise BadInput(f"{path}: damaged", "pack the model again")
+        raise BadInput(f"{path}: damaged", MEND)
     return data
 
 
 def verify_blocks(index: ShardIndex) -> Iterator[int]:
     """Read a shard's payload, verifying each block; yields the bytes read so far."""
-    with disk_errors(index.path), open(index.path, "rb") as file:
-        file.seek(PAGE)
-        left = index.header.payload_nbytes
+    nbytes = 0
+    for damage in block_damage(index):
+        if damage is not None:
+            raise damage
+        nbytes = min(nbytes + BLOCK, index.header.payload_nbytes)
+        yield nbytes
+
+
+def block_damage(index: ShardIndex) -> Iterator[M2CError | None]:
+    """For each block of a shard's payload, in order: None, or what is wrong with it."""
+    with disk_errors(index.path):
+        file = open(index.path, "rb", buffering=0)  # noqa: SIM115
+    with file:
         for block in range(len(index.block_hashes)):
-            data = file.read(min(BLOCK, left))
-            index.verify(block, memoryview(data))
-            left -= len(data)
-            yield index.header.payload_nbytes - left
+            begin = block * BLOCK
+            size = min(BLOCK, index.header.payload_nbytes - begin)
+            try:
+                data = read_at(file.fileno(), size, PAGE + begin, index.path)
+                index.verify(block, memoryview(data))
+            except M2CError as error:
+                yield error
+            else:
+                yield None

@@ -11,7 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from m2c.bundle.files import TEMPORARY_PREFIX, disk_errors, read_small, write_atomic
+from m2c.bundle.files import (
+    TEMPORARY_PREFIX,
+    disk_errors,
+    read_small,
+    sync_directory,
+    write_atomic,
+)
 from m2c.bundle.manifest import MANIFEST, read_manifest
 from m2c.errors import BadInput, Busy, UsageError
 
@@ -20,29 +26,51 @@ FOLDERS: Final = ("dense", "neurons", "model")
 
 
 @contextmanager
-def claim_folder(path: Path, recipe: str) -> Iterator[bool]:
+def claim_folder(path: Path, recipe: str, *, reclaim: bool = False) -> Iterator[bool]:
     """Hold `path` for packing `recipe`; yields True when the bundle is already complete there.
 
+    reclaim: the caller knows that the folder is a bundle of `recipe` without a usable manifest.
     Raises UsageError when the folder holds anything else, Busy when another process packs there.
     """
-    _refuse_foreign(path, recipe)
+    if not reclaim:
+        _refuse_foreign(path, recipe)
     with disk_errors(path):
         path.mkdir(parents=True, exist_ok=True)
+        sync_directory(path.parent)
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         _lock(descriptor, path)
         # another process may have changed the folder before we had the lock
-        _refuse_foreign(path, recipe)
+        if reclaim:
+            _reclaim(path, recipe)
+        else:
+            _refuse_foreign(path, recipe)
         _remove_temporaries(path)
         if not (path / MANIFEST).exists() and not (path / MARKER).exists():
             write_atomic(path / MARKER, recipe.encode() + b"\n")
-        for folder in FOLDERS:
-            with disk_errors(path / folder):
-                (path / folder).mkdir(exist_ok=True)
+        _make_durable(path)
         yield (path / MANIFEST).exists()
         (path / MARKER).unlink(missing_ok=True)
     finally:
         os.close(descriptor)
+
+
+def _make_durable(path: Path) -> None:
+    """The folders, and the names in them: a killed pack may have left some that were never synced,
+    and what we build on must not vanish under a manifest."""
+    with disk_errors(path):
+        sync_directory(path)
+        for folder in FOLDERS:
+            (path / folder).mkdir(exist_ok=True)
+            sync_directory(path / folder)
+
+
+def _reclaim(path: Path, recipe: str) -> None:
+    """Turn a bundle whose manifest is damaged or gone into an unfinished one of `recipe`."""
+    write_atomic(path / MARKER, recipe.encode() + b"\n")
+    with disk_errors(path / MANIFEST):
+        (path / MANIFEST).unlink(missing_ok=True)
+        sync_directory(path)
 
 
 def _lock(descriptor: int, path: Path) -> None:

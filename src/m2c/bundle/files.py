@@ -9,11 +9,12 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Final
 
 from m2c.errors import BadInput, NoSpace, StorageError, UsageError
 
 TEMPORARY_PREFIX = ".m2c-tmp-"
+MEND: Final = "mend it: m2c pack MODEL --ssd DIR --repair"  # what to type where a file is damaged
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -38,20 +39,22 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Write `path` under a temporary name; rename it into place once it is safely on disk.
 
     The data are synced before the rename and the folder after it, so a power cut leaves the old
-    state or the new one. On any failure the temporary file is removed and `path` is untouched.
+    state or the new one. On any failure the temporary file is removed and `path` is untouched; but
+    if only the last sync fails, `path` is gone: its name may not last, so nobody may build on it.
     """
     if path.is_symlink() or (path.exists() and not path.is_file()):
         # a rename would put a file in the place of a device or of a link
         raise UsageError(f"{path} is not a regular file", "give another name")
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}")
+    # in containers process numbers repeat, and two of them may write to one disk
+    unique = f"{os.getpid()}-{os.urandom(4).hex()}"
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{unique}-{path.name}")
     with disk_errors(path):
         try:
             with open(temporary, "xb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.rename(temporary, path)
-            sync_directory(path.parent)
+            put_in_place(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -62,10 +65,23 @@ def write_atomic(path: Path, data: bytes) -> None:
         file.write(data)
 
 
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Rename a file that is safely on disk, and sync its new name; gone if that fails."""
+    os.rename(temporary, path)
+    try:
+        sync_directory(path.parent)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+
+
 def sync_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that has no such thing, as some of networks
+            raise
     finally:
         os.close(descriptor)
 
@@ -92,3 +108,18 @@ def read_small(path: Path, *, limit: int) -> bytes:
     if len(data) > limit:
         raise BadInput(f"{path}: larger than the {limit} bytes such a file may have")
     return data
+
+
+def read_at(descriptor: int, nbytes: int, offset: int, path: Path) -> bytes:
+    """Bytes of an open file, fewer only where it ends: the system may give less than was asked.
+
+    Raises StorageError naming `path` and the byte.
+    """
+    data = bytearray()
+    while len(data) < nbytes:
+        with disk_errors(f"{path} at byte {offset + len(data)}"):
+            part = os.pread(descriptor, nbytes - len(data), offset + len(data))
+        if not part:
+            break
+        data += part
+    return bytes(data)

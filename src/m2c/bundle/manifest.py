@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from m2c.bundle.exact import EXACT_TYPES
-from m2c.bundle.files import read_small, write_atomic
+from m2c.bundle.files import MEND, read_small, write_atomic
 from m2c.bundle.strict import MAX_JSON_NBYTES, decode, dump_json, load_json
 from m2c.errors import BadInput
 
@@ -82,7 +82,8 @@ def read_manifest(directory: Path) -> Manifest:
             f"{directory}: not a complete bundle ({MANIFEST} is missing)",
             "run m2c pack again to finish it",
         )
-    facts = load_json(read_small(path, limit=MAX_JSON_NBYTES), file=path)
+    data = read_small(path, limit=MAX_JSON_NBYTES)
+    facts = load_json(data, file=path)
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise BadInput(f"{path}: not the manifest of an m2c bundle")
     if facts.get("version") != VERSION:
@@ -91,8 +92,10 @@ def read_manifest(directory: Path) -> Manifest:
             "pack the model again: m2c profile MODEL | m2c pack - --ssd DIR",
         )
     checksum = facts.pop("checksum", None)
-    if checksum != hashlib.sha256(dump_json(facts)).hexdigest():
-        raise BadInput(f"{path}: damaged", "pack the model again")
+    sound = checksum == hashlib.sha256(dump_json(facts)).hexdigest()
+    # other bytes can stand for the same facts: 1e-05 and 1E-05 differ in one bit
+    if not sound or data != dump_json({**facts, "checksum": checksum}) + b"\n":
+        raise BadInput(f"{path}: damaged", MEND)
     manifest = decode(Manifest, facts, file=path)
     for name in (*manifest.shards, *manifest.files):
         _check_name(name, path)

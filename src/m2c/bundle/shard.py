@@ -21,7 +21,7 @@ import numpy.typing as npt
 import xxhash
 
 from m2c.bundle.exact import ESCAPE_NBYTES, Frames
-from m2c.bundle.files import atomic_file, disk_errors, open_regular
+from m2c.bundle.files import MEND, atomic_file, disk_errors, open_regular, read_at
 from m2c.bundle.planes import GROUP, RecordLayout
 from m2c.bundle.strict import decode, dump_json, load_json
 from m2c.errors import BadInput
@@ -86,8 +86,7 @@ class ShardIndex:
         """Raise BadInput unless `data` is the content of payload block number `block`."""
         if xxhash.xxh3_64_intdigest(data) != self.block_hashes[block]:
             raise BadInput(
-                f"{self.path}: damaged at byte {PAGE + block * BLOCK} (block {block})",
-                "pack the model again",
+                f"{self.path}: damaged at byte {PAGE + block * BLOCK} (block {block})", MEND
             )
 
 
@@ -179,20 +178,20 @@ def read_index(path: Path) -> ShardIndex:
     with disk_errors(path):
         descriptor = open_regular(path)
         try:
-            page = os.pread(descriptor, PAGE, 0)
+            page = read_at(descriptor, PAGE, 0, path)
             header = _parse_header(page, path)
             start = PAGE + header.payload_nbytes
             nbytes = os.fstat(descriptor).st_size - start
             expected = _index_nbytes(header)
             if nbytes != expected:
-                raise BadInput(f"{path}: wrong length", "pack the model again")
-            index = os.pread(descriptor, nbytes, start)
+                raise BadInput(f"{path}: wrong length", MEND)
+            index = read_at(descriptor, nbytes, start, path)
         finally:
             os.close(descriptor)
     if len(index) != expected or _HASH.unpack(index[-8:])[0] != xxhash.xxh3_64_intdigest(
         index[:-8]
     ):
-        raise BadInput(f"{path}: damaged index", "pack the model again")
+        raise BadInput(f"{path}: damaged index, from byte {start}", MEND)
     return _split_index(path, header, page, index[:-8])
 
 
@@ -215,12 +214,12 @@ def _split_index(path: Path, header: ShardHeader, page: bytes, index: bytes) -> 
 
 def _check_frames(section: Section, nbytes: U32, escapes: U32, path: Path) -> None:
     if int(nbytes.sum(dtype=np.uint64)) != section.nbytes:
-        raise BadInput(f"{path}: frame sizes do not add up", "pack the model again")
+        raise BadInput(f"{path}: frame sizes do not add up", MEND)
     weights = section.frame_records * section.vectors * section.length
     listed = escapes.astype(np.uint64) * np.uint64(ESCAPE_NBYTES)
     # offsets take at most 16 bits a weight; what they take exactly, only their codes can tell
     if ((escapes > weights) | (listed > nbytes) | (nbytes - listed > 2 * weights)).any():
-        raise BadInput(f"{path}: impossible frame", "pack the model again")
+        raise BadInput(f"{path}: impossible frame", MEND)
 
 
 def _index_nbytes(header: ShardHeader) -> int:
@@ -239,14 +238,14 @@ def _header_page(header: ShardHeader) -> bytes:
 
 def _parse_header(page: bytes, path: Path) -> ShardHeader:
     if len(page) != PAGE or page[:8] != MAGIC:
-        raise BadInput(f"{path}: not an m2c shard")
+        raise BadInput(f"{path}: not an m2c shard: its first {len(MAGIC)} bytes are others", MEND)
     _, version, length = _PREFIX.unpack(page[: _PREFIX.size])
     if version != VERSION:
         raise BadInput(
             f"{path}: shard format {version}, this m2c reads {VERSION}", "pack the model again"
         )
     if _HASH.unpack(page[-8:])[0] != xxhash.xxh3_64_intdigest(page[:-8]):
-        raise BadInput(f"{path}: damaged header", "pack the model again")
+        raise BadInput(f"{path}: damaged header, bytes 0 to {PAGE - 1}", MEND)
     if length > PAGE - 8 - _PREFIX.size or any(page[_PREFIX.size + length : -8]):
         raise BadInput(f"{path}: malformed header")
     facts = load_json(page[_PREFIX.size : _PREFIX.size + length], file=path)

@@ -17,7 +17,7 @@ from m2c.errors import BadInput
 def load_tensors(
     data: bytes, path: Path, what: str = "a readable safetensors file"
 ) -> dict[str, npt.NDArray[Any]]:
-    """Raises BadInput, saying that `path` is not `what`, for a damaged file and for dtypes and
+    """Raises BadInput naming `path`, and `what` it should be, for a damaged file, and for dtypes and
     shapes that numpy lacks."""
     try:
         return dict(load(data))

@@ -13,7 +13,7 @@ import traceback
 from typing import Final
 
 from m2c import __version__
-from m2c.cli.console import result, say
+from m2c.cli.console import exit_in_time, result, say
 from m2c.errors import DoesNotFit, M2CError, UsageError
 
 COMMANDS: Final = (
@@ -40,7 +40,11 @@ def main() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _unwind)
     _fill_closed_streams()
-    code = call(sys.argv[1:])
+    try:
+        code = call(sys.argv[1:])
+    except BaseException as error:  # a signal just before or after what `call` guards
+        code, text = _explain(error)
+        say(f"m2c: {text}")
     # reads ahead and worker threads would keep the shell waiting
     os._exit(code)
 
@@ -161,6 +165,7 @@ def _unwind(number: int, _: object) -> None:
 
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, again)
+    exit_in_time(code, "interrupted" if number == signal.SIGINT else "terminated")
     raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
 

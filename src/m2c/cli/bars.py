@@ -17,6 +17,7 @@ _FREE: Final = "."
 # kind of content -> its letter and colour; other kinds get the letter they begin with
 _LOOKS: Final = {
     "attention": ("A", "cyan"), "FFN": ("F", "green"), "head": ("H", "blue"),
+    "experts": ("X", "green"),
     "embeddings": ("E", "blue"), "drafts": ("D", "yellow"), "upgrades": ("U", "magenta"),
     "KV cache": ("K", "red"), "ring": ("R", "bright_black"), "work": ("W", "bright_black"),
     "read for every token": ("S", "yellow"), "read for every pass": ("S", "yellow"),

@@ -147,7 +147,7 @@ def _print_speed(
 
 def _engine_facts(engine: "Engine") -> dict[str, Any]:
     from m2c.cli.runs import plan_facts
-    from m2c.model.config import parameter_count
+    from m2c.model.tensors import parameter_count
 
     return {
         "model": engine.bundle.path.stem, "mix": str(engine.shape.mix),

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from m2c.cli.chat_commands import Leave, obey
 from m2c.cli.chat_input import Terminal
-from m2c.cli.console import say, stdin_lines, write
+from m2c.cli.console import exit_in_time, say, stdin_lines, write
 from m2c.conversation import Dialogue, Exchange
 from m2c.engine import Engine
 from m2c.errors import M2CError, UsageError
@@ -67,6 +67,7 @@ class Interrupts:
         if self._presses == 2:
             os.write(2, _WAIT)  # a print could have been interrupted by this very signal
         elif self._presses > 2:
+            exit_in_time(130, "interrupted")
             raise Impatience
 
 

@@ -1,5 +1,6 @@
 """`m2c check`: verify a bundle, and optionally that it is the checkpoint, bit for bit."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -37,7 +38,7 @@ def command(
     from m2c.cli.names import bundle_path
     from m2c.hub import resolve_model
     from m2c.model.checkpoint import open_checkpoint
-    from m2c.model.config import parameter_count
+    from m2c.model.tensors import parameter_count
 
     path = bundle_path(bundle, ssd)
     total = sum(fact.nbytes for fact in read_manifest(path).shards.values())
@@ -54,10 +55,15 @@ def command(
                 found += 1
                 _say_some(damage, found)
     if found:
-        raise BadInput(f"{path}: {found} problem{'s' if found > 1 else ''}", "pack the model again")
+        raise BadInput(f"{path}: {found} problem{'s' if found > 1 else ''}", _mend(path))
     depth = "headers and indexes" if fast else "every byte"
     same = f", bit-exact copy of {source}" if source else ""
     result(f"{path}: ok ({depth}{same})")
+
+
+def _mend(path: Path) -> str:
+    """What to type, with what is known of it here: not the model's name at that time."""
+    return f"type: m2c pack MODEL --ssd {path.parent} --name {path.stem} --repair"
 
 
 def _say_some(damage: str, number: int) -> None:

@@ -10,11 +10,13 @@ import shutil
 import signal
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 _PART_NBYTES = 1 << 20
+_PATIENCE_S = 10.0
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -100,6 +102,19 @@ def progress(label: str, total: int, *, unit: str, quiet: bool) -> Iterator[Call
         file=sys.stderr, disable=True if quiet else None, leave=False, dynamic_ncols=True,
     ) as bar:  # fmt: skip
         yield lambda amount: bar.update(amount) and None
+
+
+def exit_in_time(code: int, reason: str) -> None:
+    """End the process with `code` in a while, come what may: tidying up can wait for a disk that
+    does not answer. Whoever ends earlier is not affected."""
+
+    def end() -> None:
+        say(f"m2c: {reason}")
+        os._exit(code)
+
+    watchdog = threading.Timer(_PATIENCE_S, end)
+    watchdog.daemon = True
+    watchdog.start()
 
 
 def read_stdin(limit: int) -> bytes:

@@ -64,7 +64,8 @@ def command(
     from m2c.cli.names import bundle_path, read_text
     from m2c.cli.runs import run_options
     from m2c.contents import config_of, tokenizer_of
-    from m2c.evaluate import cut, options_within
+    from m2c.engine import require_mix
+    from m2c.evaluate import FULL, cut, options_within
     from m2c.model.mix import Mix
 
     if text is None:
@@ -78,6 +79,8 @@ def command(
     config = config_of(opened)
     if window > (longest := config.max_position_embeddings):
         raise UsageError(f"--window {window} is beyond the {longest} tokens of this model")
+    for one in mixes:
+        require_mix(one, config)
     mixes = mixes or [Mix.of_percent(opened.manifest.mix.percent, drop)]
     tokenizer, content = tokenizer_of(opened), read_text(text)
     ids = tokenizer.encode(content[: tokens * _CHARACTERS])[:tokens]
@@ -85,7 +88,9 @@ def command(
     if not quiet:
         _say_plan(opened, content, windows, len(mixes))
     asked = [replace(options_within(chosen, config, window), mix=one) for one in mixes]
-    rows = list(_evaluate(opened, asked, windows, quiet))
+    full = replace(asked[0], mix=FULL, dense="fp16")
+    _require_room(opened, [full, *asked])
+    rows = list(_evaluate(opened, full, asked, windows, quiet))
     _print(rows, windows, as_json=json_output)
 
 
@@ -107,14 +112,31 @@ def _say_plan(bundle: "Bundle", content: str, windows: "Ids", mixes: int) -> Non
         say("m2c: this very text chose the bundle's scales: the figures flatter it")
 
 
+def _require_room(bundle: "Bundle", asked: list["RunOptions"]) -> None:
+    """Before the first pass, for all of them. Raises the DoesNotFit that names the most."""
+    from m2c.contents import config_of, importance_of
+    from m2c.engine import plan_for, run_shape
+    from m2c.errors import DoesNotFit
+
+    config, importance = config_of(bundle), importance_of(bundle)
+    refused: list[DoesNotFit] = []
+    for one in asked:
+        try:
+            plan_for(bundle, config, run_shape(bundle, config, one), importance, one)
+        except DoesNotFit as error:
+            refused.append(error)
+    if refused:
+        raise max(refused, key=lambda error: error.smallest)
+
+
 def _evaluate(
-    bundle: "Bundle", asked: list["RunOptions"], windows: "Ids", quiet: bool
+    bundle: "Bundle", full: "RunOptions", asked: list["RunOptions"], windows: "Ids", quiet: bool
 ) -> Iterator[dict[str, Any]]:
     """Facts of the checkpoint's own weights, then of each of `asked`."""
-    from m2c.evaluate import FULL, Reference, compare
+    from m2c.evaluate import Reference, compare
 
     total = windows.size
-    with _open_engine(bundle, replace(asked[0], mix=FULL, dense="fp16"), quiet) as engine:
+    with _open_engine(bundle, full, quiet) as engine:
         facts = _facts(engine)
         with progress(facts["mix"], total, unit="tok", quiet=quiet) as advance:
             reference = Reference(engine, windows, folder=bundle.path.parent, progress=advance)

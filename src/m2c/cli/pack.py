@@ -42,6 +42,9 @@ def command(
     plan: Annotated[
         bool, typer.Option("--plan", "--dry-run", help="Say what it would take; write nothing.")
     ] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Rewrite what is damaged in a bundle, nothing else.")
+    ] = False,
     threads: options.Threads = None,
     quiet: options.Quiet = False,
 ) -> None:
@@ -56,6 +59,8 @@ def command(
     from m2c.kernels.workers import Workers
     from m2c.pack import pack
 
+    if plan and repair:
+        raise UsageError("--plan and --repair do not go together", "m2c check names the damage")
     if ssd is None:
         raise UsageError("where to? no --ssd given and M2C_SSD is not set", "use --ssd DIR")
     if not ssd.is_dir():
@@ -71,6 +76,9 @@ def command(
     workers = Workers(threads or auto_threads())
     if plan:
         _say_plan(job, path, workers)
+        return
+    if repair:
+        _repair(job, path, workers, quiet)
         return
     with progress(f"pack {path.name}", job.weights, unit="w", quiet=quiet) as advance:
         fresh = pack(
@@ -89,6 +97,7 @@ def _job(
 ) -> "PackJob":
     from m2c import home
     from m2c.bundle.importance import read_importance
+    from m2c.engine import require_mix
     from m2c.model.checkpoint import open_checkpoint
     from m2c.model.mix import Mix
     from m2c.pack import PackJob, choose_exact_type
@@ -102,6 +111,8 @@ def _job(
     if exact_type not in ("auto", "bf16", "f16"):
         raise UsageError(f"--exact-type {exact_type}: choose bf16, f16 or auto")
     checkpoint = open_checkpoint(source)
+    if mix not in ("error", "entropy"):
+        require_mix(Mix.parse(mix), checkpoint.config)
     path = profile or home.profile_path(checkpoint.name, checkpoint.fingerprint())
     if not path.exists():
         missing = "no such profile" if profile else f"{given} has no profile yet"
@@ -109,6 +120,22 @@ def _job(
     importance, _ = read_importance(path)
     chosen = choose_exact_type(checkpoint) if exact_type == "auto" else exact_type
     return PackJob(checkpoint, importance, model_files(checkpoint), chosen, mix, bits)
+
+
+def _repair(job: "PackJob", path: Path, workers, quiet: bool) -> None:  # type: ignore[no-untyped-def]
+    from m2c.repair import repair
+
+    # as much as there is: what the manifest says cannot be known where it is damaged
+    total = sum(file.stat().st_size for file in path.glob("*/*.*")) if path.is_dir() else 0
+    with progress(f"check {path.name}", total, unit="B", quiet=quiet) as advance:
+        mended = repair(
+            job, path, workers=workers, progress=advance,
+            choose_mix=lambda bundle: _choose(bundle, job, workers, quiet),
+        )  # fmt: skip
+    if not quiet:
+        for name in mended or ["nothing"]:
+            say(f"m2c: {path}: {name} was {'rewritten' if mended else 'damaged'}")
+    result(str(path))
 
 
 def _profile_from_stdin() -> Path:

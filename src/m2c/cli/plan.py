@@ -109,8 +109,8 @@ def _subject(model: str | None, ssd: Path | None, offline: bool) -> _Subject:
     from m2c.cli.names import bundle_path, find_bundle
     from m2c.engine import ASSUMED_EXACT_TYPE
     from m2c.hub import alias_config
-    from m2c.model.config import parameter_count
     from m2c.model.footprint import bundle_nbytes
+    from m2c.model.tensors import parameter_count
     from m2c.modes import planner_of_bundle, planner_of_config
     from m2c.units import format_size
 

@@ -72,7 +72,7 @@ def command(
     write_importance(path, importance)
     remember(model=str(Path(name).resolve()) if Path(name).exists() else name)
     if not quiet:
-        _summarise(importance)
+        _summarise(importance, "experts" if checkpoint.config.num_experts else "them")
     result(str(path))
 
 
@@ -85,7 +85,8 @@ def _read_text(path: Path | None) -> tuple[str, str]:
     return read_text(path), path.name
 
 
-def _summarise(importance) -> None:  # type: ignore[no-untyped-def]
+def _summarise(importance, shared: str) -> None:  # type: ignore[no-untyped-def]
+    """shared: what of adjacent tokens is compared."""
     import numpy as np
 
     own = np.mean([layer.coverage_own for layer in importance.layers], axis=0)
@@ -93,6 +94,6 @@ def _summarise(importance) -> None:  # type: ignore[no-untyped-def]
     overlap = np.mean([layer.overlap for layer in importance.layers], axis=0)
     say(
         f"m2c: the top 30 % of neurons hold {own[30]:.0%} of the output energy when chosen per "
-        f"token, {static[30]:.0%} when fixed; adjacent tokens share {overlap[1]:.0%} of them "
+        f"token, {static[30]:.0%} when fixed; adjacent tokens share {overlap[1]:.0%} of {shared} "
         "beyond chance"
     )

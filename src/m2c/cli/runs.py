@@ -20,6 +20,7 @@ from m2c.model.kv import KV_DTYPES
 from m2c.model.mix import PRECISIONS, Mix
 from m2c.predict import Speeds, measured_speeds
 from m2c.tiers.plan import Plan
+from m2c.tiers.store import EXPERTS
 from m2c.tiers.trace import TraceWriter
 from m2c.tokenizer import Tokenizer
 from m2c.units import format_size
@@ -108,6 +109,11 @@ def describe_plan(plan: Plan, shape: RunShape, speeds: Speeds | None = None) -> 
             f"{plan.slab_slots[u.plane]} cached ({POLICY_WORDS[plan.policy]}), "
             f"{plan.prefix[u.plane]} hottest pinned in DRAM"
         )
+    if (facts := f.experts) is not None:
+        held = "all in memory"
+        if (slots := plan.expert_slots) is not None:
+            held = f"{slots} of {facts.total} cached in DRAM ({POLICY_WORDS[plan.policy]})"
+        lines.append(f"experts: {facts.active} of {facts.count} a layer and token; {held}")
     lines.append(
         f"bytes per {use}: SSD {format_size(plan.ssd_nbytes_per_token)}, "
         + (f"DRAM to HBM {format_size(plan.link_nbytes_per_token)}, " if plan.budget.hbm else "")
@@ -155,7 +161,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "blocks_in_hbm": len(plan.in_hbm), "blocks_in_dram": len(plan.in_dram),
         "blocks_streamed": len(plan.streamed), "ring_nbytes": plan.ring_nbytes,
         "kv_nbytes": plan.footprint.kv_nbytes, "slab_slots": plan.slab_slots,
-        "prefix_neurons": plan.prefix, "policy": plan.policy,
+        "prefix_neurons": plan.prefix, "expert_slots": plan.expert_slots, "policy": plan.policy,
         "ssd_nbytes_per_token": plan.ssd_nbytes_per_token,
         "link_nbytes_per_token": plan.link_nbytes_per_token,
         "compute_nbytes_per_token": plan.compute_nbytes_per_token,
@@ -263,9 +269,10 @@ def _decode_words(facts: dict[str, Any]) -> list[str]:
     for plane, hits in facts["upgrades"].items():
         total = max(1, sum(hits.values()))
         served = (("hbm_or_cache", "cached"), ("dram", "DRAM"), ("ssd", "SSD"))
-        shares = [f"{hits[key] / total:.0%} {name}" for key, name in served if hits[key]]
+        name = plane if plane == EXPERTS else plane.upper()
+        shares = [f"{hits[key] / total:.0%} {tier}" for key, tier in served if hits[key]]
         if shares:
-            parts.append(f"{plane.upper()} from " + " + ".join(shares))
+            parts.append(f"{name} from " + " + ".join(shares))
     if speculation := facts["speculation"]:
         return [*parts, *_speculation_words(speculation)]
     return [*parts, f"{facts['share_of_roof']:.0%} of the roof"]

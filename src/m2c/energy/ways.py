@@ -22,7 +22,8 @@ from m2c.model.footprint import footprint_of_bundle
 from m2c.model.mix import Mix
 from m2c.modes import exact_options
 from m2c.sampling import Sampler, SamplingParams
-from m2c.tiers.plan import Budget, Footprint, make_plan
+from m2c.tiers.facts import Budget, Footprint
+from m2c.tiers.plan import make_plan
 from m2c.tiers.ssd import LinkStats
 from m2c.tiers.traffic import StoreStats
 

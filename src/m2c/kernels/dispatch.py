@@ -22,14 +22,32 @@ def matmul_rows(x: Tensor, rows: Rows, workers: Workers, *, norm: Norm | None = 
     return native.matmul_rows(x, rows, norm=norm)
 
 
+def matmul_into(
+    out: Tensor, x: Tensor, rows: Rows, workers: Workers, *, norm: Norm | None, at_once: int
+) -> None:
+    """As `matmul_rows`, put into `out`, which may be columns of a larger tensor.
+
+    at_once: tokens whose products may be held twice.
+    """
+    native = _native(x, rows, workers)
+    if native is None:
+        # torch's sums depend on how many tokens a product has: all of them, as of a whole matrix
+        reference.matmul_rows(reference.apply_norm(x, norm), rows, workers, into=out)
+        return
+    for at in range(0, len(x), at_once):
+        part = slice(at, at + at_once)
+        out[part] = native.matmul_rows(x[part], rows, norm=norm)
+
+
 def gate_up(
-    x: Tensor, rows: Rows, act: str, workers: Workers, *, norm: Norm | None = None
-) -> Tensor:
+    x: Tensor, rows: Rows, act: str, workers: Workers, *, norm: Norm | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """As `reference.gate_up`, of norm(x)."""
     native = _native(x, rows, workers)
     if native is None:
-        return reference.gate_up(reference.apply_norm(x, norm), rows, act, workers)
-    return native.gate_up(x, rows, act, norm=norm)
+        return reference.gate_up(reference.apply_norm(x, norm), rows, act, workers, bias=bias)
+    return native.gate_up(x, rows, act, norm=norm, bias=bias)
 
 
 def down(activations: Tensor, rows: Rows, workers: Workers, *, into: Tensor) -> None:
@@ -43,28 +61,29 @@ def down(activations: Tensor, rows: Rows, workers: Workers, *, into: Tensor) -> 
 
 def gather_ffn(
     x: Tensor, rows: Rows, act: str, workers: Workers, *, into: Tensor, mask: Tensor | None = None,
-    norm: Norm | None = None,
+    norm: Norm | None = None, bias: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Add what `reference.gather_ffn` returns for norm(x) to `into` [tokens, hidden]."""
     native = _native(x, rows, workers)
     if native is None:
         x = reference.apply_norm(x, norm)
-        reference.gather_ffn(x, rows, act, workers, mask=mask, into=into)
+        reference.gather_ffn(x, rows, act, workers, mask=mask, into=into, bias=bias)
     else:
-        native.ffn(x, rows, act, mask=mask, norm=norm, into=into)
+        native.ffn(x, rows, act, mask=mask, norm=norm, into=into, bias=bias)
 
 
 def scored_ffn(
-    x: Tensor, rows: Rows, act: str, workers: Workers, *, into: Tensor, norm: Norm
-) -> Tensor:
+    x: Tensor, rows: Rows, act: str, workers: Workers, *, into: Tensor, norm: Norm,
+    bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """As `gather_ffn`; returns the activations [tokens, rows] f32, of which scores are made."""
     native = _native(x, rows, workers)
     if native is None:
-        activations = gate_up(x, rows, act, workers, norm=norm)
+        activations = gate_up(x, rows, act, workers, norm=norm, bias=bias)
         down(activations, rows, workers, into=into)
         return activations
     activations = torch.empty((len(x), len(rows)))
-    native.ffn(x, rows, act, kept=activations, norm=norm, into=into)
+    native.ffn(x, rows, act, kept=activations, norm=norm, into=into, bias=bias)
     return activations
 
 
@@ -109,10 +128,13 @@ def run_stack(x: Tensor, stack: Stack, start: int, workers: Workers) -> Tensor:
         native.run_stack(out, stack, start)
         return out
     for layer in stack.layers:
-        x = attention(x, layer.attention, start, workers, norm=layer.attn_norm)
-        out = x.clone()
-        gather_ffn(x, layer.neurons, layer.act, workers, norm=layer.ffn_norm, into=out)
-        x = out
+        out = attention(x, layer.attention, start, workers, norm=layer.attn_norm)
+        given = x if stack.parallel else out.clone()
+        gather_ffn(
+            given, layer.neurons, layer.act, workers, norm=layer.ffn_norm, into=out,
+            bias=layer.up_bias,
+        )  # fmt: skip
+        x = out if layer.down_bias is None else out + layer.down_bias
     return x
 
 

@@ -18,7 +18,7 @@ from m2c.kernels.rows import EXACT_DTYPES, ExactFrames, ExactRows, PackedRows, R
 CHOICES: Final = ("auto", "torch", "scalar", "avx2", "avx512")
 LIBRARY: Final = Path(__file__).parent / "csrc" / "libm2c.so"
 _POINTER = ctypes.c_void_p
-_ACT_KINDS: Final = {"silu": 0, "relu": 1, "fatrelu": 1, "gelu_pytorch_tanh": 2}
+_ACT_KINDS: Final = {"silu": 0, "relu": 1, "fatrelu": 1, "gelu_pytorch_tanh": 2, "gelu": 3}
 _DAMAGED: Final = 2
 _WIDE: Final = (torch.bfloat16, torch.float16)
 
@@ -36,13 +36,13 @@ class _Rows(ctypes.Structure):
 
 class _Given(ctypes.Structure):
     _fields_ = (
-        ("x", _POINTER), ("norm", _POINTER), ("eps", ctypes.c_float),
+        ("x", _POINTER), ("norm", _POINTER), ("norm_bias", _POINTER), ("eps", ctypes.c_float),
         ("tokens", ctypes.c_int32), ("length", ctypes.c_int32),
     )  # fmt: skip
 
 
 class _Activation(ctypes.Structure):
-    _fields_ = (("kind", ctypes.c_int32), ("threshold", ctypes.c_float))
+    _fields_ = (("kind", ctypes.c_int32), ("threshold", ctypes.c_float), ("bias", _POINTER))
 
 
 class _Attention(ctypes.Structure):
@@ -59,8 +59,9 @@ class _Attention(ctypes.Structure):
 
 class _Layer(ctypes.Structure):
     _fields_ = (
-        ("attention", _POINTER), ("attn_norm", _POINTER), ("neurons", _POINTER),
-        ("ffn_norm", _POINTER), ("attn_eps", ctypes.c_float), ("ffn_eps", ctypes.c_float),
+        ("attention", _POINTER), ("attn_norm", _POINTER), ("attn_norm_bias", _POINTER),
+        ("neurons", _POINTER), ("ffn_norm", _POINTER), ("ffn_norm_bias", _POINTER),
+        ("out_bias", _POINTER), ("attn_eps", ctypes.c_float), ("ffn_eps", ctypes.c_float),
         ("act", _Activation),
     )  # fmt: skip
 
@@ -120,10 +121,14 @@ class NativeKernels:
         self._run(self._library.m2c_matmul, _given(x, norm), _rows(rows), _at(out))
         return out
 
-    def gate_up(self, x: Tensor, rows: Rows, act: str, *, norm: Norm | None = None) -> Tensor:
+    def gate_up(
+        self, x: Tensor, rows: Rows, act: str, *, norm: Norm | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         out = torch.empty((x.shape[0], len(rows)))
         x = x.contiguous()
-        self._run(self._library.m2c_gate_up, _given(x, norm), _rows(rows), _act(act), _at(out))
+        how = _act(act, bias)
+        self._run(self._library.m2c_gate_up, _given(x, norm), _rows(rows), how, _at(out))
         return out
 
     def down(self, activations: Tensor, rows: Rows, *, into: Tensor) -> None:
@@ -134,7 +139,7 @@ class NativeKernels:
 
     def ffn(
         self, x: Tensor, rows: Rows, act: str, *, into: Tensor, mask: Tensor | None = None,
-        kept: Tensor | None = None, norm: Norm | None = None,
+        kept: Tensor | None = None, norm: Norm | None = None, bias: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Add the neurons' FFN output to `into` [tokens, hidden]: one pass over each record.
 
@@ -143,10 +148,8 @@ class NativeKernels:
         """
         x = x.contiguous()
         mask = None if mask is None else mask.contiguous()
-        optional = _maybe(mask), _maybe(kept)
-        self._run(
-            self._library.m2c_ffn, _given(x, norm), _rows(rows), _act(act), *optional, _at(into)
-        )
+        how, optional = _act(act, bias), (_maybe(mask), _maybe(kept))
+        self._run(self._library.m2c_ffn, _given(x, norm), _rows(rows), how, *optional, _at(into))
 
     def add_normed(self, x: Tensor, norm: Norm, *, into: Tensor) -> None:
         """Add norm(x) to `into`, both [tokens, hidden]."""
@@ -188,9 +191,11 @@ class NativeKernels:
             made = [_layer(layer) for layer in stack.layers]
             layers = stack.__dict__["_c_layers"] = (_Layer * len(made))(*made)
         tokens, hidden = x.shape
+        before = torch.empty_like(x) if stack.parallel else None
         self._run(
             self._library.m2c_layers, layers, ctypes.c_int32(len(layers)), ctypes.c_int64(start),
             ctypes.c_int32(tokens), ctypes.c_int32(hidden), _at(x),
+            _maybe(before),
         )  # fmt: skip
 
     def decode(self, rows: PackedRows) -> Tensor:
@@ -229,23 +234,28 @@ def _takes(rows: Rows) -> bool:
 
 def _given(x: Tensor, norm: Norm | None) -> _Given:
     eps = 0.0 if norm is None else norm.eps
-    return _Given(x.data_ptr(), _weight(norm), eps, x.shape[0], x.shape[1])
+    return _Given(x.data_ptr(), _weight(norm), _bias(norm), eps, x.shape[0], x.shape[1])
 
 
 def _weight(norm: Norm | None) -> int | None:
     return None if norm is None else norm.weight.data_ptr()
 
 
-def _act(act: str) -> _Activation:
+def _bias(norm: Norm | None) -> int | None:
+    return None if norm is None or norm.bias is None else norm.bias.data_ptr()
+
+
+def _act(act: str, bias: Tensor | None) -> _Activation:
     name, threshold = activation_of(act)
-    return _Activation(_ACT_KINDS[name], threshold)
+    return _Activation(_ACT_KINDS[name], threshold, _maybe(bias))
 
 
 def _layer(layer: LayerCall) -> _Layer:
     return _Layer(
-        ctypes.addressof(_attention(layer.attention)), layer.attn_norm.weight.data_ptr(),
-        ctypes.addressof(_rows(layer.neurons)), layer.ffn_norm.weight.data_ptr(),
-        layer.attn_norm.eps, layer.ffn_norm.eps, _act(layer.act),
+        ctypes.addressof(_attention(layer.attention)), _weight(layer.attn_norm),
+        _bias(layer.attn_norm), ctypes.addressof(_rows(layer.neurons)), _weight(layer.ffn_norm),
+        _bias(layer.ffn_norm), _maybe(layer.down_bias), layer.attn_norm.eps, layer.ffn_norm.eps,
+        _act(layer.act, layer.up_bias),
     )  # fmt: skip
 
 
@@ -264,8 +274,8 @@ def _make_attention(call: AttentionCall) -> _Attention:
     return _Attention(
         (_POINTER * 4)(*(ctypes.addressof(_rows(rows)) for rows in call.projections)),
         (_POINTER * 4)(*(None if b is None else b.data_ptr() for b in call.biases)),
-        call.keys.data_ptr(), call.values.data_ptr(), call.cosines.data_ptr(),
-        call.sines.data_ptr(), positions, 0, call.heads, kv_heads, dim,
+        call.keys.data_ptr(), call.values.data_ptr(), _maybe(call.cosines), _maybe(call.sines),
+        positions, 0, call.heads, kv_heads, dim,
         call.keys.dtype == torch.float16, call.scale, call.window or positions,
         (_POINTER * 2)(*(_weight(norm) for norm in call.qk_norms)), _weight(call.out_norm), eps,
         call.softcap or 0.0,

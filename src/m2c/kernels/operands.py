@@ -12,14 +12,16 @@ from m2c.kernels.rows import Rows
 
 @dataclass(frozen=True)
 class Norm:
-    """An RMS norm that a kernel applies to its input."""
+    """A norm that a kernel applies to its input: with a bias a layer norm, else an RMS norm."""
 
     weight: Tensor  # [length] f32
     eps: float
+    bias: Tensor | None = None  # [length] f32
 
 
 def activation_of(act: str) -> tuple[str, float]:
-    """Name and threshold of an activation: "silu", "gelu_pytorch_tanh", "relu", "fatrelu:0.01"."""
+    """Name and threshold of an activation: "silu", "gelu", "gelu_pytorch_tanh", "relu",
+    "fatrelu:0.01"."""
     name, _, threshold = act.partition(":")
     return name, float(threshold or 0)
 
@@ -35,8 +37,8 @@ class AttentionCall:
     biases: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
     keys: Tensor  # [kv_heads, positions, dim] f16 or f32; written where the new tokens are
     values: Tensor
-    cosines: Tensor  # [positions, dim / 2]
-    sines: Tensor
+    cosines: Tensor | None  # [positions, dim / 2]; None: nothing is turned
+    sines: Tensor | None
     heads: int
     scale: float  # of the scores
     qk_norms: tuple[Norm | None, Norm | None] = (None, None)  # of every head, before it is turned
@@ -54,6 +56,8 @@ class LayerCall:
     neurons: Rows
     ffn_norm: Norm
     act: str
+    up_bias: Tensor | None = None  # [neurons], of neurons without a gate
+    down_bias: Tensor | None = None  # [hidden]
 
 
 @dataclass(frozen=True)
@@ -61,3 +65,4 @@ class Stack:
     """Layers that are computed one after the other, nothing between them."""
 
     layers: tuple[LayerCall, ...]
+    parallel: bool = False  # both parts of a layer read what the layer was given

@@ -26,31 +26,56 @@ def activation(act: str) -> Callable[[Tensor], Tensor]:
     known: dict[str, Callable[[Tensor], Tensor]] = {
         "silu": F.silu,
         "relu": F.relu,
+        "gelu": F.gelu,
         "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
         "fatrelu": partial(F.threshold, threshold=threshold, value=0.0),
     }
     return known[name]
 
 
-def matmul_rows(x: Tensor, rows: Rows, workers: Workers) -> Tensor:
-    """x [tokens, length] f32 times every row of a dense matrix: [tokens, rows] f32."""
+def matmul_rows(x: Tensor, rows: Rows, workers: Workers, *, into: Tensor | None = None) -> Tensor:
+    """x [tokens, length] f32 times every row of a dense matrix: [tokens, rows] f32.
+
+    into: where to put it, columns of a larger tensor for example.
+    """
+    out = torch.empty(len(x), len(rows), device=x.device) if into is None else into
+
+    def piece(i: int) -> None:
+        start, stop = _bounds(i, rows)
+        values = rows.values(start, stop).to(x.device)
+        out[:, start:stop] = F.linear(x, values[:, 0])
+
+    workers.map(piece, _chunks(rows))
+    return out
+
+
+def gate_up(
+    x: Tensor, rows: Rows, act: str, workers: Workers, *, bias: Tensor | None = None
+) -> Tensor:
+    """act(x . gate) * (x . up) of every neuron: x [tokens, hidden] f32 to [tokens, rows] f32.
+
+    Neurons of two vectors have no gate: act(x . up + bias), bias [rows] f32.
+    """
+    function, last = activation(act), rows.layout.vectors - 1
 
     def piece(i: int) -> Tensor:
-        values = rows.values(*_bounds(i, rows)).to(x.device)
-        return F.linear(x, values[:, 0])
+        start, stop = _bounds(i, rows)
+        values = rows.values(start, stop, first=0, last=last).to(x.device)
+        return _activations(x, values, function, _part(bias, start, stop))
 
     return torch.cat(workers.map(piece, _chunks(rows)), dim=1)
 
 
-def gate_up(x: Tensor, rows: Rows, act: str, workers: Workers) -> Tensor:
-    """act(x . gate) * (x . up) of every neuron: x [tokens, hidden] f32 to [tokens, rows] f32."""
-    function = activation(act)
+def _activations(
+    x: Tensor, values: Tensor, function: Callable[[Tensor], Tensor], bias: Tensor | None
+) -> Tensor:
+    """values: gate and up rows, or up rows alone, [rows, vectors, hidden]."""
+    first = F.linear(x, values[:, 0], bias)
+    return function(first) * F.linear(x, values[:, 1]) if values.shape[1] == 2 else function(first)
 
-    def piece(i: int) -> Tensor:
-        values = rows.values(*_bounds(i, rows), first=0, last=2).to(x.device)
-        return function(F.linear(x, values[:, 0])) * F.linear(x, values[:, 1])
 
-    return torch.cat(workers.map(piece, _chunks(rows)), dim=1)
+def _part(bias: Tensor | None, start: int, stop: int) -> Tensor | None:
+    return None if bias is None else bias[start:stop]
 
 
 def down(
@@ -64,7 +89,7 @@ def down(
 
     def piece(i: int) -> Tensor:
         start, stop = _bounds(i, rows)
-        values = rows.values(start, stop, first=2, last=3).to(activations.device)
+        values = rows.values(start, stop, first=rows.layout.vectors - 1).to(activations.device)
         return activations[:, start:stop] @ values[:, 0]
 
     return _sum(workers.map(piece, _chunks(rows)), into)
@@ -72,11 +97,11 @@ def down(
 
 def gather_ffn(
     x: Tensor, rows: Rows, act: str, workers: Workers, *, mask: Tensor | None = None,
-    into: Tensor | None = None,
+    into: Tensor | None = None, bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The FFN output of gathered neurons: x [tokens, hidden] f32 to [tokens, hidden] f32.
 
-    into: as in `down`.
+    into: as in `down`. bias: as in `gate_up`.
 
     mask: [tokens, rows] f32 or None, multiplies each neuron's activation: with several tokens in
     one pass, a neuron may be active for some of them only.
@@ -86,10 +111,10 @@ def gather_ffn(
     def piece(i: int) -> Tensor:
         start, stop = _bounds(i, rows)
         values = rows.values(start, stop).to(x.device)
-        hidden = function(F.linear(x, values[:, 0])) * F.linear(x, values[:, 1])
+        hidden = _activations(x, values[:, :-1], function, _part(bias, start, stop))
         if mask is not None:
             hidden = hidden * mask[:, start:stop]
-        return hidden @ values[:, 2]
+        return hidden @ values[:, -1]
 
     if not len(rows):
         return torch.zeros_like(x) if into is None else into
@@ -112,16 +137,23 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def apply_norm(x: Tensor, norm: Norm | None) -> Tensor:
-    return x if norm is None else rms_norm(x, norm.weight, norm.eps)
+    if norm is None:
+        return x
+    if norm.bias is None:
+        return rms_norm(x, norm.weight, norm.eps)
+    return F.layer_norm(x, norm.weight.shape, norm.weight, norm.bias, norm.eps)
 
 
 def soft_capped(x: Tensor, cap: float) -> Tensor:
     return (x / cap).tanh() * cap
 
 
-def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """x [tokens, heads, dim] turned by the angles of its tokens [tokens, dim / 2]."""
-    cosines, sines = cosines[:, None], sines[:, None]
+def rotate(x: Tensor, call: AttentionCall, start: int) -> Tensor:
+    """x [tokens, heads, dim] turned by the angles of its tokens, if positions turn anything."""
+    if call.cosines is None or call.sines is None:
+        return x
+    own = slice(start, start + len(x))
+    cosines, sines = call.cosines[own, None], call.sines[own, None]
     low, high = x.chunk(2, dim=-1)
     return torch.cat((low * cosines - high * sines, high * cosines + low * sines), dim=-1)
 
@@ -141,8 +173,7 @@ def attention(
         _biased(matmul(normed, rows, workers), bias).view(tokens, -1, dim)
         for rows, bias in zip(call.projections[:3], call.biases[:3], strict=True)
     ]
-    angles = call.cosines[start:stop], call.sines[start:stop]
-    q, k = (rotate(apply_norm(made[i], call.qk_norms[i]), *angles) for i in range(2))
+    q, k = (rotate(apply_norm(made[i], call.qk_norms[i]), call, start) for i in range(2))
     call.keys[:, start:stop] = k.transpose(0, 1)
     call.values[:, start:stop] = made[2].transpose(0, 1)
     mixed = _softmax_attention(q, call, start)
@@ -171,7 +202,8 @@ def _softmax_attention(q: Tensor, call: AttentionCall, start: int) -> Tensor:
     grouped = q.view(tokens, groups, -1, dim).permute(1, 2, 0, 3).reshape(groups, -1, dim)
     scores = grouped @ keys.transpose(-1, -2) * call.scale  # [kv, shared * tokens, positions]
     if call.softcap is not None:
-        scores = soft_capped(scores, call.softcap)
+        # and NaN of an infinite score, of which the cap would make a number
+        scores = soft_capped(scores, call.softcap) + (scores - scores)
     if tokens > 1:
         positions = torch.arange(first, stop, device=q.device)
         own = torch.arange(start, stop, device=q.device)[:, None]

@@ -104,6 +104,28 @@ _QWEN3: Final = {
     "max_position_embeddings": 40960,
 }
 _QWEN3_SMALL: Final = {**_QWEN3, "tie_word_embeddings": True}
+_QWEN3_MOE: Final = {
+    **_QWEN3,
+    "model_type": "qwen3_moe",
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+_MIXTRAL: Final = {
+    "model_type": "mixtral",
+    "hidden_act": "silu",
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "vocab_size": 32000,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1000000.0,
+    "max_position_embeddings": 32768,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 _MISTRAL: Final = {
     "model_type": "mistral",
     "hidden_act": "silu",
@@ -177,6 +199,33 @@ _SMOLLM2: Final = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_FALCON: Final = {
+    "model_type": "falcon",
+    "vocab_size": 65024,
+    "layer_norm_epsilon": 1e-5,
+    "alibi": False,
+    "bias": False,
+    "bos_token_id": 11,
+    "eos_token_id": 11,
+}
+
+
+def _opt(size: str, hidden: int, layers: int, heads: int) -> Alias:
+    config = {
+        "model_type": "opt",
+        "activation_function": "relu",
+        "vocab_size": 50272,
+        "max_position_embeddings": 2048,
+        "bos_token_id": 2,
+        "eos_token_id": 2,
+        "hidden_size": hidden,
+        "word_embed_proj_dim": hidden,
+        "ffn_dim": 4 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+    }
+    return Alias(f"facebook/opt-{size}", config)
+
 
 # fmt: off
 ALIASES: Final[Mapping[str, Alias]] = {
@@ -217,6 +266,10 @@ ALIASES: Final[Mapping[str, Alias]] = {
     "qwen3-8b": _model("Qwen/Qwen3-8B", _QWEN3, (4096, 12288, 36, 32, 8)),
     "qwen3-14b": _model("Qwen/Qwen3-14B", _QWEN3, (5120, 17408, 40, 40, 8)),
     "qwen3-32b": _model("Qwen/Qwen3-32B", _QWEN3, (5120, 25600, 64, 64, 8)),
+    "qwen3-30b-a3b": _model("Qwen/Qwen3-30B-A3B", _QWEN3_MOE, (2048, 6144, 48, 32, 4),
+                            moe_intermediate_size=768, num_experts=128),
+    "mixtral-8x7b":
+        _model("mistralai/Mixtral-8x7B-Instruct-v0.1", _MIXTRAL, (4096, 14336, 32, 32, 8)),
     "mistral-7b":
         _model("mistralai/Mistral-7B-Instruct-v0.3", _MISTRAL, (4096, 14336, 32, 32, 8)),
     "mistral-small-24b":
@@ -241,5 +294,16 @@ ALIASES: Final[Mapping[str, Alias]] = {
         _model("SparseLLM/prosparse-llama-2-7b", _PROSPARSE, (4096, 11008, 32, 32, 32)),
     "prosparse-llama2-13b":
         _model("SparseLLM/prosparse-llama-2-13b", _PROSPARSE, (5120, 13824, 40, 40, 40)),
+    "falcon-7b": Alias("tiiuae/falcon-7b", {
+        **_FALCON, "hidden_size": 4544, "num_hidden_layers": 32, "num_attention_heads": 71,
+        "multi_query": True, "parallel_attn": True, "new_decoder_architecture": False}),
+    "falcon-40b": Alias("tiiuae/falcon-40b", {
+        **_FALCON, "hidden_size": 8192, "num_hidden_layers": 60, "num_attention_heads": 128,
+        "num_kv_heads": 8, "new_decoder_architecture": True}),
+    "opt-1.3b": _opt("1.3b", 2048, 24, 32),
+    "opt-6.7b": _opt("6.7b", 4096, 32, 32),
+    "opt-13b": _opt("13b", 5120, 40, 40),
+    "opt-30b": _opt("30b", 7168, 48, 56),
+    "opt-66b": _opt("66b", 9216, 64, 72),
 }
 # fmt: on

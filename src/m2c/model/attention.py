@@ -14,6 +14,7 @@ from torch import Tensor
 from m2c.kernels.operands import AttentionCall, Norm
 from m2c.kernels.rows import Rows
 from m2c.model.config import ModelConfig
+from m2c.model.tensors import FIRST_POSITION, POSITIONS, up_bias_name
 
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -30,6 +31,8 @@ class LayerFacts:
     ffn_out_norm: Norm | None
     window: int | None  # how many positions a token sees
     local_rope: bool
+    up_bias: Tensor | None  # of neurons, in the order of `tensors`
+    down_bias: Tensor | None
 
 
 def layer_facts(config: ModelConfig, tensors: Mapping[str, Tensor], layer: int) -> LayerFacts:
@@ -37,40 +40,56 @@ def layer_facts(config: ModelConfig, tensors: Mapping[str, Tensor], layer: int) 
     prefix = f"model.layers.{layer}."
 
     def norm(name: str) -> Norm:
-        return Norm(tensors[f"{prefix}{name}.weight"], config.rms_norm_eps)
+        return norm_of(config, tensors, prefix + name)
 
     heads = (norm("self_attn.q_norm"), norm("self_attn.k_norm")) if config.qk_norm else (None, None)
     after = config.post_norms
     window = config.window(layer)
+    # with norms after attention and FFN, the name of the one before the FFN is another
+    ffn_norm = "pre_feedforward_layernorm" if after else "post_attention_layernorm"
     q, k, v, o = (tensors.get(f"{prefix}self_attn.{name}.bias") for name in MATRICES)
     return LayerFacts(
         attn_norm=norm("input_layernorm"),
-        # with norms after attention and FFN, the name of the one before the FFN is another
-        ffn_norm=norm("pre_feedforward_layernorm" if after else "post_attention_layernorm"),
+        ffn_norm=norm("input_layernorm" if config.parallel_norms == 1 else ffn_norm),
         biases=(q, k, v, o),
         qk_norms=heads,
         attn_out_norm=norm("post_attention_layernorm") if after else None,
         ffn_out_norm=norm("post_feedforward_layernorm") if after else None,
         window=window,
         local_rope=window is not None and config.local_rope_theta is not None,
+        up_bias=tensors.get(up_bias_name(layer)),
+        down_bias=tensors.get(f"{prefix}mlp.down_proj.bias"),
     )
 
 
-def embedded(config: ModelConfig, rows: Tensor) -> Tensor:
-    """Rows of the embedding matrix [tokens, hidden] f32 as the first layer takes them."""
+def norm_of(config: ModelConfig, tensors: Mapping[str, Tensor], name: str) -> Norm:
+    """name: of the norm, without what ends its tensors' names."""
+    return Norm(tensors[f"{name}.weight"], config.rms_norm_eps, tensors.get(f"{name}.bias"))
+
+
+def embedded(
+    config: ModelConfig, tensors: Mapping[str, Tensor], rows: Tensor, start: int
+) -> Tensor:
+    """Rows of the embedding matrix [tokens, hidden] f32, of tokens from position `start` on, as the
+    first layer takes them."""
+    if config.learned_positions:
+        start += FIRST_POSITION
+        return rows + tensors[POSITIONS][start : start + len(rows)]
     return rows * math.sqrt(config.hidden_size) if config.scale_embeddings else rows
 
 
 class Rotary:
-    """cos and sin tables [positions, head_dim / 2] f32."""
+    """cos and sin tables [positions, head_dim / 2] f32; none where positions are learned."""
 
     def __init__(self, config: ModelConfig, positions: int, device: torch.device) -> None:
         self._at = torch.arange(positions, device=device, dtype=torch.float32)
-        self._tables = self._made(rope_frequencies(config))
+        self._tables: tuple[Tensor | None, Tensor | None] = (None, None)
+        if not config.learned_positions:
+            self._tables = self._made(rope_frequencies(config))
         if config.local_rope_theta is not None:
             self._local = self._made(_frequencies(config.local_rope_theta, config.head_dim))
 
-    def tables(self, *, local: bool) -> tuple[Tensor, Tensor]:
+    def tables(self, *, local: bool) -> tuple[Tensor | None, Tensor | None]:
         """cosines and sines; local: of layers that slide, where they have their own."""
         return self._local if local else self._tables
 

@@ -14,12 +14,13 @@ from typing import Any, Final, Protocol
 import torch
 
 from m2c.errors import BadInput, UnsupportedModel
-from m2c.model.config import ModelConfig, expected_tensors
+from m2c.model.config import ModelConfig
 from m2c.model.families import SUPPORTED
 from m2c.model.gguf_file import GgufFile
 from m2c.model.hf_folder import HfFolder
-from m2c.model.places import norm_offset, places, stored_tensors
+from m2c.model.places import file_name, norm_offset, places, stored_tensors
 from m2c.model.ranged_file import RangedFile, check_rows
+from m2c.model.tensors import expected_tensors
 
 _PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt")
 _STORED: Final = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
@@ -64,10 +65,21 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return GgufCheckpoint(path)
 
 
-def read_stored(checkpoint: Checkpoint, stored: str) -> torch.Tensor:
-    """A tensor as checkpoints of this family store it; what is stored as one is put together."""
-    where = places(checkpoint.config)
-    return torch.cat([checkpoint.read(name) for name in where if where[name].stored == stored])
+def read_stored(checkpoint: Checkpoint, stored: str, *, gguf: bool = False) -> torch.Tensor:
+    """A tensor as safetensors or GGUF files of this family store it; what is stored as one is put
+    together."""
+    where, shape = places(checkpoint.config, gguf=gguf), stored_tensors(checkpoint.config)[stored]
+    names = [name for name, place in where.items() if place.stored == stored]
+    out = torch.empty(0)
+    for name in names:
+        rows, done = checkpoint.read(name), 0
+        if len(names) == 1:
+            return rows
+        out = out if len(out) else torch.empty(shape, dtype=rows.dtype)
+        for first, end in where[name].parts(0, len(rows)):
+            out[first:end] = rows[done : done + end - first]
+            done += end - first
+    return out
 
 
 class HfCheckpoint:
@@ -82,7 +94,9 @@ class HfCheckpoint:
         self.config = self._folder.config
         self._shapes, self._places = expected_tensors(self.config), places(self.config)
         wanted = stored_tensors(self.config)
-        self._stored = self._folder.stored_names(wanted)
+        files = {name: file_name(self.config, name) for name in wanted}
+        found = self._folder.stored_names(files.values())
+        self._stored = {name: found[file] for name, file in files.items()}
         for name, shape in wanted.items():
             entry = self._folder.entry(self._stored[name])
             _check_shape(path, name, entry.shape, shape)
@@ -102,9 +116,9 @@ class HfCheckpoint:
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         place = self._places[name]
         stop = check_rows(name, start, stop, self._shapes[name][0])
-        rows = self._folder.read(
-            self._stored[place.stored], place.start + start, place.start + stop
-        )
+        stored = self._stored[place.stored]
+        parts = [self._folder.read(stored, *part) for part in place.parts(start, stop)]
+        rows = parts[0] if len(parts) == 1 else torch.cat(parts)
         # in f32, as the models themselves add it
         offset = norm_offset(self.config, name)
         return rows.float() + offset if offset else rows
@@ -129,7 +143,7 @@ class GgufCheckpoint:
         self.name = path.stem
         self._gguf = GgufFile(path)
         self.config = self._gguf.config
-        self._shapes, self._places = expected_tensors(self.config), places(self.config)
+        self._shapes, self._places = expected_tensors(self.config), places(self.config, gguf=True)
         wanted = stored_tensors(self.config)
         for name, shape in wanted.items():
             if name not in self._gguf.tensors:
@@ -151,7 +165,8 @@ class GgufCheckpoint:
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         place = self._places[name]
         stop = check_rows(name, start, stop, self._shapes[name][0])
-        return self._gguf.read(place.stored, place.start + start, place.start + stop)
+        ((first, end),) = place.parts(start, stop)
+        return self._gguf.read(place.stored, first, end)
 
     def fingerprint(self) -> str:
         # without the file's name: people rename GGUF files
@@ -185,7 +200,8 @@ def _missing(path: Path, name: str) -> BadInput:
 def _pickled(path: Path) -> UnsupportedModel:
     return UnsupportedModel(
         f"{path}: a pickle file, which can run code when it is opened",
-        "get the safetensors version of this model, or convert it in a sandbox",
+        "get the safetensors version of this model (on the hub a pull request may add it: "
+        "NAME@refs/pr/NUMBER), or convert it in a sandbox",
     )
 
 

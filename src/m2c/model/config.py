@@ -5,15 +5,16 @@ once, so that no later code sizes an array by a number nobody looked at.
 Knows nothing about files, weights or torch.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
-from math import prod
 from typing import Any
 
 from m2c.errors import BadInput
 from m2c.model.families import (
+    FAMILIES,
     HIDDEN_ACTS,
     MODEL_TYPES,
+    MOST_EXPERTS,
     ROPE_TYPES,
     SUPPORTED,
     facts_of_hf,
@@ -85,6 +86,15 @@ class ModelConfig:
     attn_logit_softcapping: float | None = None  # scores s become cap * tanh(s / cap)
     final_logit_softcapping: float | None = None
     hidden_act_param: float | None = None  # of fatrelu: what is not above it becomes zero
+    gated: bool = True  # a neuron is a gate row, an up row and a down column; False: without gate
+    layer_norms: bool = False  # norms take the mean off and have a bias; else they are RMS norms
+    ffn_bias: bool = False  # of up and down, where neurons have no gate
+    # the FFN reads what the layer's attention reads, through so many norms; 0: what attention gives
+    parallel_norms: int = 0
+    learned_positions: bool = False  # a vector is added to the embedding, and nothing is rotated
+    num_experts: int = 0  # of every layer's FFN, each of intermediate_size neurons; 0: it is one
+    num_experts_per_tok: int = 0
+    norm_topk_prob: bool = False  # the weights of a token's experts add up to 1
 
     @classmethod
     def from_hf(cls, data: Mapping[str, Any], *, file: str = "config.json") -> "ModelConfig":
@@ -114,6 +124,7 @@ class ModelConfig:
         vocab = read.integer("vocab_size", 1, 2**22)
         layers = read.integer("num_hidden_layers", 1, 4096)
         window, sliding = _sliding(read, layers)
+        experts, active = _experts(read)
         scaling = read.mapping("rope_scaling")
         return cls(
             model_type=read.choice("model_type", MODEL_TYPES, SUPPORTED),
@@ -144,6 +155,14 @@ class ModelConfig:
             attn_logit_softcapping=read.maybe_number("attn_logit_softcapping", 1e-3, 1e6),
             final_logit_softcapping=read.maybe_number("final_logit_softcapping", 1e-3, 1e6),
             hidden_act_param=_threshold(read),
+            gated=read.flag("gated", True),
+            layer_norms=read.flag("layer_norms", False),
+            ffn_bias=_ffn_bias(read),
+            parallel_norms=_parallel_norms(read),
+            learned_positions=read.flag("learned_positions", False),
+            num_experts=experts,
+            num_experts_per_tok=active,
+            norm_topk_prob=read.flag("norm_topk_prob", False),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -162,6 +181,16 @@ class ModelConfig:
         if self.hidden_act_param is None:
             return self.hidden_act
         return f"{self.hidden_act}:{self.hidden_act_param!r}"
+
+    @property
+    def vectors(self) -> int:
+        """Of a neuron, as long as the hidden size each."""
+        return 3 if self.gated else 2
+
+    @property
+    def neurons(self) -> int:
+        """Of a layer, those of all its experts."""
+        return self.intermediate_size * max(1, self.num_experts)
 
     def window(self, layer: int) -> int | None:
         """How many positions a token sees in this layer, its own included; None: all."""
@@ -183,6 +212,33 @@ def _threshold(read: Fields) -> float | None:
     return None
 
 
+def _ffn_bias(read: Fields) -> bool:
+    biased = read.flag("ffn_bias", False)
+    if biased and read.flag("gated", True):
+        raise BadInput(f"{read.file}: ffn_bias belongs to neurons without a gate")
+    return biased
+
+
+def _parallel_norms(read: Fields) -> int:
+    norms = read.maybe_integer("parallel_norms", 0, 2) or 0
+    if norms and read.flag("post_norms", False):
+        raise BadInput(f"{read.file}: parallel_norms and post_norms do not belong together")
+    return norms
+
+
+def _experts(read: Fields) -> tuple[int, int]:
+    """num_experts and num_experts_per_tok, of the families that have experts and of no other."""
+    family = FAMILIES.get(str(read.data.get("model_type")))
+    if family is None or not family.experts_key:
+        if read.data.get("num_experts") or read.data.get("num_experts_per_tok"):
+            raise BadInput(f"{read.file}: experts in a model_type that has none")
+        return 0, 0
+    if not read.flag("gated", True) or read.maybe_integer("parallel_norms", 0, 2):
+        raise BadInput(f"{read.file}: experts without a gate, or beside attention")
+    experts = read.integer("num_experts", 2, MOST_EXPERTS)
+    return experts, read.integer("num_experts_per_tok", 1, experts)
+
+
 def _sliding(read: Fields, layers: int) -> tuple[int | None, tuple[int, ...]]:
     """sliding_window and sliding_layers, both or none."""
     window = read.maybe_integer("sliding_window", 1, 2**31 - 1)
@@ -190,62 +246,3 @@ def _sliding(read: Fields, layers: int) -> tuple[int | None, tuple[int, ...]]:
     if (window is None) != (not sliding):
         raise BadInput(f"{read.file}: sliding_window and sliding_layers do not belong together")
     return window, sliding
-
-
-def dense_matrices(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(rows, columns) of every matrix outside the FFN: embeddings, attention, lm_head if untied."""
-    hidden = config.hidden_size
-    q = config.num_attention_heads * config.head_dim
-    kv = config.num_key_value_heads * config.head_dim
-    found = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
-    for layer in range(config.num_hidden_layers):
-        prefix = f"model.layers.{layer}.self_attn."
-        found[prefix + "q_proj.weight"] = (q, hidden)
-        found[prefix + "k_proj.weight"] = (kv, hidden)
-        found[prefix + "v_proj.weight"] = (kv, hidden)
-        found[prefix + "o_proj.weight"] = (hidden, q)
-    if not config.tie_word_embeddings:
-        found["lm_head.weight"] = (config.vocab_size, hidden)
-    return found
-
-
-def ffn_names(layer: int) -> tuple[str, str, str]:
-    """gate and up [intermediate, hidden], down [hidden, intermediate]."""
-    prefix = f"model.layers.{layer}.mlp."
-    return prefix + "gate_proj.weight", prefix + "up_proj.weight", prefix + "down_proj.weight"
-
-
-def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of the model, under its Hugging Face name."""
-    found: dict[str, tuple[int, ...]] = dict(dense_matrices(config))
-    hidden, ffn = config.hidden_size, config.intermediate_size
-    for layer in range(config.num_hidden_layers):
-        gate, up, down = ffn_names(layer)
-        found[gate] = found[up] = (ffn, hidden)
-        found[down] = (hidden, ffn)
-        found.update(_vectors(config, f"model.layers.{layer}."))
-    found["model.norm.weight"] = (hidden,)
-    return found
-
-
-def _vectors(config: ModelConfig, prefix: str) -> Iterator[tuple[str, tuple[int]]]:
-    yield prefix + "input_layernorm.weight", (config.hidden_size,)
-    yield prefix + "post_attention_layernorm.weight", (config.hidden_size,)
-    if config.post_norms:
-        yield prefix + "pre_feedforward_layernorm.weight", (config.hidden_size,)
-        yield prefix + "post_feedforward_layernorm.weight", (config.hidden_size,)
-    if config.qkv_bias:
-        kv = config.num_key_value_heads * config.head_dim
-        yield prefix + "self_attn.q_proj.bias", (config.num_attention_heads * config.head_dim,)
-        yield prefix + "self_attn.k_proj.bias", (kv,)
-        yield prefix + "self_attn.v_proj.bias", (kv,)
-    if config.o_bias:
-        yield prefix + "self_attn.o_proj.bias", (config.hidden_size,)
-    if config.qk_norm:
-        yield prefix + "self_attn.q_norm.weight", (config.head_dim,)
-        yield prefix + "self_attn.k_norm.weight", (config.head_dim,)
-
-
-def parameter_count(config: ModelConfig) -> int:
-    """Weights of the model; tied embeddings count once."""
-    return sum(prod(shape) for shape in expected_tensors(config).values())

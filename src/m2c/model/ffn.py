@@ -28,30 +28,41 @@ Fetch = Callable[[str, Ids], Rows]
 
 def uniform_ffn(
     x: Tensor, parts: Iterable[Rows], *, norm: Norm, act: str, workers: Workers,
-    out_norm: Norm | None = None,
+    out_norm: Norm | None = None, onto: Tensor | None = None, bias: Tensor | None = None,
+    out_bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """x [tokens, hidden] f32 plus the FFN's output for norm(x), all neurons as they come.
 
-    out_norm: of the output, before it is added.
+    out_norm: of the output, before it is added. onto: what it is added to instead of x, and lost.
+    bias [neurons], of neurons without a gate; out_bias [hidden], of the output.
     """
-    out = _begin(x, out_norm)
+    out, start = begin(x, out_norm, onto), 0
     for part in parts:
-        gather_ffn(x, part, act, workers, norm=norm, into=out)
-    return _end(x, out, out_norm, workers)
+        own = None if bias is None else bias[start : start + len(part)]
+        gather_ffn(x, part, act, workers, norm=norm, into=out, bias=own)
+        start += len(part)
+    return end(x, out, out_norm, workers, out_bias)
 
 
-def _begin(x: Tensor, out_norm: Norm | None) -> Tensor:
+def begin(x: Tensor, out_norm: Norm | None, onto: Tensor | None = None) -> Tensor:
     """What neurons are added to: what comes in, unless their sum is normed first."""
-    return x.clone() if out_norm is None else torch.zeros_like(x)
+    if out_norm is not None:
+        return torch.zeros_like(x)
+    return x.clone() if onto is None else onto
 
 
-def _end(x: Tensor, out: Tensor, out_norm: Norm | None, workers: Workers) -> Tensor:
-    return out if out_norm is None else add_normed(x, out, out_norm, workers)
+def end(
+    x: Tensor, out: Tensor, out_norm: Norm | None, workers: Workers, out_bias: Tensor | None = None
+) -> Tensor:
+    if out_norm is not None:
+        return add_normed(x, out, out_norm, workers)
+    return out if out_bias is None else out + out_bias
 
 
 def mixed_ffn(
     x: Tensor, floor: Rows, down_norm: Tensor, *, norm: Norm, act: str, mix: Mix, fetch: Fetch,
-    workers: Workers, out_norm: Norm | None = None,
+    workers: Workers, out_norm: Norm | None = None, onto: Tensor | None = None,
+    bias: Tensor | None = None, out_bias: Tensor | None = None,
     record: Callable[[str, Ids], None] | None = None,
 ) -> Tensor:  # fmt: skip
     """As `uniform_ffn`, with a precision per neuron.
@@ -60,8 +71,8 @@ def mixed_ffn(
     neurons `ids` (ascending) at `plane`; with one token it is called once per plane, and `record`
     is told the ids (traces).
     """
-    out = _begin(x, out_norm)
-    activations = scored_ffn(x, floor, act, workers, norm=norm, into=out)
+    out = begin(x, out_norm, onto)
+    activations = scored_ffn(x, floor, act, workers, norm=norm, into=out, bias=bias)
     levels = rank(activations, down_norm, mix.ranks(len(floor)), workers)
     # all were added at the floor, in one pass over memory: take back those that do not stay there
     back = torch.where(levels == LEVELS[mix.floor], 0, -activations)
@@ -73,14 +84,24 @@ def mixed_ffn(
             ids = _positions(chosen[0])
             if record is not None:
                 record(plane, ids)
-            gather_ffn(x, fetch(plane, ids), act, workers, norm=norm, into=out)
+            own = _chosen(bias, ids)
+            gather_ffn(x, fetch(plane, ids), act, workers, norm=norm, into=out, bias=own)
             continue
         ids = _positions(chosen.any(dim=0))
         for start in range(0, len(ids), FETCH):
             part = ids[start : start + FETCH]
-            mask = chosen[:, torch.from_numpy(part.astype(np.int64)).to(x.device)].to(x.dtype)
-            gather_ffn(x, fetch(plane, part), act, workers, mask=mask, norm=norm, into=out)
-    return _end(x, out, out_norm, workers)
+            mask, own = chosen[:, _index(part, x)].to(x.dtype), _chosen(bias, part)
+            rows = fetch(plane, part)
+            gather_ffn(x, rows, act, workers, mask=mask, norm=norm, into=out, bias=own)
+    return end(x, out, out_norm, workers, out_bias)
+
+
+def _chosen(bias: Tensor | None, ids: Ids) -> Tensor | None:
+    return None if bias is None else bias[_index(ids, bias)]
+
+
+def _index(ids: Ids, of: Tensor) -> Tensor:
+    return torch.from_numpy(ids.astype(np.int64)).to(of.device)
 
 
 def _positions(chosen: Tensor) -> Ids:

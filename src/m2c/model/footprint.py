@@ -5,6 +5,7 @@ Reads no weights.
 """
 
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Final
 
 import numpy as np
@@ -14,14 +15,16 @@ from m2c.bundle.bundle import Bundle
 from m2c.bundle.planes import RecordLayout
 from m2c.bundle.shard import BLOCK, PLANES, align
 from m2c.kernels.reference import CHUNK
-from m2c.model.config import ModelConfig, dense_matrices, expected_tensors
+from m2c.model.config import ModelConfig
 from m2c.model.ffn import FETCH
 from m2c.model.kv import kv_nbytes
 from m2c.model.mix import Mix
-from m2c.tiers.blocks import Precisions, block_of
+from m2c.model.tensors import dense_matrices, small_tensors
+from m2c.tiers.blocks import Precisions, block_of, head_name
+from m2c.tiers.expert_plan import ExpertFact
+from m2c.tiers.experts import expert_nbytes
+from m2c.tiers.facts import BlockFact, DraftFact, Footprint, UpgradeFact
 from m2c.tiers.fetch import DECODE_WEIGHTS, staging_nbytes
-from m2c.tiers.plan import BlockFact, DraftFact, Footprint, UpgradeFact
-from m2c.tiers.store import head_name
 from m2c.units import MiB
 
 # exact plane of Gaussian weights (BENCHMARKS.md); only for models not packed yet
@@ -78,14 +81,16 @@ class _Sizes:
 
 def batch_tokens(config: ModelConfig) -> int:
     """Tokens of a prefill batch: as many as keep its activations within 64 MiB."""
-    per_token = 4 * (8 * config.intermediate_size + 8 * config.hidden_size)
+    per_token = 4 * (8 * config.intermediate_size + 8 * config.hidden_size)  # one expert at a time
     return max(8, min(512, _ACTIVATIONS_NBYTES // per_token))
 
 
 def footprint_of_bundle(
-    bundle: Bundle, config: ModelConfig, shape: RunShape, hit_share: npt.NDArray[np.floating]
-) -> Footprint:
-    """hit_share: [101], share of the uses of upgraded neurons that the hottest k % serve."""
+    bundle: Bundle, config: ModelConfig, shape: RunShape, hit_share: npt.NDArray[np.floating],
+    popularity: npt.NDArray[np.floating] | None = None,
+) -> Footprint:  # fmt: skip
+    """hit_share: [101], share of the uses of upgraded neurons that the hottest k % serve.
+    popularity: [layers, experts], share of the tokens that use each."""
     layers = range(config.num_hidden_layers)
     dense = [_bundle_sizes(bundle, "dense", layer) for layer in layers]
     neurons = [_bundle_sizes(bundle, "neurons", layer) for layer in layers]
@@ -98,6 +103,8 @@ def footprint_of_bundle(
     )
     made = _footprint(config, shape, dense, neurons, head, largest, bundle.manifest.exact_type)
     made = replace(made, blocks=tuple(_true_size(bundle, b, shape) for b in made.blocks))
+    if made.experts is not None:
+        made = replace(made, experts=_true_experts(bundle, made.experts, shape, popularity))
     tables = sum(index.block_hashes.nbytes for index in bundle.shards.values())
     tables += sum(t.nbytes for i in bundle.shards.values() for t in i.frame_nbytes.values()) * 6
     share = tuple(float(v) for v in hit_share)
@@ -114,9 +121,9 @@ def footprint_of_config(config: ModelConfig, shape: RunShape, exact_type: str) -
     first = [m for name, m in matrices.items() if name.startswith("model.layers.0.")]
     dense = _estimate(first, 1, exact_type)
     embed = _estimate([(config.vocab_size, config.hidden_size)], 1, exact_type)
-    ffn = _estimate([(config.intermediate_size, config.hidden_size)], 3, exact_type)
+    ffn = _estimate([(config.neurons, config.hidden_size)], config.vectors, exact_type)
     layers = config.num_hidden_layers
-    largest = 6 * max(3 * config.hidden_size, 1 << 15)
+    largest = 6 * max(config.vectors * config.hidden_size, 1 << 15)
     return _footprint(config, shape, [dense] * layers, [ffn] * layers, embed, largest, exact_type)
 
 
@@ -134,37 +141,67 @@ def _footprint(
     head: _Sizes, largest_frame: int, exact_type: str,
 ) -> Footprint:  # fmt: skip
     blocks = []
-    # a mix needs all of a layer's scores before it can upgrade the best
-    pieces = shape.mix.is_uniform
+    # a mix needs all of a layer's scores before it can upgrade the best; experts are in memory all
+    # together, or not as blocks
+    pieces = shape.mix.is_uniform and not config.num_experts
     for i, (attn, ffn) in enumerate(zip(dense, neurons, strict=True)):
         blocks.append(_block("dense", i, attn, shape.dense, shape))
         blocks += _blocks("neurons", i, ffn, shape.mix.floor, shape, pieces)
     blocks += _blocks("head", len(dense), head, shape.dense, shape, True)
-    layout = RecordLayout(3, config.hidden_size)
+    layout = RecordLayout(config.vectors, config.hidden_size)
     counts = shape.mix.counts(config.intermediate_size)
     upgrades = []
     for plane in shape.mix.upgrades:
         stored = max(size.planes[plane] for size in neurons) // config.intermediate_size
-        slot = layout.code_nbytes if plane == "int8" else 6 * config.hidden_size
+        slot = layout.code_nbytes if plane == "int8" else 2 * config.vectors * config.hidden_size
         # the floor's down column is taken back, and INT8 builds on the floor's codes
         floor = layout.nbytes("int4")
-        reads = slot + floor // 3 + (floor if plane == "int8" else 0)
+        reads = slot + floor // config.vectors + (floor if plane == "int8" else 0)
         upgrades.append(UpgradeFact(plane, stored, slot, reads, counts[plane], _CHANCE))
     plane_nbytes = max(size.planes[p] for size in neurons for p in PLANES)
     planes = sum(size.planes["int4"] for size in (*dense, *neurons, head))
+    idle = 1 - config.num_experts_per_tok / config.num_experts if config.num_experts else 0
+    unread = int(idle * sum(size.planes["int4"] for size in neurons))
     return Footprint(
         layers=len(dense),
-        neurons=config.intermediate_size,
+        neurons=config.neurons,
         blocks=tuple(blocks),
         upgrades=tuple(upgrades),
         kv_nbytes=kv_nbytes(config, shape.ctx_size, shape.kv_type),
         fixed_nbytes=_vectors_nbytes(config),
         embed_nbytes=_embed_nbytes(config, shape, head),
-        draft=DraftFact(planes, planes, len(dense)) if shape.drafts else None,
+        draft=DraftFact(planes, planes - unread, len(dense)) if shape.drafts else None,
+        experts=_experts(config, shape, neurons) if config.num_experts else None,
         workspace_nbytes=_workspace_nbytes(config, shape),
         staging_nbytes=max(min(plane_nbytes, _STAGING_NBYTES), 0) // BLOCK * BLOCK
         + staging_nbytes(max(largest_frame, layout.nbytes("int4"))),
     )
+
+
+def _experts(config: ModelConfig, shape: RunShape, neurons: list[_Sizes]) -> ExpertFact:
+    """Estimated: what is read of an expert is whole checksum blocks, in every plane."""
+    most = max(size.read(shape.mix.floor, shape.drafts) for size in neurons)
+    planes = PLANES.index(shape.mix.floor) + 1 - shape.drafts
+    nbytes = align(most // config.num_experts, BLOCK) + planes * BLOCK
+    return ExpertFact(len(neurons), config.num_experts, config.num_experts_per_tok, nbytes, nbytes)
+
+
+def _true_experts(
+    bundle: Bundle, facts: ExpertFact, shape: RunShape,
+    popularity: npt.NDArray[np.floating] | None,
+) -> ExpertFact:  # fmt: skip
+    """What exactly the experts read, by the bundle's own tables."""
+    held = int(shape.drafts)
+    blocks = (
+        replace(block_of(bundle, "neurons", layer, shape.mix.floor), held=held)
+        for layer in range(facts.layers)
+    )
+    sizes = np.concatenate([expert_nbytes(block, facts.count) for block in blocks])
+    shares = () if popularity is None else tuple(tuple(map(float, row)) for row in popularity)
+    return replace(
+        facts, slot_nbytes=align(int(sizes.max())), stored_nbytes=int(sizes.mean()),
+        popularity=shares,
+    )  # fmt: skip
 
 
 def _embed_nbytes(config: ModelConfig, shape: RunShape, embed: _Sizes) -> int:
@@ -217,7 +254,8 @@ def _true_size(bundle: Bundle, fact: BlockFact, shape: RunShape) -> BlockFact:
 
 def _workspace_nbytes(config: ModelConfig, shape: RunShape) -> int:
     """Temporary values: chunks per thread, a prefill batch, attention, gathered neurons."""
-    width = max(3 * config.hidden_size, config.num_attention_heads * config.head_dim)
+    record = config.vectors * config.hidden_size
+    width = max(record, config.num_attention_heads * config.head_dim)
     tokens = batch_tokens(config)
     batch = tokens * 4 * (8 * config.intermediate_size + 8 * config.hidden_size)
     attend = 2 * 4 * config.head_dim * shape.ctx_size  # rotary tables
@@ -239,9 +277,9 @@ def _workspace_nbytes(config: ModelConfig, shape: RunShape) -> int:
     gathered = 0
     for plane in shape.mix.upgrades:
         count = max(FETCH, shape.mix.counts(config.intermediate_size)[plane])
-        weights = min(count, config.intermediate_size) * 3 * config.hidden_size
+        weights = min(count, config.intermediate_size) * record
         if plane == "fp16":  # gathered at 16 bits, a piece of it being decoded
-            need = 4 * weights + _DECODE_NBYTES * max(DECODE_WEIGHTS, 3 * config.hidden_size)
+            need = 4 * weights + _DECODE_NBYTES * max(DECODE_WEIGHTS, record)
         else:
             need = 2 * weights
         gathered = max(gathered, need)
@@ -249,8 +287,11 @@ def _workspace_nbytes(config: ModelConfig, shape: RunShape) -> int:
 
 
 def _vectors_nbytes(config: ModelConfig) -> int:
-    """Norms and biases, and the norms of all down columns."""
-    vectors = sum(shape[0] for shape in expected_tensors(config).values() if len(shape) == 1)
+    """Norms, biases, routers and learned positions, and the norms of all down columns; experts have
+    no use for these."""
+    vectors = sum(prod(shape) for shape in small_tensors(config).values())
+    if config.num_experts:
+        return 10 * vectors  # with routers as operands besides: at most 6 bytes a weight
     return 4 * (vectors + config.num_hidden_layers * config.intermediate_size)
 
 

@@ -18,7 +18,12 @@ from m2c.model.families import FAMILIES, MODEL_TYPES, SUPPORTED, Family, by_patt
 
 ROPE_DIVISORS: Final = "rope_freqs.weight"
 # the family that an architecture is taken for: the first of those that share it
-ARCHITECTURES: Final = {FAMILIES[name].gguf: name for name in reversed(MODEL_TYPES)}
+ARCHITECTURES: Final = {
+    FAMILIES[name].gguf: name for name in reversed(MODEL_TYPES) if FAMILIES[name].gguf
+}
+_WITH_EXPERTS: Final = {
+    family.gguf: name for name, family in FAMILIES.items() if family.experts_key
+}
 _EOS_KEYS: Final = ("eos", "eot", "eom")  # any of them ends a turn
 
 
@@ -38,25 +43,28 @@ def config_from_metadata(
         message = f"{file}: the architecture {str(arch)[:80]!r} is not supported"
         raise UnsupportedModel(message, SUPPORTED)
     keys = _Keys(metadata, arch, file)
-    family = FAMILIES[ARCHITECTURES[arch]]
-    if keys.get("expert_count", 0):
-        raise UnsupportedModel(f"{file}: a mixture of experts is not supported", SUPPORTED)
+    model_type = _model_type(keys)
+    family = FAMILIES[model_type]
     heads, head_dim = _heads(keys)
     theta = _shortest(keys.get("rope.freq_base", family.defaults.get("rope_theta", 10000.0)))
     tokens = metadata.get("tokenizer.ggml.tokens")
     vocab = len(tokens) if isinstance(tokens, list) else keys.get("vocab_size")
     biased = "model.layers.0.self_attn.q_proj.bias" in names
     data = {
-        "model_type": ARCHITECTURES[arch],
+        "model_type": model_type,
         "hidden_size": keys.get("embedding_length"),
-        "intermediate_size": keys.get("feed_forward_length"),
+        "intermediate_size": keys.get(
+            "feed_forward_length"
+            if family.expert_size_key == "intermediate_size"
+            else "expert_feed_forward_length"
+        ),
         "num_hidden_layers": keys.get("block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": keys.get("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "vocab_size": vocab,
         "hidden_act": family.defaults.get(family.act_key, "silu"),
-        "rms_norm_eps": _shortest(keys.get("attention.layer_norm_rms_epsilon")),
+        "rms_norm_eps": _shortest(keys.get(_eps_key(family))),
         "rope_theta": theta,
         "rope_scaling": _scaling(keys, rope_divisors, head_dim, theta),
         "max_position_embeddings": keys.get("context_length"),
@@ -68,6 +76,8 @@ def config_from_metadata(
         "eos_token_ids": _eos(metadata),
         **_windows(keys, family),
         **_gemma(keys, family, head_dim),
+        **_falcon(family, names),
+        **_experts(keys, family),
         **family.facts,
     }
     return ModelConfig.from_dict(data, file=file)
@@ -89,6 +99,27 @@ class _Keys:
         if type(value) is not int or not 0 < value < 1 << 20:
             raise BadInput(f"{self.file}: {self.arch}.{key} is {str(value)[:80]}")
         return value
+
+
+def _model_type(keys: _Keys) -> str:
+    """Raises UnsupportedModel for experts in an architecture that we run without."""
+    if not keys.get("expert_count", 0):
+        return ARCHITECTURES[keys.arch]
+    if keys.arch not in _WITH_EXPERTS:
+        message = f"{keys.file}: a mixture of experts in {keys.arch} is not supported"
+        raise UnsupportedModel(message, SUPPORTED)
+    return _WITH_EXPERTS[keys.arch]
+
+
+def _experts(keys: _Keys, family: Family) -> dict[str, Any]:
+    """Files that do not say how weights add up are of models where they add up to 1."""
+    if not family.experts_key:
+        return {}
+    return {
+        "num_experts": keys.get("expert_count"),
+        "num_experts_per_tok": keys.get("expert_used_count"),
+        "norm_topk_prob": keys.get("expert_weights_norm", True),
+    }
 
 
 def _heads(keys: _Keys) -> tuple[int, int]:
@@ -127,6 +158,19 @@ def _gemma(keys: _Keys, family: Family, head_dim: int) -> dict[str, Any]:
         default = family.defaults["local_rope_theta"]
         found["local_rope_theta"] = _shortest(keys.get("rope.freq_base_swa", default))
     return found
+
+
+def _eps_key(family: Family) -> str:
+    layer_norms = family.facts.get("layer_norms", False)
+    return f"attention.layer_norm_{'' if layer_norms else 'rms_'}epsilon"
+
+
+def _falcon(family: Family, names: Collection[str]) -> dict[str, Any]:
+    """As llama.cpp computes it: the FFN beside attention, with a norm of its own or not."""
+    if family.gguf != "falcon":
+        return {}
+    own = "model.layers.0.post_attention_layernorm.weight" in names
+    return {"parallel_norms": 2 if own else 1}
 
 
 def _eos(metadata: Mapping[str, Any]) -> list[Any]:

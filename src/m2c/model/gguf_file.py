@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from m2c.errors import BadInput, UnsupportedModel
-from m2c.model.families import SUPPORTED
+from m2c.model.families import FAMILIES, MOST_EXPERTS, SUPPORTED
 from m2c.model.gguf_config import ROPE_DIVISORS, config_from_metadata
 from m2c.model.gguf_header import TensorInfo, read_header
 from m2c.model.ranged_file import RangedFile, check_rows
@@ -22,6 +22,7 @@ from m2c.model.ranged_file import RangedFile, check_rows
 _TOP_NAMES: Final = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
+    "output_norm.bias": "model.norm.bias",
     "output.weight": "lm_head.weight",
 }
 _LAYER_NAMES: Final = {
@@ -43,7 +44,27 @@ _GEMMA_NAMES: Final = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 _FUSED_NAMES: Final = {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
-_OTHER_NAMES: Final = {"phi3": _FUSED_NAMES, "gemma2": _GEMMA_NAMES, "gemma3": _GEMMA_NAMES}
+_QKV_NAMES: Final = {"attn_qkv": "self_attn.qkv_proj"}
+# {}: the number of an expert, of which a file has all in one tensor
+_EXPERT_NAMES: Final = {
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.{}.gate_proj",
+    "ffn_up_exps": "mlp.experts.{}.up_proj",
+    "ffn_down_exps": "mlp.experts.{}.down_proj",
+}
+_MIXTRAL_NAMES: Final = {
+    "ffn_gate_inp": "block_sparse_moe.gate",
+    "ffn_gate_exps": "block_sparse_moe.experts.{}.w1",
+    "ffn_up_exps": "block_sparse_moe.experts.{}.w3",
+    "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
+}
+# of falcon with two norms a layer: the second one is that of attention
+_SECOND_NORM: Final = "attn_norm_2"
+_TWO_NORMS: Final = {"attn_norm": "post_attention_layernorm", _SECOND_NORM: "input_layernorm"}
+_OTHER_NAMES: Final = {
+    "phi3": _FUSED_NAMES, "gemma2": _GEMMA_NAMES, "gemma3": _GEMMA_NAMES, "falcon": _QKV_NAMES,
+    "llama": _MIXTRAL_NAMES, "qwen3moe": _EXPERT_NAMES,
+}  # fmt: skip
 _LAYER = re.compile(r"blk\.(0|[1-9]\d{0,3})\.(\w+)\.(weight|bias)", re.ASCII)
 _SPLIT = re.compile(r"-\d{5}-of-(\d{5})\.gguf", re.ASCII)
 _STORED: Final = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -77,7 +98,8 @@ class GgufFile:
         """
         info = self.tensors[name]
         end = check_rows(name, start, stop, info.shape[0])
-        if self.config.model_type != "llama" or name.split(".")[-2] not in ("q_proj", "k_proj"):
+        permuted = FAMILIES[self.config.model_type].gguf == "llama"
+        if not permuted or name.split(".")[-2] not in ("q_proj", "k_proj"):
             return self._read(info, start, end)
         # a row moves within its head only: read whole heads, put their rows back, cut
         size = self.config.head_dim
@@ -122,11 +144,12 @@ def unpermute(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
 
 
 def _rename(tensors: Mapping[str, TensorInfo], path: Path, arch: Any) -> dict[str, TensorInfo]:
-    found = {}
+    found = dict[str, TensorInfo]()
+    two_norms = f"blk.0.{_SECOND_NORM}.weight" in tensors
     for name, info in tensors.items():
         if name == ROPE_DIVISORS:
             continue
-        hf_name = hf_tensor_name(name, arch)
+        hf_name = hf_tensor_name(name, arch, two_norms=two_norms)
         if hf_name is None:
             raise UnsupportedModel(
                 f"{path}: the tensor {name[:80]!r} belongs to no model this version runs",
@@ -134,16 +157,29 @@ def _rename(tensors: Mapping[str, TensorInfo], path: Path, arch: Any) -> dict[st
             )
         if len(info.shape) == 1 and info.type_name not in _STORED:
             raise BadInput(f"{path}: the vector {name[:80]!r} is quantized")
-        found[hf_name] = info
+        found |= _experts(hf_name, info, path) if "{}" in hf_name else {hf_name: info}
     return found
 
 
-def hf_tensor_name(name: str, arch: Any = "llama") -> str | None:
-    """The Hugging Face name of a GGUF tensor; None if no model we run has such a tensor."""
+def _experts(name: str, info: TensorInfo, path: Path) -> dict[str, TensorInfo]:
+    """A tensor [experts, rows, columns] as the matrices that it is made of."""
+    if len(info.shape) != 3 or info.shape[0] > MOST_EXPERTS:
+        raise BadInput(f"{path}: {name[:80]} has the shape {list(info.shape)}")
+    count, *shape = info.shape
+    nbytes = info.nbytes // count
+    return {
+        name.format(i): TensorInfo(info.type_name, tuple(shape), info.offset + i * nbytes, nbytes)
+        for i in range(count)
+    }
+
+
+def hf_tensor_name(name: str, arch: Any = "llama", *, two_norms: bool = False) -> str | None:
+    """The Hugging Face name of a GGUF tensor, with {} for the number of an expert; None if no model
+    we run has such a tensor."""
     if name in _TOP_NAMES:
         return _TOP_NAMES[name]
     match = _LAYER.fullmatch(name)
-    names = _LAYER_NAMES | _OTHER_NAMES.get(str(arch), {})
+    names = _LAYER_NAMES | _OTHER_NAMES.get(str(arch), {}) | (_TWO_NORMS if two_norms else {})
     if not match or match[2] not in names:
         return None
     return f"model.layers.{match[1]}.{names[match[2]]}.{match[3]}"

@@ -29,6 +29,8 @@ _SIDECARS: Final = {
     "tokenizer.json": 128 * _MIB,
     "tokenizer.model": 64 * _MIB,
     "added_tokens.json": 4 * _MIB,
+    "vocab.json": 64 * _MIB,
+    "merges.txt": 64 * _MIB,
     "tokenizer_config.json": 16 * _MIB,
     "special_tokens_map.json": 4 * _MIB,
     "chat_template.jinja": 4 * _MIB,
@@ -169,6 +171,8 @@ class HfFolder:
 def small_files(names: Iterable[str]) -> dict[str, int]:
     """Which of the files `names` travel with a model, and how many bytes each may have."""
     found = set(names)
+    if found & {"tokenizer.json", "tokenizer.model"}:  # these say more
+        found -= {"vocab.json", "merges.txt"}
     legal = sorted(name for name in found if name.startswith(_LEGAL) and _PLAIN.fullmatch(name))
     limits = {name: limit for name, limit in _SIDECARS.items() if name in found}
     return limits | dict.fromkeys(legal[:_MAX_LEGAL], _LEGAL_NBYTES)

@@ -14,17 +14,26 @@ import torch
 from torch import Tensor
 
 from m2c.errors import BadInput
-from m2c.kernels.dispatch import attention, matmul_rows, run_stack
-from m2c.kernels.operands import AttentionCall, LayerCall, Norm, Stack
+from m2c.kernels.dispatch import attention, matmul_into, matmul_rows, run_stack
+from m2c.kernels.operands import AttentionCall, LayerCall, Stack
 from m2c.kernels.reference import soft_capped
 from m2c.kernels.rows import Rows
 from m2c.kernels.workers import Workers
-from m2c.model.attention import MATRICES, Rotary, attention_call, embedded, layer_facts
+from m2c.model.attention import (
+    MATRICES,
+    Rotary,
+    attention_call,
+    embedded,
+    layer_facts,
+    norm_of,
+)
 from m2c.model.config import ModelConfig
+from m2c.model.experts import Router, expert_ffn
 from m2c.model.ffn import mixed_ffn, uniform_ffn
 from m2c.model.footprint import LOGITS
 from m2c.model.kv import KvCache
 from m2c.model.mix import Mix
+from m2c.model.tensors import router_name
 from m2c.tiers.store import FFN
 
 Ids = npt.NDArray[np.int32]
@@ -43,6 +52,8 @@ class Weights(Protocol):
 
     def uses(self, kind: str, layer: int) -> Iterator[Mapping[str, Rows]]: ...
 
+    def experts(self, layer: int, ids: Ids) -> Iterator[Rows]: ...
+
     def embed(self, ids: Ids) -> Tensor: ...
 
 
@@ -51,7 +62,8 @@ class Stopped(Exception):
 
 
 class Transformer:
-    """vectors: norms and biases, f32, by Hugging Face name. down_norms: [layers] of [neurons]."""
+    """vectors: `config.small_tensors`, f32, biases of neurons in the order of the rows. down_norms:
+    [layers] of [neurons]."""
 
     def __init__(
         self, config: ModelConfig, store: Weights, *, vectors: dict[str, Tensor],
@@ -65,14 +77,20 @@ class Transformer:
         # asked between layers, where store and caches are consistent: a signal may come anywhere
         self.stop_asked: Callable[[], bool] = lambda: False
         self._store = store
+        self._vectors = vectors
         self._mix = mix
         self._upgrade = upgrade
         self._workers = workers
         layers = range(config.num_hidden_layers)
         self._layers = [layer_facts(config, vectors, layer) for layer in layers]
-        # a norm of the FFN's output comes between its sum and what it is added to
-        self._stacks = mix.is_uniform and not any(facts.ffn_out_norm for facts in self._layers)
-        self._norm = Norm(vectors["model.norm.weight"], config.rms_norm_eps)
+        self._routers = [
+            Router.of(config, vectors[router_name(layer)]) for layer in layers if config.num_experts
+        ]
+        # a norm of the FFN's output comes between its sum and what it is added to; experts are
+        # chosen between the layers
+        plain = not self._routers and not any(facts.ffn_out_norm for facts in self._layers)
+        self._stacks = mix.is_uniform and plain
+        self._norm = norm_of(config, vectors, "model.norm")
         self._down_norms = down_norms
         self._calls: dict[int, AttentionCall] = {}
         self._rotary = Rotary(config, kv.ctx_size, store.device)
@@ -85,7 +103,7 @@ class Transformer:
         the context is full, BadInput when the logits are not finite, Stopped when `stop_asked`.
         """
         self.kv.require_room(len(ids))
-        x = embedded(self.config, self._store.embed(ids))
+        x = embedded(self.config, self._vectors, self._store.embed(ids), self.kv.length)
         if len(ids) <= _AT_ONCE and self._stacks and self._store.holds_all:
             if self.stop_asked():
                 raise Stopped
@@ -107,8 +125,8 @@ class Transformer:
     def _logits(self, x: Tensor) -> Tensor:
         """[tokens, vocab] f32 of hidden states [tokens, hidden].
 
-        Those of many tokens are large: where the head comes in pieces they are put in their place
-        a few tokens at a time, so that they are not held twice.
+        Those of many tokens are large: where the head comes in pieces they are put in their place,
+        so that they are not held twice.
         """
         vocab = self.config.vocab_size
         logits, start = None, 0
@@ -119,23 +137,31 @@ class Transformer:
                     continue
                 if logits is None:
                     logits = torch.empty(len(x), vocab, device=x.device)
-                for at in range(0, len(x), LOGITS):
-                    part = matmul_rows(x[at : at + LOGITS], head, self._workers, norm=self._norm)
-                    logits[at : at + LOGITS, start : start + len(head)] = part
+                part = logits[:, start : start + len(head)]
+                matmul_into(part, x, head, self._workers, norm=self._norm, at_once=LOGITS)
                 start += len(head)
         assert logits is not None
         return logits
 
     def _layer(self, layer: int, x: Tensor) -> Tensor:
-        facts, act = self._layers[layer], self.config.activation
+        facts, act, given = self._layers[layer], self.config.activation, x
         for rows in self._store.uses("dense", layer):
             call = self._attention_call(layer, rows)
             x = attention(x, call, self.kv.length, self._workers, norm=facts.attn_norm)
+        if self._routers:
+            return expert_ffn(
+                x, self._routers[layer], partial(self._store.experts, layer), norm=facts.ffn_norm,
+                act=act, workers=self._workers, out_norm=facts.ffn_out_norm,
+            )  # fmt: skip
+        onto = None
+        if self.config.parallel_norms:
+            x, onto = given, x
+        biases = {"onto": onto, "bias": facts.up_bias, "out_bias": facts.down_bias}
         neurons = (rows[FFN] for rows in self._store.uses("neurons", layer))
         if self._mix.is_uniform:
             return uniform_ffn(
                 x, neurons, norm=facts.ffn_norm, act=act, workers=self._workers,
-                out_norm=facts.ffn_out_norm,
+                out_norm=facts.ffn_out_norm, **biases,
             )  # fmt: skip
         single = x.shape[0] == 1
         record = self.record if single else None
@@ -144,7 +170,7 @@ class Transformer:
             x = mixed_ffn(
                 x, floor, self._down_norms[layer], norm=facts.ffn_norm, act=act, mix=self._mix,
                 fetch=fetch, workers=self._workers, out_norm=facts.ffn_out_norm,
-                record=None if record is None else partial(record, layer),
+                record=None if record is None else partial(record, layer), **biases,
             )  # fmt: skip
         return x
 
@@ -160,8 +186,13 @@ class Transformer:
             (dense,) = self._store.uses("dense", layer)
             (neurons,) = self._store.uses("neurons", layer)
             call = self._attention_call(layer, dense)
-            found.append(LayerCall(call, facts.attn_norm, neurons[FFN], facts.ffn_norm, act))
-        return Stack(tuple(found))
+            found.append(
+                LayerCall(
+                    call, facts.attn_norm, neurons[FFN], facts.ffn_norm, act, facts.up_bias,
+                    facts.down_bias,
+                )
+            )  # fmt: skip
+        return Stack(tuple(found), parallel=self.config.parallel_norms > 0)
 
     def _attention_call(self, layer: int, rows: Mapping[str, Rows]) -> AttentionCall:
         """Made once for rows that stay where they are: a model has few of them and many tokens."""

@@ -201,6 +201,9 @@ def _hits(report: dict[str, Any]) -> str:
     for plane, served in report["tokens"]["upgrades"].items():
         totals = [sum(counts) for counts in zip(*served.values(), strict=True)]
         used = [i for i, total in enumerate(totals) if total]
+        experts = plane == "experts"
+        what = "experts" if experts else "upgrades"
+        name = "Experts" if experts else f"{plane.upper()} plane"
         if not used:
             continue
         lines = [
@@ -211,12 +214,14 @@ def _hits(report: dict[str, Any]) -> str:
             for key, name in _TIERS.items() if any(served[key])
         ]  # fmt: skip
         chart = line_chart(
-            lines, Axis("token"), Axis("share of the token's upgrades, %", high=100),
-            title=f"{plane.upper()} upgrades served by each tier, by token",
+            lines, Axis("token"), Axis(f"share of the token's {what}, %", high=100),
+            title=f"{name}: {what} served by each tier, by token",
         )  # fmt: skip
         words = "In the legend: the share over the whole run."
-        said = f"{sum(totals)} neurons in all, {number(sum(totals) / len(used))} a token. {words}"
-        figures.append(html.figure(f"{plane.upper()} plane", chart, said))
+        counted = "experts" if experts else "neurons"
+        each = number(sum(totals) / len(used))
+        said = f"{sum(totals)} {counted} in all, {each} a token. {words}"
+        figures.append(html.figure(name, chart, said))
     if not figures:
         return html.section(
             "Hit rates",

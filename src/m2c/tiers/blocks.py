@@ -95,11 +95,13 @@ class Block:
     def sections(self) -> tuple[str, ...]:
         return tuple(section.name for section in self.shards[0].header.sections)
 
-    def read(self, reader: SsdReader, into: U8) -> Pending:
-        """Start reading all planes that are not held, one by one, into page-aligned `into`."""
+    def read(self, reader: SsdReader, into: U8, *, now: bool = False) -> Pending:
+        """Start reading all planes that are not held, one by one, into page-aligned `into`. now:
+        somebody waits for it."""
         parts, position = [], 0
         for index, span in zip(self.shards[self.held :], self._spans, strict=True):
-            parts.append(reader.read(index, [(span.first, span.stop)], into[position:]))
+            runs = [(span.first, span.stop)]
+            parts.append(reader.read(index, runs, into[position:], now=now))
             position += span.nbytes
         return Pending.all_of(parts)
 
@@ -162,3 +164,8 @@ def block_of(bundle: Bundle, kind: str, name: int | str, precision: str) -> Bloc
     if any(shape != shapes[0] for shape in shapes):
         raise BadInput(f"{bundle.path}: the planes of {kind} {name} do not match each other")
     return Block(shards, bundle.manifest.exact_type)
+
+
+def head_name(bundle: Bundle) -> str:
+    """The shard that the output projection is in: the embedding's own when they are tied."""
+    return "embed" if bundle.manifest.architecture.get("tie_word_embeddings") else "head"

@@ -13,6 +13,7 @@ import torch
 from m2c.bundle.bundle import Bundle
 from m2c.kernels.rows import PackedRows, Rows
 from m2c.tiers.blocks import Block, block_of
+from m2c.tiers.experts import ExpertParts
 from m2c.tiers.fetch import PlaneSource, RowSource
 from m2c.tiers.memory import aligned_buffer
 from m2c.tiers.ssd import Pending, SsdReader
@@ -25,15 +26,17 @@ U8 = npt.NDArray[np.uint8]
 
 
 class DraftPlanes:
-    """What `Transformer` asks of a store, at INT4. staging: shared with the store's own sources."""
+    """What `Transformer` asks of a store, at INT4. staging: shared with the store's own sources.
+    experts: of a layer, if its neurons are in experts."""
 
     holds_all = True
 
-    def __init__(self, bundle: Bundle, reader: SsdReader, staging: U8) -> None:
+    def __init__(self, bundle: Bundle, reader: SsdReader, staging: U8, experts: int = 0) -> None:
         self.device = torch.device("cpu")
         self._bundle = bundle
         self._reader = reader
         self._layers = 0
+        self._parts = ExpertParts(experts)
         self._operands: dict[tuple[str, int], dict[str, PackedRows]] = {}
         index = bundle.shard("dense", "embed", _PLANE)
         section = index.header.section(EMBED)
@@ -65,6 +68,11 @@ class DraftPlanes:
     def uses(self, kind: str, layer: int) -> Iterator[Mapping[str, Rows]]:
         """As `NeuronStore.uses`: one block."""
         yield self._operands[kind, layer]
+
+    def experts(self, layer: int, ids: Ids) -> Iterator[Rows]:
+        """As `NeuronStore.experts`."""
+        ((whole,),) = (rows.values() for rows in self.uses("neurons", layer))
+        yield from self._parts.of(layer, whole, ids)
 
     def embed(self, ids: Ids) -> torch.Tensor:
         """As `NeuronStore.embed`."""

@@ -8,6 +8,7 @@ from typing import Any
 from m2c.tiers.plan import Plan
 
 ATTENTION, FFN, HEAD = "attention", "FFN", "head"
+EXPERTS = "experts"
 EMBEDDINGS, DRAFTS, UPGRADES = "embeddings", "drafts", "upgrades"
 KV, RING, WORK = "KV cache", "ring", "work"
 _KINDS = {"dense": ATTENTION, "neurons": FFN, "head": HEAD}
@@ -41,6 +42,7 @@ def dram_parts(plan: Plan) -> Parts:
     parts = _blocks(plan, plan.in_dram, resident=alone)
     parts[UPGRADES] = plan.prefix_nbytes + (plan.slab_nbytes if alone else 0)
     parts[EMBEDDINGS] = plan.footprint.embed_nbytes if plan.holds_embed else 0
+    parts[EXPERTS] = plan.experts_nbytes
     parts[RING] = plan.ring_nbytes
     working = _working(plan) if alone else {}
     work = plan.footprint.staging_nbytes + working.pop(WORK, 0)

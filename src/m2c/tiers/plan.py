@@ -6,9 +6,13 @@ set is the best any policy can do. What does not fit is streamed through a ring,
 ahead; so that the SSD is never idle, what is resident is spread evenly over the layers. Memory that
 remains holds the upgrade planes of the hottest neurons.
 
+Neurons in experts are such blocks only if memory holds everything. Otherwise attention and head are
+placed, and what remains holds experts (`expert_plan.py`).
+
 Knows only sizes; reads nothing, allocates nothing.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,71 +21,12 @@ import numpy.typing as npt
 
 from m2c.bundle.shard import BLOCK
 from m2c.errors import DoesNotFit
+from m2c.tiers.expert_plan import ExpertFact
+from m2c.tiers.facts import Budget, Footprint, UpgradeFact
 from m2c.units import format_size
 
 # blocks read ahead: enough that reads go on while attention is computed
 DEPTH: Final = 3
-
-
-@dataclass(frozen=True)
-class BlockFact:
-    """Weights that every token uses, placed as one: a layer's attention, some of its neurons at the
-    floor, or some rows of the head."""
-
-    kind: str  # "dense", "head" or "neurons"
-    layer: int  # the head counts as the layer after the last
-    resident_nbytes: int  # in memory, ready for the kernels
-    streamed_nbytes: int  # read from the SSD each time it is needed
-    start: int = 0  # records [start, end) of head or neurons
-    end: int | None = None  # None: all
-
-
-@dataclass(frozen=True)
-class UpgradeFact:
-    """One plane above the floor, of one layer: the same for all layers."""
-
-    plane: str  # "int8" or "fp16"
-    record_nbytes: int  # as stored, average
-    slot_nbytes: int  # in a slab of the compute tier
-    compute_nbytes: int  # that the kernels read for it, the floor's share once more included
-    active: int  # neurons per token that need it
-    hit_share: tuple[float, ...]  # [101] share of these uses that the hottest k % neurons serve
-
-
-@dataclass(frozen=True)
-class DraftFact:
-    """What drafts are made with, in memory: the lowest plane of everything, or another model."""
-
-    nbytes: int
-    compute_nbytes: int  # that the kernels read for a token
-    layers: int
-    name: str = ""  # of another model
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """Everything that needs memory. Bytes."""
-
-    layers: int
-    neurons: int  # per layer
-    blocks: tuple[BlockFact, ...]  # in the order a token uses them
-    upgrades: tuple[UpgradeFact, ...]
-    kv_nbytes: int
-    fixed_nbytes: int  # norms, biases, checksums, offsets
-    workspace_nbytes: int  # activations and the temporary values of the kernels
-    staging_nbytes: int  # buffer of on-demand reads
-    embed_nbytes: int  # embeddings in memory; 0 when the head has them
-    draft: DraftFact | None = None
-
-    @property
-    def draft_nbytes(self) -> int:
-        return self.draft.nbytes if self.draft is not None else 0
-
-
-@dataclass(frozen=True)
-class Budget:
-    dram: int
-    hbm: int = 0  # 0: compute happens in DRAM, there are two tiers
 
 
 @dataclass(frozen=True)
@@ -97,6 +42,26 @@ class Plan:
     slab_slots: dict[str, int]  # plane -> neurons per layer in the compute tier
     prefix: dict[str, int]  # plane -> hottest neurons per layer pinned in DRAM
     holds_embed: bool  # embeddings lie in DRAM; else a token's row is read when it is needed
+    expert_slots: int | None = (
+        None  # experts cached in DRAM; None: they are blocks, or there are none
+    )
+
+    @property
+    def experts_nbytes(self) -> int:
+        """Of slots for experts, those for experts under way included."""
+        if self.expert_slots is None:
+            return 0
+        assert self.footprint.experts is not None
+        facts = self.footprint.experts
+        return self.expert_slots * facts.slot_nbytes + facts.window_nbytes
+
+    def expert_reads(self, tokens: int = 1) -> int:
+        """Bytes of experts that a pass of `tokens` tokens is expected to read from the SSD."""
+        if self.expert_slots is None:
+            return 0
+        assert self.footprint.experts is not None
+        facts = self.footprint.experts
+        return int(facts.missed(self.expert_slots, tokens) * facts.stored_nbytes)
 
     @property
     def slab_nbytes(self) -> int:
@@ -113,7 +78,7 @@ class Plan:
 
     @property
     def used_dram(self) -> int:
-        used = self._dram_blocks() + self.ring_nbytes + self.prefix_nbytes
+        used = self._dram_blocks() + self.ring_nbytes + self.prefix_nbytes + self.experts_nbytes
         used += self.footprint.staging_nbytes + self.holds_embed * self.footprint.embed_nbytes
         return used + (self.working_nbytes + self.slab_nbytes if not self.budget.hbm else 0)
 
@@ -126,7 +91,13 @@ class Plan:
 
     @property
     def ssd_nbytes_per_token(self) -> int:
-        """Expected reads from the SSD while decoding: streamed blocks and missing upgrades."""
+        """Expected reads from the SSD while decoding: streamed blocks, missing upgrades, missing
+        experts."""
+        return self.streamed_nbytes_per_token + self.expert_reads()
+
+    @property
+    def streamed_nbytes_per_token(self) -> int:
+        """Of these, what is known before the token is: all but experts."""
         blocks = self.footprint.blocks
         streamed = sum(blocks[i].streamed_nbytes for i in self.streamed)
         if streamed <= self.ring_nbytes:
@@ -142,6 +113,8 @@ class Plan:
             return 0
         blocks = self.footprint.blocks
         moved = sum(blocks[i].streamed_nbytes for i in (*self.in_dram, *self.streamed))
+        if self.expert_slots is not None and (facts := self.footprint.experts):
+            moved += facts.layers * facts.active * facts.stored_nbytes
         for u in self.footprint.upgrades:
             missing = 1 - min(1.0, self.slab_slots[u.plane] / self.footprint.neurons)
             moved += int(self.footprint.layers * u.active * missing) * u.slot_nbytes
@@ -150,7 +123,12 @@ class Plan:
     @property
     def compute_nbytes_per_token(self) -> int:
         """Weight bytes the kernels read for a token."""
-        blocks = sum(b.resident_nbytes for b in self.footprint.blocks)
+        facts = self.footprint.experts
+        share = facts.active / facts.count if facts is not None else 1
+        blocks = sum(
+            int(b.resident_nbytes * share) if b.kind == "neurons" else b.resident_nbytes
+            for b in self.footprint.blocks
+        )
         upgrades = sum(u.active * u.compute_nbytes for u in self.footprint.upgrades)
         return blocks + self.footprint.layers * upgrades
 
@@ -184,6 +162,8 @@ def make_plan(footprint: Footprint, budget: Budget, *, policy: str, depth: int =
 
 def _two_tiers(f: Footprint, budget: Budget, policy: str, depth: int) -> Plan:
     fixed = f.staging_nbytes + _working(f)
+    if f.experts is not None:
+        return _two_tiers_of_experts(f, f.experts, budget, policy, depth)
     placement = _place(f, _Tier(budget.dram, fixed, "--dram", raw=False), depth, _by_value(f))
     room = budget.dram - fixed - placement.nbytes
     # decoded FP16 neurons save their decoding, so they get slots before raw bytes get pinned
@@ -195,8 +175,27 @@ def _two_tiers(f: Footprint, budget: Budget, policy: str, depth: int) -> Plan:
     return _plan(f, budget, policy, (), placement, 0, slabs, room)
 
 
+def _two_tiers_of_experts(
+    f: Footprint, experts: ExpertFact, budget: Budget, policy: str, depth: int
+) -> Plan:
+    """Everything in memory, or what is no expert first."""
+    fixed = f.staging_nbytes + _working(f)
+    with suppress(DoesNotFit):
+        tier = _Tier(budget.dram, fixed, "--dram", raw=False)
+        placement = _place(f, tier, depth, _by_value(f))
+        if not placement.streamed:
+            room = budget.dram - fixed - placement.nbytes
+            return _plan(f, budget, policy, (), placement, 0, {}, room)
+    fixed += experts.window_nbytes
+    tier = _Tier(budget.dram, fixed, "--dram", raw=False)
+    placement = _place(f, tier, depth, [i for i in _by_value(f) if f.blocks[i].kind != "neurons"])
+    room = budget.dram - fixed - placement.nbytes
+    slots = min(experts.total, room // experts.slot_nbytes)
+    return _plan(f, budget, policy, (), placement, 0, {}, room - slots * experts.slot_nbytes, slots)
+
+
 def _three_tiers(f: Footprint, budget: Budget, policy: str, depth: int) -> Plan:
-    staging = 2 * max(b.streamed_nbytes for b in f.blocks)
+    staging = 2 * f.largest_moved
     room = budget.hbm - _working(f) - staging
     if room < 0:
         raise _too_small("--hbm", budget.hbm, budget.hbm - room)
@@ -216,16 +215,28 @@ def _three_tiers(f: Footprint, budget: Budget, policy: str, depth: int) -> Plan:
         room -= more * f.layers * u.slot_nbytes
     if len(in_hbm) == len(f.blocks):
         staging = 0
-    rest = [i for i in _by_value(f) if i not in set(in_hbm)]
-    tier = _Tier(budget.dram, f.staging_nbytes, "--dram", raw=True)
+    slots, fixed = None, f.staging_nbytes
+    if f.experts is not None and staging:
+        # experts that a token does not use must not cross the link: in HBM are all of them or none
+        in_hbm = [i for i in in_hbm if f.blocks[i].kind != "neurons"]
+        slots, fixed = 0, fixed + f.experts.window_nbytes
+    rest = [
+        i
+        for i in _by_value(f)
+        if i not in set(in_hbm) and (slots is None or f.blocks[i].kind != "neurons")
+    ]
+    tier = _Tier(budget.dram, fixed, "--dram", raw=True)
     placement = _place(f, tier, depth, rest)
-    room = budget.dram - f.staging_nbytes - placement.nbytes
-    return _plan(f, budget, policy, tuple(sorted(in_hbm)), placement, staging, slabs, room)
+    room = budget.dram - fixed - placement.nbytes
+    if f.experts is not None and slots is not None:
+        slots = min(f.experts.total, room // f.experts.slot_nbytes)
+        room -= slots * f.experts.slot_nbytes
+    return _plan(f, budget, policy, tuple(sorted(in_hbm)), placement, staging, slabs, room, slots)
 
 
 def _plan(
     f: Footprint, budget: Budget, policy: str, in_hbm: tuple[int, ...], placement: "_Placement",
-    staging: int, slabs: dict[str, int], room: int,
+    staging: int, slabs: dict[str, int], room: int, expert_slots: int | None = None,
 ) -> Plan:  # fmt: skip
     prefix = _prefixes(f, room)
     room -= f.layers * sum(prefix[u.plane] * u.record_nbytes for u in f.upgrades)
@@ -234,7 +245,7 @@ def _plan(
     holds_embed = spare and 0 < f.embed_nbytes <= room
     return Plan(
         budget, f, policy, in_hbm, placement.resident, placement.streamed, placement.ring_nbytes,
-        staging, slabs, prefix, holds_embed,
+        staging, slabs, prefix, holds_embed, expert_slots,
     )  # fmt: skip
 
 

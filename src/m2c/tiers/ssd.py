@@ -18,7 +18,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from m2c.bundle.files import disk_errors
+from m2c.bundle.files import MEND, disk_errors
 from m2c.bundle.shard import BLOCK, PAGE, ShardIndex
 from m2c.errors import StorageError
 
@@ -91,12 +91,17 @@ class SsdReader:
         self._under_way = 0  # requests
         self._busy_since = 0.0
 
-    def read(self, index: ShardIndex, runs: Sequence[tuple[int, int]], into: U8) -> Pending:
+    def read(
+        self, index: ShardIndex, runs: Sequence[tuple[int, int]], into: U8, *, now: bool = False
+    ) -> Pending:
         """Start reading runs of blocks [first, stop) one after another into `into`.
 
-        into: page-aligned u8 of at least the runs' bytes. Errors surface in `Pending.wait`.
+        into: page-aligned u8 of at least the runs' bytes. now: before all that is waiting in line.
+        Errors surface in `Pending.wait`.
         """
         requests = self._requests(index, runs, into)
+        if now:
+            return Pending([self._helpers.submit(self._read_first, one) for one in requests])
         return Pending([self._pool.submit(self._read_ahead, request) for request in requests])
 
     def read_now(self, index: ShardIndex, runs: Sequence[tuple[int, int]], into: U8) -> None:
@@ -186,6 +191,10 @@ class SsdReader:
             self._turn.wait_for(lambda: not self._on_demand, timeout=_COURTESY_S)
         self._read(request)
 
+    def _read_first(self, request: _Request) -> None:
+        with self._priority():
+            self._read(request)
+
     def _read(self, request: _Request) -> None:
         index, view = request.index, request.view
         with self._lock:
@@ -209,11 +218,14 @@ def _fill(request: _Request) -> None:
     while done < len(view):
         with disk_errors(f"{request.index.path} at byte {begin + done}"):
             got = os.preadv(request.descriptor, [view[done:]], begin + done)
-        if not got:
+        reached = done + got
+        # a direct read must begin at a page: after a short one the rest of its page is read again
+        whole = reached // PAGE * PAGE if request.direct and reached < len(view) else reached
+        if whole == done:
             raise StorageError(
-                f"{request.index.path}: ended at byte {begin + done}, too early",
-                "check the disk, then pack the model again",
+                f"{request.index.path}: ended at byte {begin + reached}, too early",
+                f"check the disk, then {MEND}",
             )
-        done += got
+        done = whole
     if not request.direct:
         os.posix_fadvise(request.descriptor, begin, len(view), os.POSIX_FADV_DONTNEED)

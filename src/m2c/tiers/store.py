@@ -15,11 +15,14 @@ import torch
 from m2c.bundle.bundle import Bundle
 from m2c.kernels.dispatch import exact_weights
 from m2c.kernels.rows import EXACT_DTYPES, ExactRows, PackedRows, Rows
-from m2c.tiers.blocks import Block, Precisions, block_of, planes_of
+from m2c.tiers.blocks import Block, Precisions, block_of, head_name, planes_of
 from m2c.tiers.drafts import EMBED, DraftPlanes
+from m2c.tiers.experts import ExpertCache, ExpertParts
+from m2c.tiers.facts import BlockFact
 from m2c.tiers.fetch import Decode, PlaneSource, RowSource
 from m2c.tiers.memory import aligned_buffer
-from m2c.tiers.plan import BlockFact, Plan
+from m2c.tiers.neighbours import runs
+from m2c.tiers.plan import Plan
 from m2c.tiers.ring import BlockRing
 from m2c.tiers.ssd import REQUEST_BLOCKS, THREADS, LinkStats, Pending, SsdReader
 from m2c.tiers.traffic import StoreStats
@@ -28,6 +31,7 @@ from m2c.tiers.upgrades import HitStats, UpgradePlane
 Ids = npt.NDArray[np.int32]
 U8 = npt.NDArray[np.uint8]
 FFN = "ffn"  # section of the neuron shards
+EXPERTS = "experts"  # whose hits are counted beside those of the planes
 
 
 @dataclass
@@ -64,6 +68,9 @@ class NeuronStore:
         self._ring: BlockRing | None = None
         self._uses: dict[tuple[str, int], list[_Use]] = {}
         self._pinned_embed: Rows | None = None
+        self._experts: ExpertCache | None = None
+        facts = plan.footprint.experts
+        self._parts = ExpertParts(facts.count if facts is not None else 0)
         self.draft: DraftPlanes | None = None
         self._decode = decode
         self._embed = self._row_source("embed", EMBED, precisions.dense)
@@ -102,6 +109,15 @@ class NeuronStore:
                 yield self._to_compute(use, self._ring.acquire(use.ring))
                 self._ring.release()
 
+    def experts(self, layer: int, ids: Ids) -> Iterator[Rows]:
+        """Operands of a layer's experts `ids`, in their order; each is valid until the next is
+        asked for. Raises what a failed read raised."""
+        if self._experts is not None:
+            yield from self._experts.rows(layer, ids)
+            return
+        for rows in self.uses("neurons", layer):
+            yield from self._parts.of(layer, rows[FFN], ids)
+
     def upgrade(self, layer: int, plane: str, ids: Ids, floor: Rows, *, step: bool) -> Rows:
         """Rows of `ids` (ascending) of a layer at `plane`; `floor` is the layer's FFN operand."""
         assert isinstance(floor, PackedRows)
@@ -137,14 +153,18 @@ class NeuronStore:
         return max(held, key=lambda tensor: tensor.nbytes, default=None)
 
     def read_speed(self) -> float:
-        """Bytes per second of the SSD now, read as the ring reads; 0 if nothing streams."""
-        return self._ring.read_speed(self._staging) if self._ring is not None else 0.0
+        """Bytes per second of the SSD now, read as the ring or the experts are; 0 if nothing is."""
+        if self._ring is not None:
+            return self._ring.read_speed(self._staging)
+        return self._experts.read_speed() if self._experts is not None else 0.0
 
     @property
     def stats(self) -> StoreStats:
         totals: dict[str, HitStats] = {}
         for (_, plane), upgrade in self._upgrades.items():
             totals.setdefault(plane, HitStats()).add(upgrade.stats)
+        if self._experts is not None:
+            totals[EXPERTS] = replace(self._experts.stats)
         return StoreStats(replace(self.reader.stats), replace(self._link), totals)
 
     def reset_stats(self) -> None:
@@ -152,6 +172,8 @@ class NeuronStore:
         self._link = LinkStats()
         for upgrade in self._upgrades.values():
             upgrade.stats = HitStats()
+        if self._experts is not None:
+            self._experts.stats = HitStats()
 
     # -- loading -----------------------------------------------------------------------------------
 
@@ -163,7 +185,7 @@ class NeuronStore:
                 torch.empty(half, dtype=torch.uint8, device=self.device) for _ in range(2)
             ]
         if self._precisions.drafts:
-            self.draft = DraftPlanes(self._bundle, self.reader, self._staging)
+            self.draft = DraftPlanes(self._bundle, self.reader, self._staging, self._parts.count)
             self._progress(self.draft.load(plan.footprint.layers, head_name(self._bundle)))
         streamed = [self._block(plan.footprint.blocks[i]) for i in plan.streamed]
         for layer in range(plan.footprint.layers):
@@ -172,6 +194,9 @@ class NeuronStore:
         self._uses = self._place()
         # whether `uses` gives each layer's rows whole, and the same for every token
         self.holds_all = all(len(u) == 1 and u[0].rows is not None for u in self._uses.values())
+        if plan.expert_slots is not None:
+            self._experts = self._expert_cache(plan.expert_slots)
+            self._progress(self._experts.load())
         if plan.holds_embed:
             self._pinned_embed = self._load_embed()
             if self.draft is not None:
@@ -188,7 +213,7 @@ class NeuronStore:
         ready = set(plan.in_hbm if plan.budget.hbm else plan.in_dram)
         waiting, ring = set(plan.in_dram) - ready, 0
         started: list[tuple[_Use, U8, Pending]] = []
-        for kind, layer, run in _runs(plan, ready):
+        for kind, layer, run in runs(plan, ready):
             first, last = plan.footprint.blocks[run[0]], plan.footprint.blocks[run[-1]]
             below = None if self.draft is None else self.draft.operands(kind, layer)
             use = _Use(self._block(replace(first, end=last.end)), below)
@@ -210,6 +235,17 @@ class NeuronStore:
                 flat = torch.from_numpy(raw).to(self.device)
                 use.rows = dict(use.block.rows(flat, use.below))
         return found
+
+    def _expert_cache(self, slots: int) -> ExpertCache:
+        plan, facts = self.plan, self.plan.footprint.experts
+        assert facts is not None
+        blocks = [self._block(fact) for fact in plan.footprint.blocks if fact.kind == "neurons"]
+
+        def to_rows(layer: int, block: Block, payload: U8) -> tuple[Rows, bool]:
+            below = None if self.draft is None else self.draft.operands("neurons", layer)
+            return self._to_compute(_Use(block, below), payload)[FFN], not plan.budget.hbm
+
+        return ExpertCache(self.reader, facts, blocks, slots, policy=plan.policy, to_rows=to_rows)
 
     def _load_embed(self) -> Rows:
         block = block_of(self._bundle, "dense", "embed", self._precisions.dense)
@@ -312,25 +348,3 @@ class NeuronStore:
     def _copied(self, nbytes: int, seconds: float) -> None:
         self._link.nbytes += nbytes
         self._link.busy_s += seconds
-
-
-def head_name(bundle: Bundle) -> str:
-    """The shard that the output projection is in: the embedding's own when they are tied."""
-    return "embed" if bundle.manifest.architecture.get("tie_word_embeddings") else "head"
-
-
-def _runs(plan: Plan, ready: set[int]) -> Iterator[tuple[str, int, list[int]]]:
-    """(kind, layer, positions): blocks of one layer and kind that follow each other and are ready.
-
-    Others stay apart: they are taken from the ring, or copied into HBM, block by block.
-    """
-    run: list[int] = []
-    for i, fact in enumerate(plan.footprint.blocks):
-        before = plan.footprint.blocks[run[-1]] if run else fact
-        same = (before.kind, before.layer) == (fact.kind, fact.layer)
-        if run and not (same and i in ready and run[-1] in ready):
-            yield before.kind, before.layer, run
-            run = []
-        run.append(i)
-    last = plan.footprint.blocks[run[-1]]
-    yield last.kind, last.layer, run

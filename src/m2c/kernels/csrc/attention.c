@@ -54,12 +54,12 @@ static void rotate(float *x, const float *cosines, const float *sines, int dim)
 /* heads of q (which = 0) or k made ready: normed, then turned */
 static void turn(const struct attention *a, int which, float *heads, int count, int64_t position)
 {
-    const float *cosines = a->cosines + position * (a->dim / 2);
-    const float *sines = a->sines + position * (a->dim / 2);
+    int64_t at = position * (a->dim / 2);
     for (float *x = heads; x < heads + (size_t)count * a->dim; x += a->dim) {
         if (a->head_norms[which])
             rms_norm(x, a->head_norms[which], a->eps, a->dim, x);
-        rotate(x, cosines, sines, a->dim);
+        if (a->cosines)
+            rotate(x, a->cosines + at, a->sines + at, a->dim);
     }
 }
 
@@ -96,8 +96,8 @@ static void softmax(float *scores, int count, float scale, float cap)
     float largest = -INFINITY, total = 0;
     for (int p = 0; p < count; p++) {
         scores[p] *= scale;
-        if (cap)
-            scores[p] = tanhf(scores[p] / cap) * cap;
+        if (cap) /* and NaN of an infinite score, of which the cap would make a number */
+            scores[p] = tanhf(scores[p] / cap) * cap + (scores[p] - scores[p]);
         largest = scores[p] > largest ? scores[p] : largest;
     }
     for (int p = 0; p < count; p++) {
@@ -178,13 +178,13 @@ int m2c_attention(struct kernels *k, const struct given *given, const struct att
         run(k, &c, project_part, pieces_of(k, made));
         run(k, &c, place_part, (struct pieces){ 0, given->tokens, 1 });
         run(k, &c, heads_part, (struct pieces){ 0, (int64_t)a->heads * given->tokens, 1 });
-        struct given mixed = { c.mixed, NULL, 0, given->tokens, (int32_t)wide };
+        struct given mixed = { c.mixed, NULL, NULL, 0, given->tokens, (int32_t)wide };
         failed = prepare(k, &mixed, a->projections[3]->kind, &in);
     }
     if (!failed)
         run(k, &c, output_part, pieces_of(k, a->projections[3]->count));
     if (!failed && a->out_norm) {
-        struct given out = { c.out, a->out_norm, a->eps, given->tokens, given->length };
+        struct given out = { c.out, a->out_norm, NULL, a->eps, given->tokens, given->length };
         add_normed(k, &out, x);
     }
     return finish(k, failed);

@@ -25,13 +25,6 @@ INLINE __m256i two_groups(const uint8_t *codes, int rest)
     return _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i *)codes));
 }
 
-INLINE float half_at(const uint8_t *scales)
-{
-    uint16_t raw;
-    memcpy(&raw, scales, 2);
-    return _cvtsh_ss(raw);
-}
-
 /* eight sums of four products of 4-bit codes u, both halves of two groups, and x */
 INLINE __m256i dot15(__m256i u, __m256i x0, __m256i x1)
 {
@@ -137,48 +130,7 @@ TARGET static void dot_wide(const uint16_t *const *w, int count, const struct in
     }
 }
 
-/* The 32 codes of a group in order, as signed bytes: q at INT4; 16 q + r + 8 at INT8. */
-INLINE __m256i ordered(const struct codes *c, int g)
-{
-    const __m256i low = _mm256_set1_epi8(15);
-    __m128i raw = _mm_loadu_si128((const __m128i *)(c->q + 16 * g));
-    __m256i u = _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(raw, 4), raw), low);
-    if (!c->r)
-        return _mm256_sub_epi8(u, _mm256_set1_epi8(8));
-    raw = _mm_loadu_si128((const __m128i *)(c->r + 16 * g));
-    __m256i r = _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(raw, 4), raw), low);
-    return _mm256_xor_si256(_mm256_or_si256(_mm256_slli_epi16(u, 4), r),
-                            _mm256_set1_epi8((char)0x80));
-}
-
-/* y in registers for all columns of one group */
-TARGET static void add_codes(float *y, const struct codes *columns, const float *h, int count,
-                             int groups)
-{
-    for (int g = 0; g < groups; g++, y += GROUP) {
-        __m256 sum[4];
-        for (int k = 0; k < 4; k++)
-            sum[k] = _mm256_loadu_ps(y + 8 * k);
-        for (int n = 0; n < count; n++) {
-            const struct codes *c = columns + n;
-            if (!(g & 3))
-                fetch_stripe(c->next, (size_t)g / STRIPE);
-            float step = half_at(c->scales + 2 * g) * h[n] * (c->r ? 0.0625f : 1.0f);
-            __m256 scale = _mm256_set1_ps(step), offset = _mm256_set1_ps(-8.0f * step);
-            __m256i u = ordered(c, g);
-            __m128i half[2] = { _mm256_castsi256_si128(u), _mm256_extracti128_si256(u, 1) };
-            for (int k = 0; k < 4; k++) {
-                __m128i eight = k & 1 ? _mm_srli_si128(half[k >> 1], 8) : half[k >> 1];
-                __m256 code = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight));
-                if (c->r) /* these codes are 8 too large */
-                    sum[k] = _mm256_add_ps(sum[k], offset);
-                sum[k] = _mm256_fmadd_ps(code, scale, sum[k]);
-            }
-        }
-        for (int k = 0; k < 4; k++)
-            _mm256_storeu_ps(y + 8 * k, sum[k]);
-    }
-}
+#include "columns2.inc.c"
 
 TARGET static void add_wide(float *y, const uint16_t *const *columns, const float *h, int count,
                             int length, int is_bf16)

@@ -24,12 +24,15 @@ INLINE void factors(const struct codes *columns, const float *h, int count, int 
                     int32_t *high, int32_t *low, int stride, float *steps, float *offsets)
 {
     __mmask16 mask = first_of(groups - g);
-    __m512 products[TILE], largest = _mm512_setzero_ps();
+    __m512 products[TILE];
+    /* as integers: of magnitudes the order is the same, and NaN is above all, never passed over */
+    __m512i top = _mm512_setzero_si512();
     for (int n = 0; n < count; n++) {
         __m256i raw = _mm256_maskz_loadu_epi16(mask, columns[n].scales + 2 * g);
         products[n] = _mm512_mul_ps(_mm512_cvtph_ps(raw), _mm512_set1_ps(h[n]));
-        largest = _mm512_max_ps(largest, _mm512_abs_ps(products[n]));
+        top = _mm512_max_epu32(top, _mm512_castps_si512(_mm512_abs_ps(products[n])));
     }
+    __m512 largest = _mm512_castsi512_ps(top);
     __mmask16 usable = _mm512_cmp_ps_mask(largest, _mm512_set1_ps(1e-30f), _CMP_GT_OQ);
     __m512 inverse = _mm512_maskz_div_ps(usable, _mm512_set1_ps(LARGEST), largest);
     __m512 step = _mm512_mul_ps(largest, _mm512_set1_ps(1.0f / LARGEST));

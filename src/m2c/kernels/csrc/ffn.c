@@ -1,4 +1,5 @@
 /* Neurons: gate and up, sums over down columns, and the whole FFN in one pass over each record.
+ * A neuron of two vectors has no gate: the activation of its up row is all.
  *
  * Sums over neurons run in chunks of CHUNK and the chunks in order, whoever computed them; inside a
  * chunk TILE neurons at a time, those whose activation is zero left out.
@@ -16,14 +17,17 @@
 static inline float activate(float gate, float up, struct activation act)
 {
     if (act.kind == ACT_RELU)
-        return (gate > act.threshold ? gate : 0) * up;
+        return (gate <= act.threshold ? 0 : gate) * up; /* NaN is not below it: it stays */
+    if (act.kind == ACT_GELU)
+        return 0.5f * gate * (1.0f + erff(gate * 0.70710678118654752f)) * up;
     float slope = gate;
     if (act.kind == ACT_GELU_TANH) /* 1 + tanh(z) is 2 / (1 + exp(-2 z)) */
         slope = 1.5957691216057308f * (gate + 0.044715f * gate * gate * gate);
     return gate / (1.0f + expf(-slope)) * up;
 }
 
-/* h[i * stride + t]: activations of neurons row to row + count - 1, count <= TILE */
+/* h[i * stride + t]: activations of neurons row to row + count - 1, count <= TILE; act.bias is that of
+ * neuron row. */
 static void activations(const struct primitives *use, const struct rows *r, int64_t row, int count,
                         const struct inputs *in, struct activation act, float *h,
                         int64_t stride)
@@ -35,12 +39,26 @@ static void activations(const struct primitives *use, const struct rows *r, int6
         int some = count - first < most ? count - first : most;
         float *gate = h + first * stride;
         dot_vectors(use, r, row + first, some, 0, in, gate, stride);
+        if (r->vectors == 2) {
+            for (int i = 0; i < some; i++) {
+                float bias = act.bias ? act.bias[first + i] : 0;
+                for (int t = 0; t < in->tokens; t++)
+                    gate[i * stride + t] = activate(gate[i * stride + t] + bias, 1, act);
+            }
+            continue;
+        }
         dot_vectors(use, r, row + first, some, 1, in, up, TOKENS_AT_ONCE);
         for (int i = 0; i < some; i++)
             for (int t = 0; t < in->tokens; t++)
                 gate[i * stride + t] = activate(gate[i * stride + t], up[i * TOKENS_AT_ONCE + t],
                                                 act);
     }
+}
+
+static struct activation from_row(struct activation act, int64_t row)
+{
+    act.bias = act.bias ? act.bias + row : NULL;
+    return act;
 }
 
 /* y += sum of h[i * stride] * down column of row + i, zeros left out */
@@ -108,7 +126,8 @@ static void chunk_part(void *context, int part, int parts)
                 at = 0;
             }
             if (c->in)
-                activations(c->k->use, &decoded, at, count, c->in, c->act, h, tokens);
+                activations(c->k->use, &decoded, at, count, c->in, from_row(c->act, row), h,
+                            tokens);
             for (int i = 0; i < count; i++)
                 for (int t = 0; c->given && t < tokens; t++) {
                     float factor = c->given[(size_t)t * r->count + row + i];
@@ -190,7 +209,8 @@ static int all_tokens(struct kernels *k, const struct rows *rows, const struct i
 int m2c_down(struct kernels *k, const struct rows *rows, const float *given, int32_t tokens,
              float *out)
 {
-    int failed = all_tokens(k, rows, NULL, tokens, given, (struct activation){ 0, 0 }, NULL, out);
+    struct activation none = { 0 };
+    int failed = all_tokens(k, rows, NULL, tokens, given, none, NULL, out);
     return finish(k, failed);
 }
 
@@ -232,7 +252,7 @@ static void gate_up_part(void *context, int part, int parts)
         for (int t = 0; t < c->in->tokens; t += TOKENS_AT_ONCE) {
             int tokens = c->in->tokens - t < TOKENS_AT_ONCE ? c->in->tokens - t : TOKENS_AT_ONCE;
             struct inputs in = tokens_from(c->in, t, tokens, r->length);
-            activations(c->k->use, &decoded, at, count, &in, c->act, h, tokens);
+            activations(c->k->use, &decoded, at, count, &in, from_row(c->act, k * TILE), h, tokens);
             for (int i = 0; i < count; i++)
                 for (int s = 0; s < tokens; s++)
                     c->out[(size_t)(t + s) * r->count + k * TILE + i] = h[i * tokens + s];
@@ -240,7 +260,7 @@ static void gate_up_part(void *context, int part, int parts)
     }
 }
 
-/* out [tokens, rows] = act(x . gate) (x . up); 0, or 1 without memory */
+/* out [tokens, rows] = act(x . gate) (x . up), or act(x . up + bias); 0, or 1 without memory */
 int m2c_gate_up(struct kernels *k, const struct given *given, const struct rows *rows,
                 const struct activation *act, float *out)
 {

@@ -1,4 +1,4 @@
-/* Activations made ready for rows: RMS norm, rounding to int8, and the memory for it. */
+/* Activations made ready for rows: norm, rounding to int8, and the memory for it. */
 
 #include <math.h>
 #include <stdlib.h>
@@ -46,20 +46,25 @@ int finish(struct kernels *k, int failed)
     return failed ? failed : 2 * damaged;
 }
 
-/* 1 / root mean square */
-static float rms_scale(const float *x, float eps, int length)
+/* 1 / root mean square of x - mean */
+static inline float scale_around(const float *x, float mean, float eps, int length)
 {
     float sums[16] = { 0 };
     int j = 0;
     for (; j + 16 <= length; j += 16)
         for (int i = 0; i < 16; i++)
-            sums[i] += x[j + i] * x[j + i];
+            sums[i] += (x[j + i] - mean) * (x[j + i] - mean);
     for (; j < length; j++)
-        sums[j & 15] += x[j] * x[j];
+        sums[j & 15] += (x[j] - mean) * (x[j] - mean);
     float total = 0;
     for (int i = 0; i < 16; i++)
         total += sums[i];
     return 1.0f / sqrtf(total / (float)length + eps);
+}
+
+static float rms_scale(const float *x, float eps, int length)
+{
+    return scale_around(x, 0, eps, length);
 }
 
 void rms_norm(const float *x, const float *weights, float eps, int length, float *to)
@@ -67,6 +72,19 @@ void rms_norm(const float *x, const float *weights, float eps, int length, float
     float scale = rms_scale(x, eps, length);
     for (int j = 0; j < length; j++)
         to[j] = x[j] * scale * weights[j];
+}
+
+/* to[j] = (x[j] - mean) / standard deviation * weights[j] + bias[j] */
+static void layer_norm(const struct given *g, const float *x, float *to)
+{
+    float sums[16] = { 0 }, total = 0;
+    for (int j = 0; j < g->length; j++)
+        sums[j & 15] += x[j];
+    for (int i = 0; i < 16; i++)
+        total += sums[i];
+    float mean = total / (float)g->length, scale = scale_around(x, mean, g->eps, g->length);
+    for (int j = 0; j < g->length; j++)
+        to[j] = (x[j] - mean) * scale * g->norm[j] + g->norm_bias[j];
 }
 
 struct normed_call {
@@ -169,8 +187,12 @@ static void prepare_part(void *context, int part, int parts)
     for (int64_t t; next_piece(&c->pieces, &t);) {
         const float *x = g->x + (size_t)t * g->length;
         if (g->norm) {
-            rms_norm(x, g->norm, g->eps, g->length, c->normed + (size_t)t * g->length);
-            x = c->normed + (size_t)t * g->length;
+            float *to = c->normed + (size_t)t * g->length;
+            if (g->norm_bias)
+                layer_norm(g, x, to);
+            else
+                rms_norm(x, g->norm, g->eps, g->length, to);
+            x = to;
         }
         if (c->values)
             round_token(x, g->length, c->values + t * padded, c->scales + t * scales,

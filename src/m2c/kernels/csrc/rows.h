@@ -44,7 +44,8 @@ struct rows {
 /* What rows are to meet. Mirrored by kernels/native.py. */
 struct given {
     const float *x; /* [tokens, length] */
-    const float *norm; /* [length] weights of an RMS norm applied first, or NULL */
+    const float *norm; /* [length] weights of a norm applied first, or NULL */
+    const float *norm_bias; /* [length]: then it is a layer norm; NULL: an RMS norm */
     float eps;
     int32_t tokens, length;
 };
@@ -54,7 +55,7 @@ struct attention {
     const struct rows *projections[4]; /* q, k, v, o */
     const float *biases[4]; /* or NULL */
     void *keys, *values; /* this layer's [kv_heads, positions, dim] */
-    const float *cosines, *sines; /* [positions, dim / 2] */
+    const float *cosines, *sines; /* [positions, dim / 2], or NULL: nothing is turned */
     int64_t positions; /* that the cache has room for */
     int64_t start; /* position of the first token */
     int32_t heads, kv_heads, dim, is_f16;
@@ -66,12 +67,13 @@ struct attention {
     float softcap; /* the scores are squeezed to within -softcap and softcap; 0: not */
 };
 
-/* What the gate goes through. Mirrored by kernels/native.py. */
+/* What the gate, or without one the up row, goes through. Mirrored by kernels/native.py. */
 struct activation {
     int32_t kind;
     float threshold; /* of ACT_RELU: what is not above it gives zero */
+    const float *bias; /* [rows], added before it where neurons have no gate; or NULL */
 };
-enum { ACT_SILU, ACT_RELU, ACT_GELU_TANH };
+enum { ACT_SILU, ACT_RELU, ACT_GELU_TANH, ACT_GELU };
 
 /* Pieces of one call, handed out to whoever is free: `size` things each. */
 struct pieces {

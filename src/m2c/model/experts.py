@@ -1,0 +1,90 @@
+"""A mixture of experts: the router chooses, the chosen experts' neurons are added up.
+
+Every token's experts are added in rising order, each by itself, so the result depends neither on
+where an expert lay nor on which other tokens share the call. Knows nothing about tiers: where rows
+come from is the caller's business.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from m2c.bundle.planes import RecordLayout
+from m2c.kernels.dispatch import gather_ffn, matmul_rows
+from m2c.kernels.operands import Norm
+from m2c.kernels.rows import ExactRows, Rows
+from m2c.kernels.workers import Workers
+from m2c.model.config import ModelConfig
+from m2c.model.ffn import begin, end
+
+Ids = npt.NDArray[np.int32]
+ExpertRows = Callable[[Ids], Iterator[Rows]]  # of experts in rising order
+
+
+@dataclass(frozen=True)
+class Router:
+    """Which experts a token goes to, and with what weight."""
+
+    rows: ExactRows  # see `exact_rows`
+    experts: int
+    active: int
+    sums_to_one: bool  # the weights of a token's experts
+
+    @classmethod
+    def of(cls, config: ModelConfig, weights: Tensor) -> "Router":
+        """weights: [experts, hidden] f32."""
+        return cls(
+            exact_rows(weights), config.num_experts, config.num_experts_per_tok,
+            config.norm_topk_prob,
+        )  # fmt: skip
+
+    def __call__(self, x: Tensor, workers: Workers, norm: Norm | None) -> tuple[Tensor, Tensor]:
+        """Of norm(x), x [tokens, hidden] f32: experts, rising, and their weights, both
+        [tokens, active]. Of equals the lower expert is chosen."""
+        parts = matmul_rows(x, self.rows, workers, norm=norm).split(self.experts, dim=1)
+        logits = sum(parts[1:], start=parts[0])
+        best, chosen = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
+        best, chosen = best[:, : self.active], chosen[:, : self.active]
+        if self.sums_to_one:
+            best = best / best.sum(-1, keepdim=True)
+        chosen, order = chosen.sort(dim=-1)
+        return chosen, best.gather(1, order)
+
+
+def exact_rows(weights: Tensor) -> ExactRows:
+    """An f32 matrix [rows, n] as BF16 rows that add up to it: the first `rows`, then what is left
+    of each, and once more, as far as anything is left. The kernels take 16-bit rows only, and give
+    the same bits however many tokens share a call."""
+    parts, left = list[Tensor](), weights
+    for _ in range(3):
+        parts.append(left.to(torch.bfloat16))
+        left = left - parts[-1].float()
+        if not bool(left.any()):
+            break
+    return ExactRows(RecordLayout(1, weights.shape[1]), torch.cat(parts).contiguous())
+
+
+def expert_ffn(
+    x: Tensor, router: Router, rows_of: ExpertRows, *, norm: Norm, act: str, workers: Workers,
+    out_norm: Norm | None = None,
+) -> Tensor:  # fmt: skip
+    """x [tokens, hidden] f32 plus the weighted FFN outputs of the experts that norm(x) goes to."""
+    chosen, weights = router(x, workers, norm)
+    out = begin(x, out_norm)
+    used = chosen[0] if len(x) == 1 else torch.unique(chosen)
+    ids = used.to(torch.int32).cpu().numpy()
+    for i, rows in enumerate(rows_of(ids)):
+        if len(x) == 1:
+            part = torch.zeros_like(x)
+            gather_ffn(x, rows, act, workers, norm=norm, into=part)
+            out += part * weights[:, i, None]
+            continue
+        tokens, place = (chosen == int(ids[i])).nonzero(as_tuple=True)
+        part = torch.zeros((len(tokens), x.shape[1]), device=x.device)
+        gather_ffn(x[tokens], rows, act, workers, norm=norm, into=part)
+        out.index_add_(0, tokens, part * weights[tokens, place, None])
+    return end(x, out, out_norm, workers)

@@ -1,0 +1,432 @@
+"""A mixture of experts: the same bits wherever an expert lies, within the memory that was given."""
+
+import shutil
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from random import Random
+from threading import Event
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from command_line import m2c
+from running import GiB, Run, decode, options_for, plan_of, same, smallest_dram
+from test_store_failures import flip
+from tiny_models import IDS, digest, job_for, profile_folder, run_pack, write_checkpoint
+from trials import trials
+
+from m2c import speculate
+from m2c.bundle.bundle import Bundle, open_bundle
+from m2c.bundle.importance import write_importance
+from m2c.bundle.shard import BLOCK, PAGE
+from m2c.check import check_bundle, compare_with_source
+from m2c.engine import Engine, RunOptions
+from m2c.errors import BadInput, UsageError
+from m2c.expert_profile import ENOUGH
+from m2c.generate import generate_step, prefill
+from m2c.kernels.workers import Workers
+from m2c.model.checkpoint import open_checkpoint
+from m2c.model.experts import Router, exact_rows
+from m2c.model.mix import Mix
+from m2c.model.tensors import router_name
+from m2c.model.weights import vector_tensors
+from m2c.modes import exact_options
+from m2c.sampling import Sampler, SamplingParams
+from m2c.speculate import Speculator
+from m2c.tiers.expert_plan import ExpertFact
+from m2c.tiers.policies import POLICY_NAMES
+from m2c.tiers.ssd import THREADS
+
+EXPERTS, ACTIVE, SIZE, LAYERS = 6, 2, 600, 3
+SHAPE: dict[str, Any] = {
+    "model_type": "mixtral", "num_local_experts": EXPERTS, "num_experts_per_tok": ACTIVE,
+    "intermediate_size": SIZE, "num_hidden_layers": LAYERS, "hidden_size": 120, "head_dim": 24,
+}  # fmt: skip
+MIXES = {"fp16": Mix(100, 0, 0), "int8": Mix(0, 100, 0), "int4": Mix(0, 0, 100)}
+every_precision = pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("experts") / "checkpoint", SHAPE)
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoint: Path) -> Bundle:
+    run_pack(job_for(checkpoint), checkpoint.parent / "bundle.m2c")
+    return open_bundle(checkpoint.parent / "bundle.m2c")
+
+
+@pytest.fixture(scope="module")
+def expected(bundle: Bundle) -> dict[Mix, Run]:
+    """With every expert in memory."""
+    found = {}
+    for mix in MIXES.values():
+        with Engine(bundle, options_for(mix)) as engine:
+            assert engine.plan.expert_slots is None
+            found[mix] = decode(engine)
+    return found
+
+
+def least(bundle: Bundle, options: RunOptions) -> int:
+    """The smallest --dram, which leaves no slot for experts beyond those under way."""
+    dram = smallest_dram(bundle, options)
+    assert plan_of(bundle, replace(options, dram=dram)).expert_slots == 0
+    return dram
+
+
+def with_slots(bundle: Bundle, options: RunOptions, slots: int) -> RunOptions:
+    dram = least(bundle, options)
+    facts = plan_of(bundle, options).footprint.experts
+    assert facts is not None
+    found = replace(options, dram=dram + (slots + 1) * facts.slot_nbytes - 1)
+    return found
+
+
+# -- the same bits ---------------------------------------------------------------------------------
+
+
+@every_precision
+def test_memory_does_not_change_a_bit(bundle: Bundle, expected: dict[Mix, Run], mix: Mix) -> None:
+    """From no expert kept to all; cold, then once more warm."""
+    slots = []
+    options = options_for(mix)
+    for count in (0, 1, 4, 7):
+        with Engine(bundle, with_slots(bundle, options, count)) as engine:
+            assert engine.plan.expert_slots is not None
+            slots.append(engine.plan.expert_slots)
+            assert same(decode(engine), expected[mix])
+            assert same(decode(engine), expected[mix])
+            assert engine.store.stats.upgrades["experts"].ssd > 0
+    assert slots == sorted(set(slots))
+
+
+@pytest.mark.parametrize("policy", POLICY_NAMES)
+def test_policies_do_not_change_a_bit(
+    bundle: Bundle, expected: dict[Mix, Run], policy: str
+) -> None:
+    mix = MIXES["int4"]
+    options = with_slots(bundle, options_for(mix, policy=policy), 5)
+    with Engine(bundle, options) as engine:
+        assert engine.plan.policy == policy
+        assert same(decode(engine), expected[mix])
+        hits = engine.store.stats.upgrades["experts"]
+        assert hits.dram > 0
+        assert hits.ssd > 0
+
+
+@every_precision
+def test_three_tiers_do_not_change_a_bit(
+    bundle: Bundle, expected: dict[Mix, Run], mix: Mix
+) -> None:
+    """HBM with everything but the experts, and with them; DRAM scarce and plenty."""
+    most = plan_of(bundle, options_for(mix, hbm=GiB)).used_hbm
+    facts = plan_of(bundle, options_for(mix, hbm=GiB)).footprint.experts
+    assert facts is not None
+    for hbm in (GiB, most - 1):
+        whole = plan_of(bundle, options_for(mix, hbm=hbm))
+        assert (whole.expert_slots is None) == (hbm == GiB)
+        need = smallest_dram(bundle, options_for(mix, hbm=hbm))
+        for dram in (need, need + 5 * facts.slot_nbytes):
+            with Engine(bundle, options_for(mix, hbm=hbm, dram=dram)) as engine:
+                assert engine.plan.used_hbm <= hbm
+                assert engine.plan.used_dram <= dram
+                assert same(decode(engine), expected[mix])
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+@pytest.mark.parametrize("drafts", [True, False])
+def test_exact_mode_gives_the_tokens_of_one_by_one_decoding_from_the_ssd(
+    bundle: Bundle, precision: str, drafts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drafts from INT4 planes in memory with experts above them on the SSD, and from the text."""
+    monkeypatch.setattr(speculate.Depth, "again", lambda _, sure, following=None: len(sure) < 3)
+    if drafts:
+        monkeypatch.setattr(speculate.Lookup, "propose", lambda *_: [])
+    options = exact_options(options_for(MIXES["int4"], ctx_size=64), precision)
+    greedy = Sampler(SamplingParams())
+    ids = [1, 2, 3, 1, 2, 3, 1, 2, 3]
+    with Engine(bundle, replace(options, speculate=False)) as engine:
+        known = list(islice(generate_step(engine.model, ids, greedy), 24))
+    for dram in range(2 << 20, 60 << 20, 1 << 19):
+        try:
+            plan = plan_of_speculative(bundle, replace(options, dram=dram))
+        except BaseException:
+            continue
+        if plan.expert_slots is not None and (plan.footprint.draft is not None) == drafts:
+            break
+    else:
+        pytest.fail("no budget gives this way of drafting")
+    with Engine(bundle, replace(options, dram=dram)) as engine:
+        assert (engine.draft is not None) == drafts
+        speculator = Speculator(engine.model, engine.draft, greedy, engine.shape.at_once)
+        found = list(speculator.tokens(prefill(engine.model, ids), ids, 24))
+        assert engine.store.stats.upgrades["experts"].ssd > 0
+    assert found == known
+
+
+def plan_of_speculative(bundle: Bundle, options: RunOptions) -> Any:
+    from m2c.modes import planner_of_bundle
+
+    return planner_of_bundle(bundle).plan(options)[1]
+
+
+@pytest.mark.campaign
+def test_any_budget_policy_and_batching_gives_the_same_tokens(
+    bundle: Bundle, expected: dict[Mix, Run]
+) -> None:
+    for trial in trials("moe-tiers", ci=12, campaign=20_000):
+        with trial as seed:
+            random = Random(seed)
+            mix = random.choice(list(MIXES.values()))
+            options = options_for(
+                mix, policy=random.choice(POLICY_NAMES), threads=random.randint(1, 3)
+            )
+            slots = random.randrange(8)
+            with Engine(bundle, with_slots(bundle, options, slots)) as engine:
+                for _ in range(random.randint(1, 3)):
+                    # what is in the slots before must not matter
+                    engine.model.kv.truncate(0)
+                    noise = [random.randrange(300) for _ in range(random.randint(1, 16))]
+                    engine.model.forward(np.array(noise, np.int32))
+                assert same(decode(engine), expected[mix])
+
+
+# -- the cap ---------------------------------------------------------------------------------------
+
+
+@every_precision
+def test_the_budget_is_kept_and_what_is_planned_is_allocated(bundle: Bundle, mix: Mix) -> None:
+    options = options_for(mix)
+    before, most = -1, plan_of(bundle, options).used_dram
+    for dram in np.linspace(least(bundle, options), most, 40).astype(int).tolist():
+        plan = plan_of(bundle, replace(options, dram=dram))
+        assert plan.used_dram <= dram
+        if plan.expert_slots is not None:
+            assert plan.expert_slots >= before
+            before = plan.expert_slots
+    with Engine(bundle, with_slots(bundle, options, 4)) as engine:
+        cache = engine.store._experts
+        assert cache is not None
+        assert len(cache._buffer) <= engine.plan.experts_nbytes
+    assert plan_of(bundle, replace(options, dram=most)).expert_slots is None
+
+
+def test_what_is_read_a_token_is_what_the_plan_expects_of_one_that_misses_all(
+    bundle: Bundle,
+) -> None:
+    options = with_slots(bundle, options_for(MIXES["int4"]), 0)
+    with Engine(bundle, options) as engine:
+        engine.model.forward(np.array([5], np.int32))
+        engine.store.reset_stats()
+        engine.model.forward(np.array([9], np.int32))
+        hits, read = engine.store.stats.upgrades["experts"], engine.store.stats.ssd.nbytes
+        assert (hits.dram, hits.ssd) == (0, ACTIVE * LAYERS)
+        expected = engine.plan.expert_reads()
+        assert (
+            0.8 * expected
+            < read - engine.plan.streamed_nbytes_per_token
+            < 1.25 * expected + 2 * BLOCK
+        )
+
+
+def test_popular_experts_are_missed_less() -> None:
+    plain = ExpertFact(2, 4, 2, 100, 100)
+    shares = ((0.9, 0.1, 0.5, 0.5), (0.25, 0.75, 0.5, 0.5))
+    known = replace(plain, popularity=shares)
+    assert known.ranking[:2] == (0, 5)
+    assert plain.ranking[:3] == (0, 4, 1)
+    assert plain.missed(0) == known.missed(0) == pytest.approx(4)
+    assert known.missed(2) == pytest.approx(4 - 0.9 - 0.75)
+    assert known.missed(8) == 0
+    assert 4 < plain.missed(0, 2) < 8 == round(plain.missed(0, 1000))
+
+
+# -- failures --------------------------------------------------------------------------------------
+
+
+def test_a_damaged_expert_ends_the_pass_and_is_not_kept(
+    bundle: Bundle, expected: dict[Mix, Run], tmp_path: Path
+) -> None:
+    shutil.copytree(bundle.path, tmp_path / "copy.m2c")
+    mix, layer = MIXES["int4"], 0
+    options = with_slots(bundle, options_for(mix), 3)
+    path = tmp_path / f"copy.m2c/neurons/{layer:05d}.int4"
+    blocks = range(PAGE + 100, path.stat().st_size - PAGE, BLOCK)
+    with Engine(open_bundle(tmp_path / "copy.m2c"), options) as engine:
+        for at in blocks:
+            flip(path, at)
+        name = rf"neurons/{layer:05d}\.int4: damaged at byte"
+        for _ in range(3):
+            with pytest.raises(BadInput, match=name):
+                engine.model.forward(np.array(IDS[:16], np.int32))
+        for at in blocks:
+            flip(path, at)
+        assert same(decode(engine), expected[mix])
+
+
+def test_experts_that_nobody_waits_for_are_not_kept(
+    bundle: Bundle, expected: dict[Mix, Run]
+) -> None:
+    """Whoever asked for several takes the first and goes, before the others have been read."""
+    mix, go_on = MIXES["int4"], Event()
+    with Engine(bundle, with_slots(bundle, options_for(mix), 7)) as engine:
+        assert engine.store._experts is not None
+        held = set(engine.store._experts.held(0))
+        assert 0 < len(held) < EXPERTS
+        ids = np.array([min(held), *sorted(set(range(EXPERTS)) - held)], np.int32)
+        busy = [engine.store.reader._helpers.submit(go_on.wait) for _ in range(THREADS)]
+        rows = engine.store.experts(0, ids)
+        next(rows)
+        rows.close()
+        go_on.set()
+        assert all(one.result() for one in busy)
+        assert same(decode(engine), expected[mix])
+
+
+def test_an_expert_whose_read_cannot_begin_is_not_kept(
+    bundle: Bundle, expected: dict[Mix, Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mix = MIXES["int4"]
+    with Engine(bundle, with_slots(bundle, options_for(mix), 7)) as engine:
+        assert engine.store._experts is not None
+        held = engine.store._experts.held(0)
+        absent = np.array(sorted(set(range(EXPERTS)) - set(held)), np.int32)
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.store.reader, "_open", lambda path: path.no_such_thing)
+            with pytest.raises(AttributeError):
+                next(engine.store.experts(0, absent))
+        assert same(decode(engine), expected[mix])
+
+
+# -- router, profile, pack -------------------------------------------------------------------------
+
+
+def test_bf16_rows_add_up_to_the_router(checkpoint: Path) -> None:
+    plain = torch.randn(5, 70, generator=torch.Generator().manual_seed(1))
+    rows = exact_rows(plain)
+    assert len(rows) == 15
+    assert torch.equal(sum(rows.weights.float().split(5)), plain)
+    stored = vector_tensors(open_checkpoint(checkpoint))[router_name(0)]
+    assert len(exact_rows(stored)) == EXPERTS  # BF16 already
+
+
+def test_the_router_takes_the_best_and_the_lower_of_equals() -> None:
+    x = torch.eye(4)[:2]
+    weights = torch.tensor([[0.0, 2.0], [1.0, 2.0], [1.0, 0.0], [1.0, 3.0]]).repeat(1, 2)
+    for sums_to_one in (True, False):
+        router = Router(exact_rows(weights), 4, 2, sums_to_one)
+        chosen, share = router(x, Workers(1), None)
+        assert chosen.tolist() == [[1, 2], [1, 3]] or chosen.tolist() == [[1, 2], [0, 3]]
+        logits = (x @ weights.T).double()
+        true = logits.softmax(-1).gather(1, chosen)
+        true = true / true.sum(-1, keepdim=True) if sums_to_one else true
+        assert (share - true).abs().max() < 1e-6
+
+
+def test_an_expert_that_no_token_uses_is_judged_by_all_tokens(tmp_path: Path) -> None:
+    """Two routes are the same, so the second is never taken."""
+    folder = write_checkpoint(tmp_path / "a", {**SHAPE, "num_experts_per_tok": 1})
+    checkpoint = open_checkpoint(folder)
+    read = type(checkpoint).read
+
+    def twins(self: Any, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        tensor = read(self, name, start, stop)
+        if name.endswith("mlp.gate.weight"):
+            tensor[3] = tensor[1]
+        return tensor
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(checkpoint), "read", twins)
+        known = profile_folder(folder).layers
+    for layer in known:
+        shares = layer.frequency[::SIZE]
+        assert shares[3] == 0
+        assert shares.sum() == pytest.approx(1)
+        own = slice(3 * SIZE, 4 * SIZE)
+        assert (layer.mean[own] > 0).all()
+        assert layer.down_directions[own].any()
+        assert sorted(layer.order[own]) == list(range(own.start, own.stop))
+        assert (np.diff(layer.mean[layer.order[own]]) <= 0).all()
+    assert len(IDS) > ENOUGH
+
+
+def test_pack_keeps_experts_apart_whatever_the_threads(
+    checkpoint: Path, bundle: Bundle, tmp_path: Path
+) -> None:
+    run_pack(job_for(checkpoint), tmp_path / "again.m2c", threads=3)
+    assert digest(tmp_path / "again.m2c") == digest(bundle.path)
+    assert list(check_bundle(bundle.path, read_data=True)) == []
+    assert list(compare_with_source(bundle, open_checkpoint(checkpoint))) == []
+
+
+def test_one_expert_is_in_memory_at_a_time(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its matrices are read when those of the expert before are written."""
+    job = job_for(checkpoint)
+    order: list[tuple[str, int]] = []
+    read = type(job.checkpoint).read
+
+    def noted(self: Any, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        if ".layers.1.mlp.experts." in name:
+            order.append(("read", int(name.split(".")[5])))
+        return read(self, name, start, stop)
+
+    monkeypatch.setattr(type(job.checkpoint), "read", noted)
+    run_pack(job, tmp_path / "a.m2c", progress=lambda weights: order.append(("wrote", weights)))
+    for expert in range(1, EXPERTS):
+        assert order[order.index(("read", expert)) - 1][0] == "wrote"
+
+
+def test_an_order_that_mixes_experts_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    known = profile_folder(checkpoint)
+    first = known.layers[0]
+    swapped = first.order.copy()
+    swapped[[0, SIZE]] = swapped[[SIZE, 0]]
+    wrong = replace(known, layers=[replace(first, order=swapped), *known.layers[1:]])
+    with pytest.raises(UsageError, match="does not belong"):
+        run_pack(job_for(checkpoint, wrong), tmp_path / "a.m2c")
+
+
+# -- command line ----------------------------------------------------------------------------------
+
+
+def test_commands_take_a_mixture_of_experts(checkpoint: Path, tmp_path: Path) -> None:
+    write_importance(tmp_path / "known.safetensors", profile_folder(checkpoint))
+    ssd = tmp_path / "ssd"
+    ssd.mkdir()
+    base = ("pack", checkpoint, "--ssd", ssd, "--profile", tmp_path / "known.safetensors")
+    mixed = m2c(*base, "--mix", "0/25/75")
+    assert mixed.code == 2
+    assert "a mixture of experts runs at one precision; use --mix 0/0/100" in mixed.reason
+    assert m2c(*base, "--name", "eight", "--bits", "9").code == 0
+    assert open_bundle(ssd / "eight.m2c").manifest.mix.percent == (0, 100, 0)
+    packed = m2c(*base)
+    assert packed.code == 0, packed.err
+    path = packed.out.strip()
+    assert open_bundle(Path(path)).manifest.mix.percent == (0, 0, 100)
+    run = ("run", path, "--prompt", "a", "--max-tokens", "4", "--threads", "1")
+    plenty = m2c(*run, "--mode", "mixed")
+    assert plenty.code == 0, plenty.err
+    scarce = m2c(*run, "--mode", "mixed", "--dram", "24MiB")
+    assert scarce.out == plenty.out
+    assert m2c(*run, "--mix", "0/25/75").reason.startswith("mix 0/25/75: a mixture of experts")
+    auto = m2c(*run)
+    assert auto.code == 0, auto.err
+    assert m2c("check", path, "--source", checkpoint).code == 0
+    shown = m2c("show", path)
+    assert shown.code == 0, shown.err
+    planned = m2c("plan", path, "--dram", "24MiB", "--mode", "mixed")
+    assert "experts: 2 of 6 a layer and token" in planned.out
+
+
+@pytest.mark.parametrize("alias", ["qwen3-30b-a3b", "mixtral-8x7b"])
+def test_a_plan_needs_no_weights(alias: str) -> None:
+    planned = m2c("plan", alias, "--dram", "8GiB", "--mode", "mixed", "--ssd-speed", "2GB",
+                  "--dram-speed", "20GB")  # fmt: skip
+    assert planned.code == 0, planned.err
+    assert "mix 0/0/100 (FP16/INT8/INT4), attention and head int8" in planned.out
+    assert "cached in DRAM (LRU)" in planned.out
