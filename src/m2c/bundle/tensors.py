@@ -17,8 +17,8 @@ from m2c.errors import BadInput
 def load_tensors(
     data: bytes, path: Path, what: str = "a readable safetensors file"
 ) -> dict[str, npt.NDArray[Any]]:
-    """Raises BadInput naming `path`, and `what` it should be, for a damaged file, and for dtypes and
-    shapes that numpy lacks."""
+    """Raises BadInput naming `path`, and `what` it should be, for a damaged file, and for dtypes
+    and shapes that numpy lacks."""
     try:
         return dict(load(data))
     except (SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
