@@ -47,10 +47,14 @@ campaign: install  ## The large counts of docs/RELIABILITY.md: hours, goes on wh
 
 sanitize: install  ## Tests of the C kernels with a library that watches memory and arithmetic (gcc)
 	rm -rf $(SANITIZED)
+	mkdir -p $(SANITIZED)/from
+	# of a copy: a build leaves its library among the sources
+	cp -r src pyproject.toml hatch_build.py README.md LICENSE NOTICE $(SANITIZED)/from
 	CC="gcc -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
-	  $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(SANITIZED) .
+	  $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(SANITIZED)/m2c \
+	  ./$(SANITIZED)/from
 	# python itself is not built so: its leaks at the end are not ours
-	PYTHONPATH=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	PYTHONPATH=$(SANITIZED)/m2c ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	  $(BIN)/python -m pytest -p no:cacheprovider $(SANITIZED_TESTS)
 

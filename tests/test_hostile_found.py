@@ -5,6 +5,7 @@ or was accepted where other readers refuse it.
 import json
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hostile import judge
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
+from m2c.bundle.bundle import open_bundle
 from m2c.bundle.files import read_small
 from m2c.bundle.importance import decode_importance, encode_importance
 from m2c.bundle.manifest import (
@@ -27,11 +29,13 @@ from m2c.bundle.manifest import (
     write_manifest,
 )
 from m2c.bundle.shard import read_index
+from m2c.bundle.strict import parse_object
 from m2c.bundle.tensors import load_tensors
 from m2c.cli.console import plain
+from m2c.contents import config_of, importance_of, vectors_of
 from m2c.errors import BadInput
 from m2c.hub import find_model
-from m2c.model.hf_folder import HfFolder, weight_map
+from m2c.model.hf_folder import HfFolder, small_files, weight_map
 from m2c.model.safetensors_file import SafetensorsFile
 
 
@@ -57,6 +61,26 @@ def test_headers_that_only_m2c_took(tmp_path: Path, old: str, new: str, match: s
     with pytest.raises(SafetensorError):
         deserialize(content)
     refused(lambda: SafetensorsFile(tmp_path / "m"), match)
+
+
+def test_nesting_that_can_be_read_but_not_written() -> None:
+    """Reading and writing JSON give up at different depths."""
+    for depth in range(100, 1100, 7):
+        text = '{"\\ud83d\\ude00": ' + "[" * depth + "]" * depth + "}"
+        judge(lambda text=text: parse_object(text.encode(), "f"), f"{depth} levels")
+
+
+def test_only_plain_names_travel_into_a_bundle() -> None:
+    """A bundle with others would be refused when it is read."""
+    names = [
+        "LICENSE",
+        "NOTICE.txt",
+        "LICENSE\x1b[2J",
+        "LICENSE\\x",
+        "LICENSE" + "x" * 300,
+        "LICENSE\n",
+    ]
+    assert list(small_files(names)) == ["LICENSE", "NOTICE.txt"]
 
 
 def test_names_without_end(tmp_path: Path) -> None:
@@ -113,6 +137,14 @@ def test_a_folder_of_a_bundle_that_is_a_link(tmp_path: Path) -> None:
     write_manifest(tmp_path, manifest)
     (tmp_path / "model").symlink_to("/")
     refused(lambda: read_manifest(tmp_path), "a link, and all of a bundle lies in its folder")
+
+
+def test_a_manifest_that_names_no_profile(bundle: Path) -> None:
+    """A KeyError, and so an internal error."""
+    opened = open_bundle(bundle)
+    empty = replace(opened, manifest=replace(opened.manifest, files={}))
+    refused(lambda: importance_of(empty), "holds no importance.safetensors")
+    refused(lambda: vectors_of(empty, config_of(opened)), "holds no vectors.safetensors")
 
 
 def test_arrays_that_numpy_cannot_hold() -> None:

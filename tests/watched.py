@@ -52,7 +52,13 @@ def note(event: str, arguments: tuple[Any, ...]) -> None:
         path, _mode, flags = arguments
         if not isinstance(path, int):
             writes = bool(flags and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
-            notes.append(("write" if writes else "read", os.path.abspath(os.fsdecode(path))))
+            kind, name = "write" if writes else "read", os.fsdecode(path)
+            folder, last = os.path.split(os.path.abspath(name))
+            leads = os.path.join(os.path.realpath(folder), last)
+            if not flags & os.O_NOFOLLOW:
+                leads = os.path.realpath(leads)
+            # as it is called, and what it is
+            notes.extend({(kind, os.path.abspath(name)), (kind, leads)})
     elif event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink"):
         notes.extend(("write", os.path.abspath(os.fsdecode(a))) for a in arguments if _is_path(a))
     elif event == "exec":

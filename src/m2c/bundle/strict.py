@@ -52,7 +52,7 @@ def parse_object(data: bytes, file: Path | str) -> dict[str, Any]:
     if _SURROGATE.search(data):
         try:
             json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
+        except (UnicodeEncodeError, RecursionError):
             raise BadInput(f"{file}: not valid JSON (half a character)", _AGAIN) from None
     return value
 

@@ -4,6 +4,7 @@ The folder may be a snapshot in the hub's cache, whose files are links into `blo
 other link that leaves the folder is refused. Knows nothing about which tensors a model needs.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +36,7 @@ _SIDECARS: Final = {
     "chat_template.jinja": 4 * _MIB,
 }
 _LEGAL: Final = ("LICENSE", "NOTICE", "USE_POLICY")
+_PLAIN: Final = re.compile(r"[\w .()-]{1,100}")  # a name that a bundle may hold
 _MAX_LEGAL, _LEGAL_NBYTES = 16, _MIB
 
 
@@ -171,7 +173,7 @@ def small_files(names: Iterable[str]) -> dict[str, int]:
     found = set(names)
     if found & {"tokenizer.json", "tokenizer.model"}:  # these say more
         found -= {"vocab.json", "merges.txt"}
-    legal = sorted(name for name in found if name.startswith(_LEGAL))
+    legal = sorted(name for name in found if name.startswith(_LEGAL) and _PLAIN.fullmatch(name))
     limits = {name: limit for name, limit in _SIDECARS.items() if name in found}
     return limits | dict.fromkeys(legal[:_MAX_LEGAL], _LEGAL_NBYTES)
 
