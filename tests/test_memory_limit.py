@@ -72,8 +72,8 @@ WAYS = [
     Way("auto within 1,100 MiB", "", limit=1100),
     Way("eval", "--mix 0/25/75 --mix 5/15/80 -n 2048", command="eval"),
     Way("eval, two tiers", "--mix 5/15/80 -n 1024", 0, 0, command="eval"),
-    Way("profile", "", command="profile", limit=400),
-    Way("pack", "", command="pack", limit=400),
+    Way("profile", "", command="profile", limit=600),
+    Way("pack", "", command="pack", limit=450),
     Way("torch kernels", f"{MIXED} 0/25/75 --kernel torch"),
     Way("long context, torch", "--mode mixed -c 8192 --mix 0/25/75 --kernel torch", long=True),
 ]
@@ -106,11 +106,12 @@ def command_line(way: Way, bundle: Bundle, folder: Path) -> tuple[list[object], 
     text = folder / "text.txt"
     prose = calibration_text()
     text.write_text((prose * 2)[:LONG_PROMPT] if way.long else prose)
+    known = (way.limit or 0) * MiB - OVERHEAD_NBYTES
     if way.command == "profile":
-        return ["profile", "smollm2-135m", "-o", folder / "profile.safetensors", "-q"], 0
+        return ["profile", "smollm2-135m", "-o", folder / "profile.safetensors", "-q"], known
     if way.command == "pack":
         profile = own / "profile.safetensors"
-        return ["pack", "smollm2-135m", "--ssd", folder, "--profile", profile, "-q"], 0
+        return ["pack", "smollm2-135m", "--ssd", folder, "--profile", profile, "-q"], known
     words: list[object] = [way.command, bundle.path, *options]
     if way.command == "run":
         prompt = f"{text.read_text()}\n\n{COUNTING}" if way.long else COUNTING
@@ -118,7 +119,7 @@ def command_line(way: Way, bundle: Bundle, folder: Path) -> tuple[list[object], 
     elif way.command == "eval":
         words += ["--text", text]
     if way.limit is not None:
-        return words, way.limit * MiB - OVERHEAD_NBYTES
+        return words, known
     budget = 0
     planned = words if way.command != "chat" else ["run", *words[1:], "-p", "a", "--plan"]
     for tier, extra in (("--hbm", way.hbm_extra), ("--dram", way.extra)):
