@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from m2c.bundle.shard import BLOCK, PAGE
 from m2c.engine import Engine
 from m2c.errors import BadInput, StorageError
 from m2c.model.mix import Mix
+from m2c.tiers.ssd import Pending
 
 
 @pytest.fixture
@@ -160,3 +163,23 @@ def test_a_bundle_of_another_model_is_refused(copy: Path, fault: str) -> None:
     write_manifest(copy, replace(manifest, architecture=architecture, shards=shards))
     with pytest.raises(BadInput, match="another model"):
         Engine(open_bundle(copy), options_for(MIXES["5/15/80"]))
+
+
+def test_no_read_is_under_way_once_another_has_failed() -> None:
+    """Whoever waited may use the buffer at once."""
+    under_way, may_end = threading.Event(), threading.Event()
+
+    def slow() -> None:
+        under_way.set()
+        may_end.wait(10)
+
+    def fail() -> None:
+        raise StorageError("a sector")
+
+    with ThreadPoolExecutor(2) as pool:
+        other, failed = pool.submit(slow), pool.submit(fail)
+        under_way.wait(10)
+        threading.Timer(0.1, may_end.set).start()
+        with pytest.raises(StorageError):
+            Pending([failed, other]).wait()
+        assert other.done()
