@@ -37,8 +37,8 @@ WRITES: Final = (
     ),
     Guard(
         "files appear by rename", "bundle/files.py",
-        'temporary = path.with_name(f"{TEMPORARY_PREFIX}{unique}-{path.name}")',
-        "temporary = path", "tests/test_pack_killed.py",
+        "    temporary = temporary_name(path)\n    with",
+        "    temporary = path\n    with", "tests/test_pack_killed.py",
     ),
     Guard(
         "a failed write leaves no temporary file", "bundle/files.py",

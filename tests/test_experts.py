@@ -14,10 +14,18 @@ import torch
 from command_line import m2c
 from running import GiB, Run, decode, options_for, plan_of, same, smallest_dram
 from test_store_failures import flip
-from tiny_models import IDS, digest, job_for, profile_folder, run_pack, write_checkpoint
+from tiny_models import (
+    IDS,
+    digest,
+    job_for,
+    profile_folder,
+    run_pack,
+    run_repair,
+    write_checkpoint,
+)
 from trials import trials
 
-from m2c import speculate
+from m2c import encode, speculate
 from m2c.bundle.bundle import Bundle, open_bundle
 from m2c.bundle.importance import write_importance
 from m2c.bundle.shard import BLOCK, PAGE
@@ -27,7 +35,7 @@ from m2c.errors import BadInput, UsageError
 from m2c.expert_profile import ENOUGH
 from m2c.generate import generate_step, prefill
 from m2c.kernels.workers import Workers
-from m2c.model.checkpoint import open_checkpoint
+from m2c.model.checkpoint import HfCheckpoint, open_checkpoint
 from m2c.model.experts import Router, exact_rows
 from m2c.model.mix import Mix
 from m2c.model.tensors import router_name
@@ -362,23 +370,51 @@ def test_pack_keeps_experts_apart_whatever_the_threads(
     assert list(compare_with_source(bundle, open_checkpoint(checkpoint))) == []
 
 
-def test_one_expert_is_in_memory_at_a_time(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its matrices are read when those of the expert before are written."""
-    job = job_for(checkpoint)
-    order: list[tuple[str, int]] = []
-    read = type(job.checkpoint).read
+@pytest.fixture
+def order(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """What happens to layer 1: ("read", expert), and ("wrote", 0) after records of any matrix."""
+    found: list[tuple[str, int]] = []
+    read, write = HfCheckpoint.read, encode._write_records
 
-    def noted(self: Any, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    def reading(self: Any, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         if ".layers.1.mlp.experts." in name:
-            order.append(("read", int(name.split(".")[5])))
+            found.append(("read", int(name.split(".")[5])))
         return read(self, name, start, stop)
 
-    monkeypatch.setattr(type(job.checkpoint), "read", noted)
-    run_pack(job, tmp_path / "a.m2c", progress=lambda weights: order.append(("wrote", weights)))
+    def writing(*arguments: Any) -> None:
+        write(*arguments)
+        found.append(("wrote", 0))
+
+    monkeypatch.setattr(HfCheckpoint, "read", reading)
+    monkeypatch.setattr(encode, "_write_records", writing)
+    return found
+
+
+def require_one_at_a_time(order: list[tuple[str, int]]) -> None:
+    """An expert's matrices are read when those of the expert before are written."""
     for expert in range(1, EXPERTS):
         assert order[order.index(("read", expert)) - 1][0] == "wrote"
+
+
+def test_pack_holds_one_expert_at_a_time(
+    checkpoint: Path, tmp_path: Path, order: list[tuple[str, int]]
+) -> None:
+    job = job_for(checkpoint)
+    order.clear()
+    run_pack(job, tmp_path / "a.m2c")
+    require_one_at_a_time(order)
+
+
+def test_repair_holds_one_expert_at_a_time(
+    checkpoint: Path, bundle: Bundle, tmp_path: Path, order: list[tuple[str, int]]
+) -> None:
+    copy, job = tmp_path / "copy.m2c", job_for(checkpoint)
+    shutil.copytree(bundle.path, copy)
+    flip(copy / "neurons" / "00001.int8", PAGE)
+    order.clear()
+    assert run_repair(job, copy) == ["neurons/00001.int8"]
+    assert digest(copy) == digest(bundle.path)
+    require_one_at_a_time(order)
 
 
 def test_an_order_that_mixes_experts_is_refused(checkpoint: Path, tmp_path: Path) -> None:

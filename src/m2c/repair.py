@@ -8,7 +8,6 @@ finishes one that was stopped. Knows nothing about printing.
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,7 +16,7 @@ from typing import Final
 
 from m2c.bundle.bundle import Bundle
 from m2c.bundle.claim import claim_folder
-from m2c.bundle.files import TEMPORARY_PREFIX, disk_errors, put_in_place, write_atomic
+from m2c.bundle.files import disk_errors, put_in_place, temporary_name, write_atomic
 from m2c.bundle.manifest import MANIFEST, FileFact, Manifest, MixChoice, ShardFact, read_manifest
 from m2c.bundle.shard import read_index
 from m2c.check import find_damage
@@ -92,14 +91,10 @@ def _mend_shards(
 @contextmanager
 def _made_again(group: Group, path: Path, recipe: str, tools: Tools) -> Iterator[dict[str, Path]]:
     """The group's shards, complete and durable, under names that readers ignore: name to file."""
-    made = {
-        name: (path / name).with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-new-{Path(name).name}")
-        for name in group.files.values()
-    }
+    made = {name: temporary_name(path / name) for name in group.files.values()}
     try:
-        opened = [(matrix, matrix.open(tools.workers)) for matrix in group.matrices]
         paths = {plane: made[name] for plane, name in group.files.items()}
-        write_planes(paths, recipe, opened, tools)()
+        write_planes(paths, recipe, group.open(tools.workers), tools)()
         yield made
     finally:
         for file in made.values():

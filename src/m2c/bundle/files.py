@@ -30,7 +30,9 @@ def disk_errors(path: Path | str) -> Iterator[None]:
         if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
             raise BadInput(f"{path}: {reason}") from None
         if error.errno == errno.ELOOP:  # what O_NOFOLLOW says of any link
-            raise BadInput(f"{path}: a symbolic link, which is not followed") from None
+            raise BadInput(
+                f"{path}: a symbolic link, which is not followed", "put the file itself there"
+            ) from None
         raise StorageError(f"{path}: {reason}") from None
 
 
@@ -45,9 +47,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     if path.is_symlink() or (path.exists() and not path.is_file()):
         # a rename would put a file in the place of a device or of a link
         raise UsageError(f"{path} is not a regular file", "give another name")
-    # in containers process numbers repeat, and two of them may write to one disk
-    unique = f"{os.getpid()}-{os.urandom(4).hex()}"
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{unique}-{path.name}")
+    temporary = temporary_name(path)
     with disk_errors(path):
         try:
             with open(temporary, "xb") as file:
@@ -63,6 +63,13 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 def write_atomic(path: Path, data: bytes) -> None:
     with atomic_file(path) as file:
         file.write(data)
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` that readers ignore, and that nobody else uses: in containers process
+    numbers repeat, and two of them may write to one disk."""
+    unique = f"{os.getpid()}-{os.urandom(4).hex()}"
+    return path.with_name(f"{TEMPORARY_PREFIX}{unique}-{path.name}")
 
 
 def put_in_place(temporary: Path, path: Path) -> None:
