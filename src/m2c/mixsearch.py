@@ -68,11 +68,8 @@ def exact_bits(bundle: Bundle) -> float:
         for name, index in bundle.shards.items()
         if name.startswith("neurons/") and name.endswith(".fp16")
     ]
-    return (
-        8
-        * sum(s.nbytes for s in sections)
-        / sum(s.records * s.vectors * s.length for s in sections)
-    )
+    weights = sum(s.records * s.vectors * s.length for s in sections)
+    return 8 * sum(s.nbytes for s in sections) / weights
 
 
 def search_by_error(

@@ -159,8 +159,8 @@ def _neurons(
                 for part in rows.split(hidden, dim=1)[:-1]
             ]
             codes = [part for part in parts if part is not None]
-            known = len(codes) == len(parts)
-            return Piece(rows, np.hstack([*codes, down[start:stop]]) if known else None)
+            chosen = len(codes) == len(parts)
+            return Piece(rows, np.hstack([*codes, down[start:stop]]) if chosen else None)
 
         return read
 

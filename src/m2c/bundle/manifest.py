@@ -101,7 +101,10 @@ def read_manifest(directory: Path) -> Manifest:
         _check_name(name, path)
     for folder in sorted({name.partition("/")[0] for name in (*manifest.shards, *manifest.files)}):
         if (directory / folder).is_symlink():
-            raise BadInput(f"{directory / folder}: a link, and all of a bundle lies in its folder")
+            raise BadInput(
+                f"{directory / folder}: a link, and all of a bundle lies in its folder",
+                "put the folder itself there",
+            )
     if manifest.exact_type not in EXACT_TYPES:
         raise BadInput(f"{path}: exact_type must be one of {', '.join(EXACT_TYPES)}")
     if len(manifest.mix.percent) != 3 or sum(manifest.mix.percent) != 100:

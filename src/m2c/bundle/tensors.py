@@ -6,7 +6,6 @@ Knows nothing about which tensors belong there.
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load
@@ -24,9 +23,3 @@ def load_tensors(
     except (SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split())[:200]
         raise BadInput(f"{path}: not {what} ({reason})") from None
-
-
-def is_array(array: Any, dtype: type, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor is there, of this type and shape, and finite."""
-    fits = array is not None and array.dtype == dtype and array.shape == shape
-    return bool(fits and np.isfinite(array).all())
