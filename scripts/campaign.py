@@ -1,7 +1,8 @@
-"""Counts that a campaign reached, as the rows of docs/RELIABILITY.md.
+"""Counts that a campaign reached, as rows of a table: what docs/RELIABILITY.md quotes.
 
-M2C_CAMPAIGN=campaign .venv/bin/python -m pytest -m campaign -s
-.venv/bin/python scripts/campaign.py campaign
+    python scripts/campaign.py DIR
+
+DIR: that of `make campaign`, which ends with this. Exit code 1 where a trial failed.
 """
 
 import json

@@ -5,7 +5,7 @@
 Works on copies of src and tests in DIR and never touches the tree itself. First the tests that are
 named with the guard; with --whole, where those stay green, the rest of the suite. What was found is
 kept in DIR/found.json, so that a run that was broken off goes on; printed as rows for
-docs/RELIABILITY.md. Exit code 1 where fewer than 95 % of the guards are missed.
+docs/RELIABILITY.md. Exit code 1 where the tests notice fewer than 95 % of the guards.
 """
 
 import argparse

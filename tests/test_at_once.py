@@ -19,7 +19,15 @@ from typing import Any, Final
 import pytest
 from running import MIXES, Run, decode, options_for, same, smallest_dram
 from syscalls import KILL, End, Event
-from tiny_models import digest, job_for, pack_again, pack_folder, run_pack, write_checkpoint
+from tiny_models import (
+    digest,
+    job_for,
+    pack_again,
+    pack_folder,
+    require_sound,
+    run_pack,
+    write_checkpoint,
+)
 from trials import trials
 from watched_pack import OUT, Names, WatchedPack, spread
 
@@ -35,15 +43,6 @@ from m2c.model.mix import Mix
 from m2c.pack import PackJob
 
 MIX: Final = MIXES["5/15/80"]
-
-
-def require_sound(out: Path) -> None:
-    """No bundle, or one that is whole; never one that looks complete and is not."""
-    try:
-        open_bundle(out)
-    except BadInput:
-        return
-    assert not list(check_bundle(out, read_data=True))
 
 
 # -- two packs of one bundle -----------------------------------------------------------------------

@@ -95,17 +95,25 @@ def test_a_read_that_fails(subject: Subject, disk: Disk) -> None:
     undisturbed: dict[str, tuple[Said, int]] = {}
     for trial in trials("R7-failing-reads", ci=20, campaign=2000):
         with trial as seed:
-            rng = random.Random(seed)
-            mode = list(subject.modes)[seed % len(subject.modes)]
-            true, reads = count_reads(subject, disk, mode, undisturbed)
-            disk.quiet()
-            disk.at, disk.more = rng.randint(1, reads), rng.random() < 0.5
+            rng, mode = random.Random(seed), mode_of(subject, seed)
+            true = aim(disk, rng, *count_reads(subject, disk, mode, undisturbed))
             disk.answer = failing(rng.choice(CODES))
             said = run(subject.bundle.path, subject.modes[mode])
             if not disk.met:  # threads read ahead more in one run than in another
                 assert (said.code, said.out) == (0, true.out)
                 continue
             require_failed_at(said, true, disk.met)
+
+
+def mode_of(subject: Subject, seed: int) -> str:
+    return list(subject.modes)[seed % len(subject.modes)]
+
+
+def aim(disk: Disk, rng: random.Random, true: Said, reads: int) -> Said:
+    """At one of a run's reads, or at that and all that follow; returns `true`."""
+    disk.quiet()
+    disk.at, disk.more = rng.randint(1, reads), rng.random() < 0.5
+    return true
 
 
 def count_reads(
@@ -142,11 +150,8 @@ def test_short_reads_are_read_on(subject: Subject, disk: Disk) -> None:
     undisturbed: dict[str, tuple[Said, int]] = {}
     for trial in trials("R7-short-reads", ci=10, campaign=1000):
         with trial as seed:
-            rng = random.Random(seed)
-            mode = list(subject.modes)[seed % len(subject.modes)]
-            true, reads = count_reads(subject, disk, mode, undisturbed)
-            disk.quiet()
-            disk.at, disk.more = rng.randint(1, reads), rng.random() < 0.5
+            rng, mode = random.Random(seed), mode_of(subject, seed)
+            true = aim(disk, rng, *count_reads(subject, disk, mode, undisturbed))
             disk.answer = lambda nbytes, rng=rng: rng.randint(1, nbytes)
             assert run(subject.bundle.path, subject.modes[mode]).out == true.out
             assert disk.reads >= disk.at
@@ -162,8 +167,7 @@ def test_a_shard_cut_or_removed_while_it_runs(
     disk = watched(copy, monkeypatch)
     for trial in trials("R7-cut-while-running", ci=10, campaign=1000):
         with trial as seed:
-            rng = random.Random(seed)
-            mode = list(subject.modes)[seed % len(subject.modes)]
+            rng, mode = random.Random(seed), mode_of(subject, seed)
             true, reads = count_reads(subject, disk, mode, undisturbed, copy)
             disk.quiet()
             disk.at, victim = rng.randint(1, reads), rng.choice(list(subject.bundle.shards))

@@ -5,6 +5,7 @@ Layers are wide, so that a temporary nobody counted shows.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_line import shell
@@ -29,23 +30,26 @@ def wide_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return pack_folder(write_checkpoint(folder / "checkpoint", WIDE), folder / "wide.m2c")
 
 
-@pytest.mark.parametrize("mix", ["100/0/0", "50/50/0", "25/25/50", "0/25/75", "0/0/100"])
-@pytest.mark.parametrize("extra_mib", [0, 150])
-def test_the_budget_is_kept(
-    wide_bundle: Bundle, tmp_path: Path, mix: str, extra_mib: int
-) -> None:  # fmt: skip
+def within_budget(bundle: Bundle, stats: Path, mix: str, extra_mib: int) -> dict[str, Any]:
+    """Facts of a run with the smallest budget and `extra_mib`, which it must keep to: in a process
+    of its own, as the peak of this one is packing's."""
     shape = options_for(Mix.parse(mix), ctx_size=512, threads=2, kv_type="f16")
-    dram = (-(-smallest_dram(wide_bundle, shape) // MiB) + extra_mib) * MiB
-    stats = tmp_path / "stats.json"
-    # a process of its own: the peak of this one is packing's
+    dram = (-(-smallest_dram(bundle, shape) // MiB) + extra_mib) * MiB
     said = shell(
-        '"$@"', "run", str(wide_bundle.path), "--raw", "-p", "to be or not to be " * 12, "-n", "6",
+        '"$@"', "run", str(bundle.path), "--raw", "-p", "to be or not to be " * 12, "-n", "6",
         "-c", "512", "-t", "2", "--mix", mix, "--dram", f"{dram // MiB}MiB", "--stats", str(stats),
     )  # fmt: skip
     assert said.code == 0, said.err
-    facts = json.loads(stats.read_text())
+    facts: dict[str, Any] = json.loads(stats.read_text())
     assert facts["plan"]["dram_used"] <= dram
     assert facts["peak_memory_nbytes"] <= dram + OVERHEAD_NBYTES
+    return facts
+
+
+@pytest.mark.parametrize("mix", ["100/0/0", "50/50/0", "25/25/50", "0/25/75", "0/0/100"])
+@pytest.mark.parametrize("extra_mib", [0, 150])
+def test_the_budget_is_kept(wide_bundle: Bundle, tmp_path: Path, mix: str, extra_mib: int) -> None:
+    within_budget(wide_bundle, tmp_path / "stats.json", mix, extra_mib)
 
 
 @pytest.fixture(scope="module")
@@ -61,17 +65,6 @@ def expert_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 @pytest.mark.parametrize(("mix", "extra_mib"), [("100/0/0", 24), ("0/0/100", 0)])
 def test_the_budget_is_kept_with_experts(
     expert_bundle: Bundle, tmp_path: Path, mix: str, extra_mib: int
-) -> None:  # fmt: skip
-    shape = options_for(Mix.parse(mix), ctx_size=512, threads=2, kv_type="f16")
-    dram = (-(-smallest_dram(expert_bundle, shape) // MiB) + extra_mib) * MiB
-    stats = tmp_path / "stats.json"
-    said = shell(
-        '"$@"', "run", str(expert_bundle.path), "--raw", "-p", "to be or not to be " * 12,
-        "-n", "6", "-c", "512", "-t", "2", "--mix", mix, "--dram", f"{dram // MiB}MiB",
-        "--stats", str(stats),
-    )  # fmt: skip
-    assert said.code == 0, said.err
-    facts = json.loads(stats.read_text())
+) -> None:
+    facts = within_budget(expert_bundle, tmp_path / "stats.json", mix, extra_mib)
     assert facts["plan"]["expert_slots"] is not None
-    assert facts["plan"]["dram_used"] <= dram
-    assert facts["peak_memory_nbytes"] <= dram + OVERHEAD_NBYTES

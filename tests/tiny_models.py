@@ -20,6 +20,8 @@ from typing import Any
 from m2c.bundle.bundle import Bundle, open_bundle
 from m2c.bundle.importance import Importance, read_importance
 from m2c.bundle.manifest import MixChoice
+from m2c.check import check_bundle
+from m2c.errors import BadInput
 from m2c.kernels.workers import Workers
 from m2c.model.checkpoint import open_checkpoint
 from m2c.pack import PackJob, choose_exact_type, pack
@@ -144,6 +146,15 @@ def hold_lock(path: Path, ready: Connection) -> None:
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     ready.send(True)
     signal.pause()
+
+
+def require_sound(out: Path) -> None:
+    """No bundle, or one that is whole; never one that looks complete and is not."""
+    try:
+        open_bundle(out)
+    except BadInput:
+        return
+    assert not list(check_bundle(out, read_data=True))
 
 
 def digest(folder: Path) -> str:

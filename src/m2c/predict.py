@@ -25,7 +25,8 @@ _EFFICIENCY: Final = 0.88
 _LAYER_S: Final = 0.0001  # Python between the kernels of a layer
 _MIXED_LAYER_S: Final = 0.0004  # ranking and gathering besides
 _EXPERT_S: Final = 0.00004  # the router, and likewise each expert
-# of a thread: weights decoded a second, by the kernels' name (BENCHMARKS.md, "Exact mode");
+# of a thread: weights decoded a second, by the kernels' name, two thirds of what a quiet machine
+# gives (BENCHMARKS.md, "Kernels");
 # products of weights and activations in a prompt of 128 tokens, AVX-512
 _DECODED: Final = {"avx512": 0.75e9, "avx2": 0.55e9, "scalar": 0.03e9, "torch": 0.01e9}
 _PRODUCTS: Final = {"fp16": 26e9, "int8": 35e9, "int4": 41e9}

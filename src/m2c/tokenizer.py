@@ -22,9 +22,8 @@ MAX_JSON_NBYTES = 256 << 20  # the largest published vocabularies take about 35 
 _MAX_HELD_TOKENS = 16
 _REPLACEMENT = "\ufffd"
 
-MOST_GROWTH: Final = (
-    4096  # letters that one letter may become; those of published models stay below
-)
+# letters that one letter may become; those of published models stay below
+MOST_GROWTH: Final = 4096
 _PARTS: Final = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 _GROWTH: Final = {
     "NFKC": 18, "NFKD": 18, "NFC": 3, "NFD": 4, "Lowercase": 3, "BertNormalizer": 8,

@@ -27,10 +27,8 @@ def _refuse(read: Fields, what: str, hint: str) -> NoReturn:
 
 def _heads(read: Fields) -> tuple[int, int, int]:
     """hidden_size, heads, and the size of a head, which no key gives."""
-    hidden, heads = (
-        read.integer("hidden_size", 1, 2**17),
-        read.integer("num_attention_heads", 1, 2**12),
-    )
+    hidden = read.integer("hidden_size", 1, 2**17)
+    heads = read.integer("num_attention_heads", 1, 2**12)
     return hidden, heads, hidden // heads
 
 

@@ -62,8 +62,10 @@ class Stopped(Exception):
 
 
 class Transformer:
-    """vectors: `config.small_tensors`, f32, biases of neurons in the order of the rows. down_norms:
-    [layers] of [neurons]."""
+    """vectors: `small_tensors`, f32, biases of neurons in the order of the rows.
+
+    down_norms: [layers] of [neurons].
+    """
 
     def __init__(
         self, config: ModelConfig, store: Weights, *, vectors: dict[str, Tensor],
@@ -156,12 +158,12 @@ class Transformer:
         onto = None
         if self.config.parallel_norms:
             x, onto = given, x
-        biases = {"onto": onto, "bias": facts.up_bias, "out_bias": facts.down_bias}
+        more = {"onto": onto, "bias": facts.up_bias, "out_bias": facts.down_bias}
         neurons = (rows[FFN] for rows in self._store.uses("neurons", layer))
         if self._mix.is_uniform:
             return uniform_ffn(
                 x, neurons, norm=facts.ffn_norm, act=act, workers=self._workers,
-                out_norm=facts.ffn_out_norm, **biases,
+                out_norm=facts.ffn_out_norm, **more,
             )  # fmt: skip
         single = x.shape[0] == 1
         record = self.record if single else None
@@ -170,7 +172,7 @@ class Transformer:
             x = mixed_ffn(
                 x, floor, self._down_norms[layer], norm=facts.ffn_norm, act=act, mix=self._mix,
                 fetch=fetch, workers=self._workers, out_norm=facts.ffn_out_norm,
-                record=None if record is None else partial(record, layer), **biases,
+                record=None if record is None else partial(record, layer), **more,
             )  # fmt: skip
         return x
 
