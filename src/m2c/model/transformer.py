@@ -117,6 +117,7 @@ class Transformer:
                 x = self._layer(layer, x)
         self.kv.advance(len(ids))
         logits = self._logits(x if all_logits else x[-1:])
+        self._workers.check()
         # before a soft cap, which makes a large number of an infinite one
         if not all(math.isfinite(end) for end in logits.aminmax()):
             raise BadInput("the model's output is not finite", "check the bundle with m2c check")

@@ -129,14 +129,14 @@ class Block:
             position += span.nbytes
         section = self.shards[0].header.section(name)
         count = self.count(section)
-        frames = self._frames(name, views[2].numpy()) if self.is_exact else None
+        frames = self._frames(name, views[2]) if self.is_exact else None
         int8 = views[1].view(count, -1) if len(views) > 1 else None
         return PackedRows(section.layout, views[0].view(count, -1), int8, frames)
 
     def _range(self, section: Section) -> tuple[int, int]:
         return self.start, self.start + self.count(section)
 
-    def _frames(self, name: str, data: U8) -> ExactFrames:
+    def _frames(self, name: str, data: torch.Tensor) -> ExactFrames:
         exact = self.shards[2]
         section = exact.header.section(name)
         per = section.frame_records

@@ -4,9 +4,8 @@ It carries out a plan: loads what is resident, streams the rest through the ring
 upgrades on demand. It knows bytes and tiers; which neurons a token needs is decided in `model`.
 """
 
-import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -20,11 +19,12 @@ from m2c.tiers.drafts import EMBED, DraftPlanes
 from m2c.tiers.experts import ExpertCache, ExpertParts
 from m2c.tiers.facts import BlockFact
 from m2c.tiers.fetch import Decode, PlaneSource, RowSource
+from m2c.tiers.link import Link
 from m2c.tiers.memory import aligned_buffer
 from m2c.tiers.neighbours import runs
 from m2c.tiers.plan import Plan
 from m2c.tiers.ring import BlockRing
-from m2c.tiers.ssd import REQUEST_BLOCKS, THREADS, LinkStats, Pending, SsdReader
+from m2c.tiers.ssd import REQUEST_BLOCKS, THREADS, Pending, SsdReader
 from m2c.tiers.traffic import StoreStats
 from m2c.tiers.upgrades import HitStats, UpgradePlane
 
@@ -43,6 +43,7 @@ class _Use:
     rows: dict[str, Rows] | None = None
     raw: U8 | None = None
     ring: int = 0
+    moved: dict[int, dict[str, Rows]] = field(default_factory=dict)  # by the slot in HBM
 
 
 class NeuronStore:
@@ -61,9 +62,8 @@ class NeuronStore:
         self._bundle = bundle
         self._precisions = precisions
         self._progress = progress
-        self._link = LinkStats()
+        self._link = Link(device, plan.hbm_staging_nbytes)
         self._staging = aligned_buffer(plan.footprint.staging_nbytes)
-        self._hbm_slots: list[torch.Tensor] = []
         self._upgrades: dict[tuple[int, str], UpgradePlane] = {}
         self._ring: BlockRing | None = None
         self._uses: dict[tuple[str, int], list[_Use]] = {}
@@ -90,6 +90,7 @@ class NeuronStore:
         if self._ring is not None:
             self._ring.close()
         self.reader.close()
+        self._link.close()
 
     # -- what the model asks for -------------------------------------------------------------------
 
@@ -107,6 +108,7 @@ class NeuronStore:
             else:
                 assert self._ring is not None
                 yield self._to_compute(use, self._ring.acquire(use.ring))
+                self._link.arrived()
                 self._ring.release()
 
     def experts(self, layer: int, ids: Ids) -> Iterator[Rows]:
@@ -158,6 +160,13 @@ class NeuronStore:
             return self._ring.read_speed(self._staging)
         return self._experts.read_speed() if self._experts is not None else 0.0
 
+    def link_speed(self) -> float:
+        """Bytes per second from DRAM to HBM of a block that lies in DRAM or passes through it."""
+        held = [use.raw for uses in self._uses.values() for use in uses if use.raw is not None]
+        if held:
+            return self._link.speed(max(held, key=len))
+        return self._link.speed(self._ring.buffer) if self._ring is not None else 0.0
+
     @property
     def stats(self) -> StoreStats:
         totals: dict[str, HitStats] = {}
@@ -165,11 +174,11 @@ class NeuronStore:
             totals.setdefault(plane, HitStats()).add(upgrade.stats)
         if self._experts is not None:
             totals[EXPERTS] = replace(self._experts.stats)
-        return StoreStats(replace(self.reader.stats), replace(self._link), totals)
+        return StoreStats(replace(self.reader.stats), self._link.stats, totals)
 
     def reset_stats(self) -> None:
         self.reader.reset_stats()
-        self._link = LinkStats()
+        self._link.reset_stats()
         for upgrade in self._upgrades.values():
             upgrade.stats = HitStats()
         if self._experts is not None:
@@ -179,13 +188,10 @@ class NeuronStore:
 
     def _load(self) -> None:
         plan = self.plan
-        if plan.hbm_staging_nbytes:
-            half = plan.hbm_staging_nbytes // 2
-            self._hbm_slots = [
-                torch.empty(half, dtype=torch.uint8, device=self.device) for _ in range(2)
-            ]
         if self._precisions.drafts:
-            self.draft = DraftPlanes(self._bundle, self.reader, self._staging, self._parts.count)
+            self.draft = DraftPlanes(
+                self._bundle, self.reader, self._staging, self._parts.count, self.device
+            )
             self._progress(self.draft.load(plan.footprint.layers, head_name(self._bundle)))
         streamed = [self._block(plan.footprint.blocks[i]) for i in plan.streamed]
         for layer in range(plan.footprint.layers):
@@ -203,6 +209,7 @@ class NeuronStore:
                 self.draft.embedding = self._pinned_embed
         if streamed:
             self._ring = BlockRing(self.reader, streamed, plan.ring_nbytes)
+            self._link.pin(self._ring.buffer)
 
     def _place(self) -> dict[tuple[str, int], list[_Use]]:
         """Read what is resident. Neighbours that are ready for the kernels become one.
@@ -227,6 +234,7 @@ class NeuronStore:
                 started.append((use, raw, use.block.read(self.reader, raw)))
                 if run[0] in waiting:
                     use.raw = raw
+                    self._link.pin(raw)
             found.setdefault((kind, layer), []).append(use)
         for use, raw, pending in started:
             pending.wait()
@@ -287,7 +295,7 @@ class NeuronStore:
         return UpgradePlane(
             source, below, exact_type=self._bundle.manifest.exact_type if plane == "fp16" else None,
             slab=slab, neurons=plan.footprint.neurons, policy=plan.policy, device=self.device,
-            copied=self._copied if plan.budget.hbm else lambda nbytes, seconds: None,
+            copied=self._link.count if plan.budget.hbm else lambda nbytes, seconds: None,
             decode=self._decode,
         )  # fmt: skip
 
@@ -327,24 +335,11 @@ class NeuronStore:
         return RowSource(sources, facts, self._bundle.manifest.exact_type, self._decode)
 
     def _to_compute(self, use: _Use, payload: U8) -> dict[str, Rows]:
-        """Operands of a payload that lies in DRAM, copied to HBM if that is where we compute.
-
-        Exact payloads stay: they are decoded on the host and cross the link as values.
-        """
-        block = use.block
+        """Operands of a payload that lies in DRAM, copied to HBM if that is where we compute."""
         if not self.plan.budget.hbm:
-            return dict(block.rows(payload, use.below))
-        if block.is_exact:
-            self._copied(block.streamed_nbytes, 0.0)
-            return dict(block.rows(payload))
-        # attention has its slot, neurons and head have the other
-        slot = self._hbm_slots[len(block.sections) == 1]
-        begin = time.perf_counter()
-        view = slot[: block.streamed_nbytes]
-        view.copy_(torch.from_numpy(payload[: block.streamed_nbytes]))
-        self._copied(block.streamed_nbytes, time.perf_counter() - begin)
-        return dict(block.rows(view))
-
-    def _copied(self, nbytes: int, seconds: float) -> None:
-        self._link.nbytes += nbytes
-        self._link.busy_s += seconds
+            return dict(use.block.rows(payload, use.below))
+        slot = self._link.turn
+        view = self._link.move(payload[: use.block.streamed_nbytes])
+        if slot not in use.moved:
+            use.moved[slot] = dict(use.block.rows(view, use.below))
+        return use.moved[slot]
