@@ -43,11 +43,11 @@ def kernel_names() -> list[str]:
     """As the compiled module has them."""
     text = source()
     plain = re.findall(r'extern "C" __global__ void (m2c_\w+)\(', text)
-    rows = re.findall(r"^ROW_KERNELS\((\d+), (\d+)\)", text, re.MULTILINE)
-    columns = re.findall(r"^COLUMN_KERNEL\((\d+), (\d+)\)", text, re.MULTILINE)
-    made = [f"m2c_{name}_{k}_{t}" for k, t in rows for name in ("product", "gate_up")]
-    names = [name for name in plain if not name.endswith("_")]
-    return names + made + [f"m2c_columns_{k}_{t}" for k, t in columns]
+    tokens = re.findall(r"^    ROW_KERNELS\(KIND, (\d+),", text, re.MULTILINE)
+    kinds = re.findall(r"^ROW_KERNELS_OF\((\d+)\)", text, re.MULTILINE)
+    stems = ("product", "gate_up", "columns")
+    made = [f"m2c_{stem}_{k}_{t}" for k in kinds for t in tokens for stem in stems]
+    return [name for name in plain if not name.endswith("_")] + made
 
 
 @cache

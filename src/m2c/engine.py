@@ -108,7 +108,7 @@ class Engine:
         kv = KvCache(self.config, self.shape.ctx_size, kv_type=self.shape.kv_type, device=device)
         self.model = Transformer(
             self.config, self.store, vectors=vectors, down_norms=norms, mix=self.shape.mix, kv=kv,
-            workers=self.workers, upgrade=self.store.upgrade, record=record,
+            workers=self.workers, upgrades=self.store, record=record,
         )  # fmt: skip
         self.draft: Draft | None = None
         if self.store.draft is not None:

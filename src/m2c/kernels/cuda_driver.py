@@ -40,6 +40,7 @@ class CudaDriver:
         """cache: folder for compiled kernels. Raises NoKernels."""
         self.device = device
         torch.cuda.set_device(device)
+        self._index = torch.cuda.current_device()
         torch.zeros(1, device=device)  # torch makes the context that the driver works in
         self._driver = _library("libcuda.so.1")
         capability = "".join(map(str, torch.cuda.get_device_capability(device)))
@@ -52,7 +53,8 @@ class CudaDriver:
         if function is None:
             function = self._functions[kernel] = self._function(kernel)
         addresses = (_POINTER * len(arguments))(*map(ctypes.addressof, arguments))
-        stream = _POINTER(torch.cuda.current_stream(self.device).cuda_stream)
+        # what torch.cuda.current_stream asks, without the object it makes around the answer
+        stream = _POINTER(torch._C._cuda_getCurrentRawStream(self._index))
         self._check(
             self._driver.cuLaunchKernel(
                 function, grid, 1, 1, block, 1, 1, 0, stream, addresses, None

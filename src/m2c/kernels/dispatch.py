@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from m2c.kernels import reference
+from m2c.kernels.native import NativeKernels
 from m2c.kernels.operands import AttentionCall, Norm, Stack
 from m2c.kernels.rows import PackedRows, Rows, as_exact_tensor
 from m2c.kernels.workers import Kernels, Workers
@@ -123,7 +124,7 @@ def run_stack(x: Tensor, stack: Stack, start: int, workers: Workers) -> Tensor:
     The bits of `attention` and `gather_ffn` layer by layer; natively it is one call.
     """
     native = workers.native
-    if native is not None and native.here(x) and native.takes_stack(stack):
+    if isinstance(native, NativeKernels) and native.here(x) and native.takes_stack(stack):
         out = x.clone()
         native.run_stack(out, stack, start)
         return out

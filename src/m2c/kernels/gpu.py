@@ -5,17 +5,29 @@ GPU's driver, or in tests an emulation on the CPU.
 """
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from m2c.kernels.gpu_products import BLOCK, CHUNK, PARTIAL_NBYTES, Launcher, Products, part_of
-from m2c.kernels.gpu_structs import at, attention_of, given_of
-from m2c.kernels.operands import AttentionCall, LayerCall, Norm, Stack
+from m2c.bundle.planes import GROUP
+from m2c.kernels.gpu_products import (
+    BLOCK,
+    PARTIAL_NBYTES,
+    Launcher,
+    Prepared,
+    Products,
+    part_of,
+)
+from m2c.kernels.gpu_structs import Attention, at, attention_of, given_of
+from m2c.kernels.operands import AttentionCall, Norm
 from m2c.kernels.rows import ExactRows, PackedRows, Rows
 
+_SPAN: Final = 64  # positions whose softmax is taken by itself: as in attention.cu
+_QUERIES: Final = 4  # that share what is read of keys and values
 _int = ctypes.c_int
+Replays = dict[Hashable, "Replay | None"]
 
 
 class GpuKernels:
@@ -33,6 +45,7 @@ class GpuKernels:
         self._launch = launcher.launch
         self._start = torch.zeros(1, dtype=torch.int64, device=self.device)
         self._started = 0  # what `_start` holds
+        self._recording = False
         self._do = Products(launcher)
 
     def close(self) -> None:
@@ -86,17 +99,16 @@ class GpuKernels:
         """Add to `into` [tokens, hidden]; continued calls as with `ffn`."""
         for first, piece in self._do.pieces(rows):
             own = activations[:, first : first + len(piece)].contiguous()
-            self._do.columns(own, piece, into, None)
+            self._do.columns(own, piece, into)
 
     def ffn(
         self, x: Tensor, rows: Rows, act: str, *, into: Tensor, mask: Tensor | None = None,
         kept: Tensor | None = None, norm: Norm | None = None, bias: Tensor | None = None,
-        out_bias: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Add the neurons' FFN output to `into` [tokens, hidden].
 
-        kept: [tokens, rows], receives the activations. out_bias [hidden] is added last. A call with
-        a multiple of CHUNK rows, continued by another, gives the bits of one call.
+        kept: [tokens, rows], receives the activations. A call with a multiple of CHUNK rows,
+        continued by another, gives the bits of one call.
         """
         inputs = self._do.prepared(x, rows, norm)
         for first, piece in self._do.pieces(rows):
@@ -105,8 +117,7 @@ class GpuKernels:
             found = self._do.gate_up(inputs, piece, act, part_of(bias, first, len(piece)), part)
             if kept is not None:
                 kept[:, own] = found
-            last = own.stop == len(rows)
-            self._do.columns(found, piece, into, out_bias if last else None)
+            self._do.columns(found, piece, into)
 
     def add_normed(self, x: Tensor, norm: Norm, *, into: Tensor) -> None:
         """Add norm(x) to `into`, both [tokens, hidden]."""
@@ -126,15 +137,17 @@ class GpuKernels:
     def attention(self, x: Tensor, call: AttentionCall, start: int, *, norm: Norm) -> None:
         """Add the attention of norm(x) to x [tokens, hidden], in place; stores keys and values."""
         self._set_start(start)
-        self._attention(x, call, norm, chunks=-(-(start + len(x)) // CHUNK))
+        # what is recorded serves later positions too
+        stop = call.keys.shape[1] if self._recording else start + len(x)
+        self._attention(x, call, norm, spans=-(-stop // _SPAN))
 
     def _set_start(self, start: int) -> None:
         if start != self._started:
             self._start.fill_(start)
             self._started = start
 
-    def _attention(self, x: Tensor, call: AttentionCall, norm: Norm, *, chunks: int) -> None:
-        """chunks: of positions that there may be."""
+    def _attention(self, x: Tensor, call: AttentionCall, norm: Norm, *, spans: int) -> None:
+        """spans: of positions that there may be."""
         tokens, facts = len(x), attention_of(call, self._start)
         inputs = self._do.prepared(x, call.projections[0], norm)
         made = [torch.empty((tokens, len(r)), device=self.device) for r in call.projections[:3]]
@@ -144,23 +157,8 @@ class GpuKernels:
         heads = facts.heads + 2 * facts.kv_heads
         pointers = [at(tensor) for tensor in made]
         self._launch("m2c_place", tokens * heads, BLOCK // 2, (facts, *pointers))
-        mixed = torch.empty((tokens, facts.heads * facts.dim), device=self.device)
-        part_nbytes = facts.heads * chunks * (facts.dim + 2) * 4
-        step = max(1, PARTIAL_NBYTES // part_nbytes)
-        for first in range(0, tokens, step):
-            count = min(step, tokens - first)
-            parts = torch.empty(count * part_nbytes // 4, device=self.device)
-            q, out = made[0][first : first + count], mixed[first : first + count]
-            given = (_int(first), _int(chunks))
-            self._launch(
-                "m2c_attend", count * facts.heads * chunks, BLOCK,
-                (facts, at(q), *given, at(parts)),
-            )  # fmt: skip
-            self._launch(
-                "m2c_mix", count * facts.heads, BLOCK // 2, (facts, at(parts), *given, at(out))
-            )
         output, bias = call.projections[3], call.biases[3]
-        inputs = self._do.prepared(mixed, output, None)
+        inputs = self._mixed(made[0], facts, spans, output)
         if call.out_norm is None:
             self._do.product(inputs, [(output, bias, x)], add=True)
             return
@@ -168,47 +166,61 @@ class GpuKernels:
         self._do.product(inputs, [(output, bias, out)])
         self.add_normed(out, call.out_norm, into=x)
 
-    # -- all layers --------------------------------------------------------------------------------
+    def _mixed(self, q: Tensor, facts: Attention, spans: int, output: Rows) -> Prepared:
+        """What queries [tokens, heads * dim] get of the values, ready for `output`."""
+        tokens, heads, dim = len(q), facts.heads, facts.dim
+        coded = isinstance(output, PackedRows) and output.frames is None and dim % GROUP == 0
+        if coded:
+            mixed = self._do.room_for_codes(tokens, heads * dim)
+        else:
+            mixed = Prepared(tokens, heads * dim, values=torch.empty_like(q))
+        part_nbytes = heads * spans * (dim + 2) * 4
+        step = max(1, PARTIAL_NBYTES // part_nbytes)
+        for first in range(0, tokens, step):
+            count = min(step, tokens - first)
+            parts = torch.empty(count * part_nbytes // 4, device=self.device)
+            queries = count * heads // facts.kv_heads  # that share keys
+            at_once = 1 if queries == 1 else _QUERIES
+            given = (_int(first), _int(count), _int(spans), at(parts))
+            self._launch(
+                f"m2c_attend_{at_once}", -(-queries // at_once) * facts.kv_heads * spans, BLOCK,
+                (facts, at(q[first:]), *given),
+            )  # fmt: skip
+            own = mixed.of_tokens(first)
+            self._launch(
+                "m2c_mix", count * heads, 32 * min(4, -(-dim // 128)),
+                (facts, at(parts), _int(first), _int(spans), at(own.values), own.coded),
+            )  # fmt: skip
+        if coded or not isinstance(output, PackedRows) or output.frames is not None:
+            return mixed
+        assert mixed.values is not None
+        return self._do.prepared(mixed.values, output, None)
 
-    def takes_stack(self, stack: Stack) -> bool:
-        held: bool | None = stack.__dict__.get("_gpu_takes")
-        if held is None:
-            rows = [r for one in stack.layers for r in (*one.attention.projections, one.neurons)]
-            held = stack.__dict__["_gpu_takes"] = all(self._takes(r) and len(r) for r in rows)
-        return held
+    @property
+    def replays(self) -> bool:
+        """Whether launches can be recorded."""
+        return self.device.type == "cuda"
 
-    def run_stack(self, x: Tensor, stack: Stack, start: int) -> None:
-        """x [tokens, hidden] through all layers, in place.
+    def replayed(
+        self, held: Replays, key: Hashable, x: Tensor, start: int, run: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """run(x) at position `start`, its launches recorded and from then on replayed as one: a GPU
+        computes a layer faster than Python can ask for it.
 
-        The launches are recorded once for each number of tokens, and then replayed as one: a GPU
-        computes a layer of a small model faster than Python can ask for it.
+        held: what was recorded before, by `key`: of calls that launch the same on the same memory.
         """
         self._set_start(start)
-        if self.device.type != "cuda":
-            self._layers(x, stack)
-            return
-        replays = stack.__dict__.setdefault("_gpu_replays", {})
-        replay = replays.get(len(x))
+        if key not in held:
+            held[key] = None  # the first time it runs as it is: what is made once gets made
+            return run(x)
+        replay = held[key]
         if replay is None:
-            replays[len(x)] = Replay  # the first time it runs as it is: what is made once gets made
-            self._layers(x, stack)
-            return
-        if replay is Replay:
-            replay = replays[len(x)] = Replay(x, lambda held: self._layers(held, stack))
-        replay(x)
-
-    def _layers(self, x: Tensor, stack: Stack) -> None:
-        for layer in stack.layers:
-            self._layer(x, layer, parallel=stack.parallel)
-
-    def _layer(self, x: Tensor, layer: LayerCall, *, parallel: bool) -> None:
-        given = x.clone() if parallel else x
-        positions = layer.attention.keys.shape[1]
-        self._attention(x, layer.attention, layer.attn_norm, chunks=-(-positions // CHUNK))
-        self.ffn(
-            given, layer.neurons, layer.act, norm=layer.ffn_norm, into=x, bias=layer.up_bias,
-            out_bias=layer.down_bias,
-        )  # fmt: skip
+            self._recording = True
+            try:
+                replay = held[key] = Replay(x, run)
+            finally:
+                self._recording = False
+        return replay(x)
 
     def decode(self, rows: PackedRows) -> Tensor:
         """The 16-bit weights [rows, vectors * length] of rows with frames."""
@@ -218,13 +230,13 @@ class GpuKernels:
 class Replay:
     """Launches recorded once, for an `x` of one shape."""
 
-    def __init__(self, x: Tensor, run: Callable[[Tensor], None]) -> None:
-        self._x = torch.empty_like(x)
+    def __init__(self, x: Tensor, run: Callable[[Tensor], Tensor]) -> None:
+        self._x = x.clone()
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            run(self._x)
+            self._out = run(self._x)
 
-    def __call__(self, x: Tensor) -> None:
+    def __call__(self, x: Tensor) -> Tensor:
         self._x.copy_(x)
         self._graph.replay()
-        x.copy_(self._x)
+        return self._out.clone()

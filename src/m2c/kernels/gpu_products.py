@@ -15,6 +15,7 @@ from m2c.bundle.planes import GROUP
 from m2c.errors import BadInput
 from m2c.kernels.gpu_structs import (
     Activation,
+    Coded8,
     Inputs,
     Matrices,
     RowsOnGpu,
@@ -31,7 +32,11 @@ BLOCK: Final = 128  # threads
 PARTIAL_NBYTES: Final = 16 << 20  # sums of chunks at a time
 _ACT_KINDS: Final = {"silu": 0, "relu": 1, "fatrelu": 1, "gelu_pytorch_tanh": 2, "gelu": 3}
 _TILE: Final = 256  # outputs of a block of columns
-_AT_ONCE: Final = 4  # tokens of a call of more than one that share what is read of a row
+# tokens that share what is read of a row, and how many rows share those of `product` and of
+# `gate_up`: ROW_KERNELS in products.cu
+_SHARES: Final = {1: (1, 1), 4: (2, 1), 8: (4, 2)}
+_PART: Final = 128  # neurons of a block of columns
+_MOST_THREADS: Final = 1024  # of a block
 _DECODED_NBYTES: Final = 32 << 20  # 16-bit weights decoded at a time
 
 _int, _i64 = ctypes.c_int, ctypes.c_int64
@@ -46,12 +51,30 @@ class Launcher(Protocol):
 
 
 class Prepared:
-    """Activations as kernels take them; `held` keeps their memory."""
+    """Activations as kernels take them, and their memory: values, or codes, scales and sums."""
 
-    def __init__(self, facts: Inputs, tokens: int, held: object) -> None:
-        self.facts, self.tokens, self.held = facts, tokens, held
-        self.at_once = 1 if tokens == 1 else _AT_ONCE
+    def __init__(
+        self, tokens: int, length: int, *, values: Tensor | None = None,
+        codes: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        self.tokens, self.values, self._codes = tokens, values, codes
+        pointers = [None] * 3 if codes is None else [one.data_ptr() for one in codes]
+        self.coded = Coded8(*pointers)
+        at_values = None if values is None else values.data_ptr()
+        self.facts = Inputs(at_values, *pointers, tokens, length)
+        self.at_once = _at_once(tokens)
         self.tiles = -(-tokens // self.at_once)
+        self._length = length
+
+    def of_tokens(self, first: int) -> "Prepared":
+        """Of the tokens from `first` on."""
+        codes = self._codes and (
+            self._codes[0][first:],
+            self._codes[1][first:],
+            self._codes[2][first:],
+        )
+        values = None if self.values is None else self.values[first:]
+        return Prepared(self.tokens - first, self._length, values=values, codes=codes)
 
 
 class Products:
@@ -103,22 +126,25 @@ class Products:
         """norm(x), rounded to int8 where rows have codes."""
         x = x.contiguous()
         tokens, length = x.shape
-        groups = -(-length // GROUP)
         coded = isinstance(rows, PackedRows) and rows.frames is None
         if not coded and norm is None:
-            return Prepared(Inputs(x.data_ptr(), None, None, None, tokens, length), tokens, x)
-        values = codes = scales = sums = None
+            return Prepared(tokens, length, values=x)
         if coded:
-            shape = (tokens, groups)
-            codes = torch.empty((*shape, GROUP), dtype=torch.int8, device=self.device)
-            scales = torch.empty(shape, device=self.device)
-            sums = torch.empty(shape, dtype=torch.int32, device=self.device)
+            into = self.room_for_codes(tokens, length)
         else:
-            values = torch.empty_like(x)
-        held = (values, codes, scales, sums)
-        self._launch("m2c_prepare", tokens, 4 * BLOCK, (given_of(x, norm), *map(at, held)))
-        pointers = (None if one is None else one.data_ptr() for one in held)
-        return Prepared(Inputs(*pointers, tokens, length), tokens, held)
+            into = Prepared(tokens, length, values=torch.empty_like(x))
+        threads = min(_MOST_THREADS, 32 * -(-length // (4 * 32)))
+        self._launch(
+            "m2c_prepare", tokens, threads, (given_of(x, norm), at(into.values), into.coded)
+        )
+        return into
+
+    def room_for_codes(self, tokens: int, length: int) -> "Prepared":
+        shape = (tokens, -(-length // GROUP))
+        codes = torch.empty((*shape, GROUP), dtype=torch.int8, device=self.device)
+        scales = torch.empty(shape, device=self.device)
+        sums = torch.empty(shape, dtype=torch.int32, device=self.device)
+        return Prepared(tokens, length, codes=(codes, scales, sums))
 
     def product(
         self, inputs: "Prepared", wanted: list[tuple[Rows, Tensor | None, Tensor]], *,
@@ -136,7 +162,8 @@ class Products:
     def _products(
         self, inputs: "Prepared", wanted: list[tuple[Rows, Tensor | None, Tensor]], *, add: bool
     ) -> None:
-        facts = Matrices(total=sum(len(rows) for rows, *_ in wanted), add=add)
+        each = _SHARES[inputs.at_once][0]
+        facts = Matrices(units=sum(-(-len(rows) // each) for rows, *_ in wanted), add=add)
         for i, (rows, bias, out) in enumerate(wanted):
             facts.rows[i] = rows_of(rows)
             facts.bias[i] = None if bias is None else bias.data_ptr()
@@ -145,7 +172,7 @@ class Products:
         lanes = _lanes(first)
         self._launch(
             f"m2c_product_{first.kind}_{inputs.at_once}",
-            inputs.tiles * -(-facts.total * lanes // BLOCK), BLOCK,
+            inputs.tiles * -(-facts.units * lanes // BLOCK), BLOCK,
             (facts, inputs.facts, _int(lanes)),
         )  # fmt: skip
 
@@ -154,34 +181,37 @@ class Products:
     ) -> Tensor:
         out = torch.empty((inputs.tokens, len(rows)), device=self.device)
         facts, lanes = rows_of(rows), _lanes(rows_of(rows))
+        units = -(-facts.count // _SHARES[inputs.at_once][1])
         name, threshold = activation_of(act)
         how = Activation(_ACT_KINDS[name], threshold, None if bias is None else bias.data_ptr())
         self._launch(
             f"m2c_gate_up_{facts.kind}_{inputs.at_once}",
-            inputs.tiles * -(-facts.count * lanes // BLOCK), BLOCK,
+            inputs.tiles * -(-units * lanes // BLOCK), BLOCK,
             (facts, inputs.facts, how, at(mask), at(out), _int(lanes)),
         )  # fmt: skip
         return out
 
-    def columns(
-        self, activations: Tensor, rows: Rows, into: Tensor, out_bias: Tensor | None
-    ) -> None:
+    def columns(self, activations: Tensor, rows: Rows, into: Tensor) -> None:
         facts, tokens, length = rows_of(rows), len(activations), rows.layout.length
-        chunks, tiles = -(-facts.count // CHUNK), -(-length // _TILE)
-        step = max(1, PARTIAL_NBYTES // (4 * chunks * length))
-        at_once = 1 if tokens == 1 else _AT_ONCE
+        parts, tiles = -(-facts.count // _PART), -(-length // _TILE)
+        step = max(1, PARTIAL_NBYTES // (4 * parts * length))
+        at_once = _at_once(tokens)
         for first in range(0, tokens, step):
             count = min(step, tokens - first)
-            partial = torch.empty(chunks * count * length, device=self.device)
+            partial = torch.empty(parts * count * length, device=self.device)
             self._launch(
-                f"m2c_columns_{facts.kind}_{at_once}", -(-count // at_once) * tiles * chunks, _TILE,
+                f"m2c_columns_{facts.kind}_{at_once}", -(-count // at_once) * tiles * parts, _TILE,
                 (facts, at(activations), _int(first), _int(count), _int(tiles), at(partial)),
             )  # fmt: skip
             size, own = count * length, into[first : first + count]
             self._launch(
                 "m2c_add_chunks", -(-size // _TILE), _TILE,
-                (at(partial), _int(chunks), _i64(size), at(own), at(out_bias), _int(length)),
+                (at(partial), _int(parts), _i64(size), at(own)),
             )  # fmt: skip
+
+
+def _at_once(tokens: int) -> int:
+    return 1 if tokens == 1 else 4 if tokens <= 4 else 8
 
 
 def _lanes(rows: RowsOnGpu) -> int:

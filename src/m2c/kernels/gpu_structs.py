@@ -35,6 +35,10 @@ class Inputs(ctypes.Structure):
     )  # fmt: skip
 
 
+class Coded8(ctypes.Structure):
+    _fields_ = (("codes", _POINTER), ("scales", _POINTER), ("sums", _POINTER))
+
+
 class Given(ctypes.Structure):
     _fields_ = (
         ("x", _POINTER), ("norm", _POINTER), ("norm_bias", _POINTER), ("eps", _FLOAT),
@@ -49,7 +53,7 @@ class Activation(ctypes.Structure):
 class Matrices(ctypes.Structure):
     _fields_ = (
         ("rows", RowsOnGpu * 3), ("bias", _POINTER * 3), ("out", _POINTER * 3),
-        ("stride", _I64 * 3), ("total", _I64), ("add", _INT),
+        ("stride", _I64 * 3), ("units", _I64), ("add", _INT),
     )  # fmt: skip
 
 

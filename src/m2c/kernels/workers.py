@@ -57,6 +57,12 @@ class Workers:
         strides += [other.result() for other in others]
         return [strides[i % self.threads][i // self.threads] for i in range(count)]
 
+    @property
+    def replaying(self) -> GpuKernels | None:
+        """What computes, if it can record a pass and replay it."""
+        gpu = self.native
+        return gpu if isinstance(gpu, GpuKernels) and gpu.replays else None
+
     def check(self) -> None:
         """Raises BadInput if weights that were decoded since were damaged."""
         if self.native is not None:

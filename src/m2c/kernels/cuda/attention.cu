@@ -1,5 +1,5 @@
-/* Softmax attention over the KV cache. Positions are cut into chunks at multiples of CHUNK, whatever
- * the tokens of the call; the chunks of a head are put together in order. */
+/* Softmax attention over the KV cache. Positions are cut into spans at multiples of SPAN, whatever
+ * the tokens of the call; the spans of a head are put together in order. */
 
 /* Mirrored by kernels/gpu.py. */
 struct Attention {
@@ -69,127 +69,218 @@ extern "C" __global__ void m2c_place(Attention a, float *q, const float *k, cons
     }
 }
 
-/* 8 numbers of a key, as f32 */
-__device__ __forceinline__ void eight(const void *at, i64 i, int is_f16, float (&to)[8])
+#define SPAN 64 /* positions whose softmax is taken by itself */
+#define LANES 8 /* of a position, in scores */
+#define MOST_DIM 1024
+#define THREADS 128 /* of m2c_attend */
+
+/* 8 numbers of a key, as f32; of a length that is no multiple of 8 the `count` that are left */
+__device__ __forceinline__ void eight(const void *at, i64 i, int is_f16, int count, bool whole,
+                                      float (&to)[8])
 {
-    if (is_f16) {
+    if (is_f16 && whole) {
         Words words = *(const Words *)((const u16 *)at + i);
         for (int j = 0; j < 8; j++)
             to[j] = half_value(wide_in(words, j));
     } else {
         for (int j = 0; j < 8; j++)
-            to[j] = ((const float *)at)[i + j];
+            to[j] = j < count ? cached(at, i + j, is_f16) : 0.0f;
     }
 }
 
-#define LANES 8 /* of a position */
+/* A query: a head of a token, and the positions [seen, stop) that it sees. */
+struct Query {
+    int token, head;
+    i64 seen, stop;
+};
 
-/* q [dim] times a key, for all lanes of a position */
-__device__ __forceinline__ float score_of(const Attention &a, const float *q, i64 key, int lane)
+/* The n-th of those that share keys: heads of a token follow each other. */
+__device__ __forceinline__ Query query_of(const Attention &a, int group, int n, int first)
 {
-    float sum = 0;
-    if (a.dim % 8 == 0) {
+    int shared = a.heads / a.kv_heads, token = n / shared;
+    i64 stop = *a.start + first + token + 1;
+    return { token, group * shared + n % shared, max((i64)0, stop - a.window), stop };
+}
+
+/* Scores of QUERIES queries with the SPAN keys from `begin` on; minus infinity where one is not seen. */
+template <int QUERIES>
+__device__ __forceinline__ void scores_of(const Attention &a, const Query (&queries)[QUERIES],
+                                          const float (*q)[MOST_DIM], i64 base, i64 begin,
+                                          float (*scores)[SPAN])
+{
+    i64 last = queries[QUERIES - 1].stop - 1; /* positions after it were not written yet */
+    int lane = threadIdx.x % LANES;
+    for (int p = threadIdx.x / LANES; p < SPAN; p += THREADS / LANES) {
+        i64 key = base + min(begin + p, last) * a.dim;
+        float sums[QUERIES];
+        for (int i = 0; i < QUERIES; i++)
+            sums[i] = 0;
         for (int j = lane * 8; j < a.dim; j += LANES * 8) {
             float k[8];
-            eight(a.keys, key + j, a.is_f16, k);
-            for (int i = 0; i < 8; i++)
-                sum = fmaf(q[j + i], k[i], sum);
+            eight(a.keys, key + j, a.is_f16, min(8, a.dim - j), a.dim % 8 == 0, k);
+            for (int i = 0; i < QUERIES; i++)
+                for (int e = 0; e < 8; e++)
+                    sums[i] = fmaf(q[i][j + e], k[e], sums[i]);
         }
-    } else {
-        for (int j = lane; j < a.dim; j += LANES)
-            sum = fmaf(q[j], cached(a.keys, key + j, a.is_f16), sum);
+        for (int i = 0; i < QUERIES; i++) {
+            float score = warp_sum(sums[i], LANES) * a.scale;
+            if (a.softcap != 0) /* NaN of an infinite score, of which the cap would make a number */
+                score = tanhf(score / a.softcap) * a.softcap + (score - score);
+            bool visible = begin + p < queries[i].stop && begin + p >= queries[i].seen;
+            if (lane == 0)
+                scores[i][p] = visible ? score : MINUS_INFINITY;
+        }
     }
-    return warp_sum(sum, LANES);
 }
 
-#define MOST_DIM 1024
-
-/* One block of 128 threads a head, a token and a chunk of positions: parts [tokens, heads, chunks,
- * dim + 2] receives the values weighted by exp(score - largest), the largest score and the sum of
- * weights. q [tokens, heads, dim]; the first token is `first` after the call's start. */
-extern "C" __global__ void m2c_attend(Attention a, const float *q, int first, int chunks, float *parts)
+/* Values weighted by `weights`: out[i] [dim] for each query. Threads take two columns of a share of the
+ * positions each. */
+template <int QUERIES>
+__device__ __forceinline__ void values_of(const Attention &a, const Query (&queries)[QUERIES],
+                                          const float (*weights)[SPAN], i64 base, i64 begin,
+                                          float *const (&out)[QUERIES])
 {
-    __shared__ float query[MOST_DIM], weights[CHUNK], shares[128];
-    i64 of_head = blockIdx.x / chunks;
-    int chunk = blockIdx.x % chunks, head = (int)(of_head % a.heads), token = (int)(of_head / a.heads);
-    i64 position = *a.start + first + token;
-    i64 begin = (i64)chunk * CHUNK, seen = max((i64)0, position + 1 - a.window);
-    if (begin > position || begin + CHUNK <= seen)
-        return; /* nobody reads what this block would write */
-    int group = head / (a.heads / a.kv_heads);
-    i64 base = (i64)group * a.positions * a.dim;
-    for (int i = threadIdx.x; i < a.dim; i += blockDim.x)
-        query[i] = q[((i64)token * a.heads + head) * a.dim + i];
-    __syncthreads();
-    for (int p = threadIdx.x / LANES; p < CHUNK; p += blockDim.x / LANES) {
-        i64 at = begin + p;
-        bool visible = at <= position && at >= seen;
-        float score = score_of(a, query, base + (visible ? at : position) * a.dim,
-                               threadIdx.x % LANES) * a.scale;
-        if (a.softcap != 0) /* and NaN of an infinite score, of which the cap would make a number */
-            score = tanhf(score / a.softcap) * a.softcap + (score - score);
-        if (threadIdx.x % LANES == 0)
-            weights[p] = visible ? score : MINUS_INFINITY;
-    }
-    __syncthreads();
-    float largest = MINUS_INFINITY, sum = 0;
-    for (int p = threadIdx.x; p < CHUNK; p += blockDim.x)
-        largest = fmaxf(largest, weights[p]);
-    largest = block_max(largest);
-    for (int p = threadIdx.x; p < CHUNK; p += blockDim.x) {
-        bool visible = begin + p <= position && begin + p >= seen;
-        weights[p] = visible ? expf(weights[p] - largest) : 0.0f;
-        sum += weights[p];
-    }
-    sum = block_sum(sum); /* and all weights are there */
-    float *out = parts + blockIdx.x * (i64)(a.dim + 2);
-    int width = min(a.dim, (int)blockDim.x), shared = blockDim.x / width;
-    int column = threadIdx.x % width, share = threadIdx.x / width, each = CHUNK / shared;
-    int last = (int)min((i64)CHUNK, position + 1 - begin);
-    for (int d = column; d < a.dim; d += width) { /* as often for every thread: dim > 128 has one share */
-        float value = 0;
-        if (share < shared)
-            for (int p = share * each; p < (share + 1 == shared ? CHUNK : (share + 1) * each); p++)
-                if (p < last && begin + p >= seen)
-                    value = fmaf(weights[p], cached(a.values, base + (begin + p) * a.dim + d, a.is_f16),
-                                 value);
-        if (shared == 1) {
-            if (share == 0)
-                out[d] = value;
-            continue;
+    __shared__ float sums[QUERIES][THREADS][2];
+    int pairs = a.dim / 2, width = min(pairs, THREADS), shares = THREADS / width;
+    int share = threadIdx.x / width, each = (SPAN + shares - 1) / shares;
+    int stop = (int)min((i64)min((share + 1) * each, SPAN), queries[QUERIES - 1].stop - begin);
+    int from = max(share * each, (int)max((i64)0, queries[0].seen - begin));
+    for (int pair = threadIdx.x % width; pair < (pairs + width - 1) / width * width; pair += width) {
+        float low[QUERIES], high[QUERIES];
+        for (int i = 0; i < QUERIES; i++)
+            low[i] = high[i] = 0;
+        if (share < shares && pair < pairs) {
+#pragma unroll 4
+            for (int p = from; p < stop; p++) {
+                i64 at = base + (begin + p) * a.dim + 2 * pair;
+                float v[2];
+                if (a.is_f16) {
+                    u32 both = *(const u32 *)((const u16 *)a.values + at);
+                    v[0] = half_value((u16)(both & 0xffff));
+                    v[1] = half_value((u16)(both >> 16));
+                } else {
+                    v[0] = ((const float *)a.values)[at];
+                    v[1] = ((const float *)a.values)[at + 1];
+                }
+                for (int i = 0; i < QUERIES; i++) {
+                    bool visible = begin + p < queries[i].stop && begin + p >= queries[i].seen;
+                    low[i] = visible ? fmaf(weights[i][p], v[0], low[i]) : low[i];
+                    high[i] = visible ? fmaf(weights[i][p], v[1], high[i]) : high[i];
+                }
+            }
         }
-        shares[threadIdx.x] = value;
+        for (int i = 0; i < QUERIES; i++) {
+            sums[i][threadIdx.x][0] = low[i];
+            sums[i][threadIdx.x][1] = high[i];
+        }
         __syncthreads();
-        if (share == 0) {
-            for (int i = 1; i < shared; i++)
-                value += shares[i * width + column];
-            out[d] = value;
-        }
-    }
-    if (threadIdx.x == 0) {
-        out[a.dim] = largest;
-        out[a.dim + 1] = sum;
+        if (share == 0 && pair < pairs)
+            for (int i = 0; i < QUERIES; i++) {
+                float total[2] = { 0, 0 };
+                for (int other = 0; other < shares; other++)
+                    for (int k = 0; k < 2; k++)
+                        total[k] += sums[i][other * width + pair % width][k];
+                if (out[i]) {
+                    out[i][2 * pair] = total[0];
+                    out[i][2 * pair + 1] = total[1];
+                }
+            }
+        __syncthreads();
     }
 }
 
-/* One block a head and a token: what its chunks give together. mixed [tokens, heads, dim] */
-extern "C" __global__ void m2c_mix(Attention a, const float *parts, int first, int chunks, float *mixed)
+/* A block: one span, QUERIES queries that share keys. parts [tokens, heads, spans, dim + 2] receives
+ * the values weighted by exp(score - largest), the largest score and the sum of weights. The first
+ * token is `first` after the call's start. */
+template <int QUERIES>
+__device__ __forceinline__ void attend(const Attention &a, const float *q, int first, int tokens,
+                                       int spans, float *parts)
 {
-    int token = blockIdx.x / a.heads;
-    i64 position = *a.start + first + token, seen = max((i64)0, position + 1 - a.window);
-    int from = (int)(seen / CHUNK), last = (int)(position / CHUNK);
-    parts += (i64)blockIdx.x * chunks * (a.dim + 2);
+    __shared__ float query[QUERIES][MOST_DIM], weights[QUERIES][SPAN];
+    int span = blockIdx.x % spans, group = blockIdx.x / spans % a.kv_heads;
+    int tile = blockIdx.x / spans / a.kv_heads, all = tokens * (a.heads / a.kv_heads);
+    i64 begin = (i64)span * SPAN, base = (i64)group * a.positions * a.dim;
+    Query queries[QUERIES];
+    float *out[QUERIES];
+    for (int i = 0; i < QUERIES; i++) {
+        int n = tile * QUERIES + i;
+        queries[i] = query_of(a, group, min(n, all - 1), first);
+        i64 part = ((i64)queries[i].token * a.heads + queries[i].head) * spans + span;
+        bool sees = begin < queries[i].stop && begin + SPAN > queries[i].seen;
+        out[i] = n < all && sees ? parts + part * (a.dim + 2) : 0; /* else nobody reads it */
+    }
+    if (begin >= queries[QUERIES - 1].stop || begin + SPAN <= queries[0].seen)
+        return;
+    for (int i = 0; i < QUERIES; i++) {
+        const float *from = q + ((i64)queries[i].token * a.heads + queries[i].head) * a.dim;
+        for (int j = threadIdx.x; j < a.dim + 7; j += THREADS)
+            if (j < MOST_DIM)
+                query[i][j] = j < a.dim ? from[j] : 0.0f;
+    }
+    __syncthreads();
+    scores_of<QUERIES>(a, queries, query, base, begin, weights);
+    __syncthreads();
+    for (int i = threadIdx.x / WARP; i < QUERIES; i += THREADS / WARP) {
+        int lane = threadIdx.x % WARP;
+        float one = weights[i][lane], other = weights[i][lane + WARP];
+        float largest = warp_max(fmaxf(one, other), WARP);
+        i64 at = begin + lane;
+        one = at < queries[i].stop && at >= queries[i].seen ? expf(one - largest) : 0.0f;
+        at += WARP;
+        other = at < queries[i].stop && at >= queries[i].seen ? expf(other - largest) : 0.0f;
+        weights[i][lane] = one;
+        weights[i][lane + WARP] = other;
+        float sum = warp_sum(one + other, WARP);
+        if (lane == 0 && out[i]) {
+            out[i][a.dim] = largest;
+            out[i][a.dim + 1] = sum;
+        }
+    }
+    __syncthreads();
+    values_of<QUERIES>(a, queries, weights, base, begin, out);
+}
+
+/* q [tokens, heads, dim] */
+extern "C" __global__ void m2c_attend_1(Attention a, const float *q, int first, int tokens, int spans,
+                                        float *parts)
+{
+    attend<1>(a, q, first, tokens, spans, parts);
+}
+
+extern "C" __global__ void m2c_attend_4(Attention a, const float *q, int first, int tokens, int spans,
+                                        float *parts)
+{
+    attend<4>(a, q, first, tokens, spans, parts);
+}
+
+/* One block a head and a token: what its spans give together. mixed [tokens, heads, dim], or, where
+ * heads are whole groups, its codes. */
+extern "C" __global__ void m2c_mix(Attention a, const float *parts, int first, int spans, float *mixed,
+                                   Coded8 to)
+{
+    i64 stop = *a.start + first + blockIdx.x / a.heads + 1, seen = max((i64)0, stop - a.window);
+    int from = (int)(seen / SPAN), last = (int)((stop - 1) / SPAN);
+    parts += (i64)blockIdx.x * spans * (a.dim + 2);
     float largest = MINUS_INFINITY;
-    for (int chunk = from; chunk <= last; chunk++)
-        largest = fmaxf(largest, parts[chunk * (i64)(a.dim + 2) + a.dim]);
-    for (int d = threadIdx.x; d < a.dim; d += blockDim.x) {
-        float total = 0, value = 0;
-        for (int chunk = from; chunk <= last; chunk++) {
-            const float *part = parts + chunk * (i64)(a.dim + 2);
+    for (int span = from; span <= last; span++)
+        largest = fmaxf(largest, parts[span * (i64)(a.dim + 2) + a.dim]);
+    for (int at = 0; at < a.dim; at += 4 * blockDim.x) { /* as often for all lanes of a warp */
+        int d = at + 4 * threadIdx.x;
+        float total = 0, value[4] = { 0, 0, 0, 0 };
+#pragma unroll 4
+        for (int span = from; span <= last; span++) {
+            const float *part = parts + span * (i64)(a.dim + 2);
             float weight = expf(part[a.dim] - largest);
             total = fmaf(weight, part[a.dim + 1], total);
-            value = fmaf(weight, part[d], value);
+            for (int i = 0; i < 4; i++)
+                value[i] = fmaf(weight, d + i < a.dim ? part[d + i] : 0.0f, value[i]);
         }
-        mixed[(i64)blockIdx.x * a.dim + d] = value / total;
+        for (int i = 0; i < 4; i++)
+            value[i] /= total;
+        for (int i = 0; i < 4 && mixed; i++)
+            if (d + i < a.dim)
+                mixed[(i64)blockIdx.x * a.dim + d + i] = value[i];
+        if (to.codes)
+            round_four(value, d < a.dim ? ((i64)blockIdx.x * a.dim + d) / GROUP : -1, to);
     }
 }
