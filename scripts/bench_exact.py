@@ -52,14 +52,13 @@ PROMPTS: Final = (
 )
 
 
-def compare(bundle: Path, dram: int | None, prompts: int, tokens: int, seed: int | None) -> bool:
-    """Whether every token was the same; prints a line per prompt."""
+def compare(bundle: Path, options: RunOptions, prompts: int, tokens: int, seed: int | None) -> bool:
+    """Whether every token was the same; prints a line per prompt. options: with budgets."""
     opened = open_bundle(bundle)
     params = SamplingParams() if seed is None else SamplingParams(temperature=0.8, seed=seed)
-    plain = RunOptions(ctx_size=1024)
+    plain = RunOptions(ctx_size=1024, device=options.device)
     expected = list(texts(opened, one_by_one(plain), params, prompts, tokens))
-    found = list(texts(opened, exact_options(RunOptions(ctx_size=1024, dram=dram)), params,
-                       prompts, tokens))  # fmt: skip
+    found = list(texts(opened, exact_options(options), params, prompts, tokens))
     total = wrong = 0
     for prompt, (one, _), (two, stats) in zip(PROMPTS, expected, found, strict=False):
         speculation = stats.speculation
@@ -155,6 +154,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--dram", help="of m2c, e.g. 600MiB")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda, for the comparison")
+    parser.add_argument("--hbm", help="memory of the GPU that exact mode may use")
     parser.add_argument("--prompts", type=int, default=len(PROMPTS))
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--seed", type=int, help="sample at temperature 0.8 instead of greedily")
@@ -167,8 +168,9 @@ def main() -> None:
     if given.gguf is not None:
         race(given, parse_size(given.limit) if given.limit else None)
         return
-    dram = parse_size(given.dram) if given.dram else None
-    if not compare(given.bundle, dram, given.prompts, given.tokens, given.seed):
+    dram, hbm = (parse_size(size) if size else None for size in (given.dram, given.hbm))
+    options = RunOptions(ctx_size=1024, device=given.device, dram=dram, hbm=hbm)
+    if not compare(given.bundle, options, given.prompts, given.tokens, given.seed):
         sys.exit(1)
 
 

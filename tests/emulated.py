@@ -44,9 +44,14 @@ def kernel_names() -> list[str]:
     text = source()
     plain = re.findall(r'extern "C" __global__ void (m2c_\w+)\(', text)
     tokens = re.findall(r"^    ROW_KERNELS\(KIND, (\d+),", text, re.MULTILINE)
-    kinds = re.findall(r"^ROW_KERNELS_OF\((\d+)\)", text, re.MULTILINE)
-    stems = ("product", "gate_up", "columns")
-    made = [f"m2c_{stem}_{k}_{t}" for k in kinds for t in tokens for stem in stems]
+    rows = [
+        (k, t) for k in re.findall(r"^ROW_KERNELS_OF_CODES\((\d+)\)", text, re.M) for t in tokens
+    ]
+    rows += re.findall(r"^ROW_KERNELS\((\d+), (\d+),", text, re.MULTILINE)
+    columns = re.findall(r"^    COLUMN_KERNEL\(KIND, (\d+)\)", text, re.MULTILINE)
+    kinds = re.findall(r"^COLUMN_KERNELS_OF\((\d+)\)", text, re.MULTILINE)
+    made = [f"m2c_{stem}_{k}_{t}" for k, t in rows for stem in ("product", "gate_up")]
+    made += [f"m2c_columns_{k}_{t}" for k in kinds for t in columns]
     return [name for name in plain if not name.endswith("_")] + made
 
 

@@ -3,6 +3,7 @@
 Their arithmetic is tested with that of the others, in test_native.py and test_frames.py.
 """
 
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from emulated import Emulator, kernel_names
 from running import PROMPT, decode, inputs, options_for, same
 from test_native import EXTRAS, KINDS, as_calls, gather, make_rows, relative
 
+from m2c import device as devices
 from m2c import engine as engines
 from m2c.bundle.bundle import Bundle
 from m2c.bundle.planes import RecordLayout
+from m2c.device import device_of, workers_of
 from m2c.engine import Engine, RunOptions
-from m2c.errors import DoesNotFit
+from m2c.errors import DoesNotFit, UsageError
 from m2c.generate import prefill
 from m2c.kernels import cuda_driver, dispatch, reference
 from m2c.kernels.cuda_driver import NoKernels, Nvrtc
@@ -206,6 +209,33 @@ def test_every_kernel_is_launched_by_its_name() -> None:
         stem = name.rstrip("0123456789_")
         assert f'"{stem}' in text, name
     assert len(set(kernel_names())) == len(kernel_names())
+
+
+@pytest.mark.parametrize(("name", "index"), [("cuda", 0), ("cuda:1", 1)])
+def test_a_gpu_has_its_number_as_tensors_have_it(
+    monkeypatch: pytest.MonkeyPatch, name: str, index: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert device_of(name) == torch.device("cuda", index)
+    with pytest.raises(UsageError, match="no such GPU"):
+        device_of("cuda:2")
+
+
+def test_where_kernels_cannot_be_compiled_torch_must_be_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise NoKernels("NVRTC is not there")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(devices, "CudaDriver", refuse)
+    with pytest.raises(UsageError, match="NVRTC is not there; add --kernel torch"):
+        workers_of("cuda", "auto", 1)
+    with closing(workers_of("cuda", "torch", 1)) as workers:
+        assert workers.kernel == "torch"
+        assert workers.host is not None
 
 
 def test_no_compiler_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

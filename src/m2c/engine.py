@@ -17,13 +17,12 @@ from m2c.bundle.bundle import Bundle
 from m2c.bundle.importance import Importance
 from m2c.bundle.shard import BLOCK
 from m2c.contents import config_of, importance_of, in_shard_order, tokenizer_of, vectors_of
-from m2c.device import device_of, kernel_of, workers_of
+from m2c.device import device_of, family_of, workers_of
 from m2c.disk import DEFAULT, disk_profile
 from m2c.drafting import Draft, OwnDraft, SharedDraft
 from m2c.errors import DoesNotFit, UsageError
 from m2c.hardware import auto_dram, auto_threads
 from m2c.kernels.dispatch import exact_weights
-from m2c.kernels.native import computes_natively
 from m2c.kernels.workers import Workers
 from m2c.model.config import ModelConfig
 from m2c.model.footprint import (
@@ -167,17 +166,14 @@ def shape_for(config: ModelConfig, options: RunOptions, mix: Mix) -> RunShape:
     if ctx_size > longest:
         raise UsageError(f"--ctx-size {ctx_size} is beyond the {longest} tokens of this model")
     threads = options.threads or auto_threads()
-    # those for GPUs need no more than torch does
-    native = options.device == "cpu" and computes_natively(
-        kernel_of(options.device, options.kernel)
-    )
+    kernels = family_of(options.device, options.kernel)
     dense = options.dense or mix.dense
     if config.num_experts:
         require_mix(mix, config)
         # attention and head are a small part of what a token reads, and all of its tokens read it
         if options.dense is None and dense == "int4":
             dense = "int8"
-    return RunShape(mix, dense, ctx_size, options.kv_type, threads, native)
+    return RunShape(mix, dense, ctx_size, options.kv_type, threads, kernels)
 
 
 def require_mix(mix: Mix, config: ModelConfig) -> None:

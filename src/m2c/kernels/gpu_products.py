@@ -32,9 +32,10 @@ BLOCK: Final = 128  # threads
 PARTIAL_NBYTES: Final = 16 << 20  # sums of chunks at a time
 _ACT_KINDS: Final = {"silu": 0, "relu": 1, "fatrelu": 1, "gelu_pytorch_tanh": 2, "gelu": 3}
 _TILE: Final = 256  # outputs of a block of columns
-# tokens that share what is read of a row, and how many rows share those of `product` and of
-# `gate_up`: ROW_KERNELS in products.cu
-_SHARES: Final = {1: (1, 1), 4: (2, 1), 8: (4, 2)}
+# rows that a warp of `product` and of `gate_up` takes, by the tokens that share what is read of
+# them: ROW_KERNELS in products.cu
+_OF_CODES: Final = {1: (1, 1), 4: (2, 1), 8: (2, 2)}
+_OF_WIDE: Final = {1: (1, 1), 4: (4, 1)}
 _PART: Final = 128  # neurons of a block of columns
 _MOST_THREADS: Final = 1024  # of a block
 _DECODED_NBYTES: Final = 32 << 20  # 16-bit weights decoded at a time
@@ -51,28 +52,26 @@ class Launcher(Protocol):
 
 
 class Prepared:
-    """Activations as kernels take them, and their memory: values, or codes, scales and sums."""
+    """Activations as kernels take them, and their memory: values, or codes and scales."""
 
     def __init__(
         self, tokens: int, length: int, *, values: Tensor | None = None,
-        codes: tuple[Tensor, Tensor, Tensor] | None = None,
+        codes: tuple[Tensor, Tensor] | None = None,
     ) -> None:  # fmt: skip
         self.tokens, self.values, self._codes = tokens, values, codes
-        pointers = [None] * 3 if codes is None else [one.data_ptr() for one in codes]
+        pointers = [None] * 2 if codes is None else [one.data_ptr() for one in codes]
         self.coded = Coded8(*pointers)
         at_values = None if values is None else values.data_ptr()
         self.facts = Inputs(at_values, *pointers, tokens, length)
-        self.at_once = _at_once(tokens)
+        # 16-bit weights would need too many registers for more
+        self.at_once = min(_at_once(tokens), 8 if codes is not None else 4)
         self.tiles = -(-tokens // self.at_once)
+        self.rows_of_warp = (_OF_WIDE if codes is None else _OF_CODES)[self.at_once]
         self._length = length
 
     def of_tokens(self, first: int) -> "Prepared":
         """Of the tokens from `first` on."""
-        codes = self._codes and (
-            self._codes[0][first:],
-            self._codes[1][first:],
-            self._codes[2][first:],
-        )
+        codes = self._codes and (self._codes[0][first:], self._codes[1][first:])
         values = None if self.values is None else self.values[first:]
         return Prepared(self.tokens - first, self._length, values=values, codes=codes)
 
@@ -140,11 +139,11 @@ class Products:
         return into
 
     def room_for_codes(self, tokens: int, length: int) -> "Prepared":
-        shape = (tokens, -(-length // GROUP))
-        codes = torch.empty((*shape, GROUP), dtype=torch.int8, device=self.device)
-        scales = torch.empty(shape, device=self.device)
-        sums = torch.empty(shape, dtype=torch.int32, device=self.device)
-        return Prepared(tokens, length, codes=(codes, scales, sums))
+        groups = -(-length // GROUP)
+        codes = torch.empty((tokens, groups * GROUP), dtype=torch.int8, device=self.device)
+        # a step f32 and a sum int32 each
+        scales = torch.empty((tokens, groups, 2), dtype=torch.int32, device=self.device)
+        return Prepared(tokens, length, codes=(codes, scales))
 
     def product(
         self, inputs: "Prepared", wanted: list[tuple[Rows, Tensor | None, Tensor]], *,
@@ -162,7 +161,7 @@ class Products:
     def _products(
         self, inputs: "Prepared", wanted: list[tuple[Rows, Tensor | None, Tensor]], *, add: bool
     ) -> None:
-        each = _SHARES[inputs.at_once][0]
+        each = inputs.rows_of_warp[0]
         facts = Matrices(units=sum(-(-len(rows) // each) for rows, *_ in wanted), add=add)
         for i, (rows, bias, out) in enumerate(wanted):
             facts.rows[i] = rows_of(rows)
@@ -181,7 +180,7 @@ class Products:
     ) -> Tensor:
         out = torch.empty((inputs.tokens, len(rows)), device=self.device)
         facts, lanes = rows_of(rows), _lanes(rows_of(rows))
-        units = -(-facts.count // _SHARES[inputs.at_once][1])
+        units = -(-facts.count // inputs.rows_of_warp[1])
         name, threshold = activation_of(act)
         how = Activation(_ACT_KINDS[name], threshold, None if bias is None else bias.data_ptr())
         self._launch(

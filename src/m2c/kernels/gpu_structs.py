@@ -30,13 +30,13 @@ class RowsOnGpu(ctypes.Structure):
 
 class Inputs(ctypes.Structure):
     _fields_ = (
-        ("values", _POINTER), ("codes", _POINTER), ("scales", _POINTER), ("sums", _POINTER),
+        ("values", _POINTER), ("codes", _POINTER), ("scales", _POINTER),
         ("tokens", _INT), ("length", _INT),
     )  # fmt: skip
 
 
 class Coded8(ctypes.Structure):
-    _fields_ = (("codes", _POINTER), ("scales", _POINTER), ("sums", _POINTER))
+    _fields_ = (("codes", _POINTER), ("scales", _POINTER))
 
 
 class Given(ctypes.Structure):

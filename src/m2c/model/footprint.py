@@ -34,6 +34,8 @@ LOGITS: Final = 4  # tokens whose logits by a piece of the head are computed at 
 _STAGING_NBYTES: Final = 32 * MiB
 _DECODE_NBYTES: Final = 44  # temporary bytes per weight while the exact plane is decoded
 # neurons and head stream in pieces of about this size: the ring holds a few, whatever the model
+# sums of chunks, of spans of positions, and weights decoded at a time (kernels/gpu_products.py)
+CUDA_NBYTES: Final = 80 * MiB
 PIECE_NBYTES: Final = 8 * MiB
 _CHANCE: Final = tuple(k / 100 for k in range(101))
 
@@ -47,7 +49,7 @@ class RunShape:
     ctx_size: int
     kv_type: str
     threads: int
-    native: bool = True  # the C kernels compute: they need less memory than torch
+    kernels: str = "c"  # that compute: "c", "cuda" or "torch", which need memory in other ways
     drafts: bool = False  # INT4 planes lie in memory to draft with; blocks are what is above them
     stored: bool = False  # exact blocks in memory stay as stored, not decoded to 16 bits
     at_once: int = 1  # tokens whose logits are wanted together: more where drafts are verified
@@ -260,7 +262,12 @@ def _workspace_nbytes(config: ModelConfig, shape: RunShape) -> int:
     batch = tokens * 4 * (8 * config.intermediate_size + 8 * config.hidden_size)
     attend = 2 * 4 * config.head_dim * shape.ctx_size  # rotary tables
     attend *= 1 if config.local_rope_theta is None else 2
-    if shape.native:
+    logits = (4 + shape.at_once + min(LOGITS, shape.at_once)) * 4 * config.vocab_size
+    if shape.kernels == "cuda":
+        kernels = CUDA_NBYTES
+        # passes of 1 to 8 tokens are recorded with the memory of what they give, drafts' besides
+        logits += 2 * 36 * 4 * config.vocab_size
+    elif shape.kernels == "c":
         kernels = max(8 * MiB, shape.threads * 128 * 4 * (config.hidden_size + 128))
         attend += 4 * shape.threads * shape.ctx_size
     else:
@@ -268,12 +275,11 @@ def _workspace_nbytes(config: ModelConfig, shape: RunShape) -> int:
         kernels = shape.threads * CHUNK * width * 12
         attend += 3 * 4 * config.num_attention_heads * tokens * shape.ctx_size
         attend += 2 * 4 * config.num_key_value_heads * config.head_dim * shape.ctx_size
-    if "fp16" in (shape.dense, shape.mix.floor):
+    if "fp16" in (shape.dense, shape.mix.floor) and shape.kernels != "cuda":
         # exact rows that stream are decoded: chunks of neurons, a layer's attention as a whole
         kernels += shape.threads * CHUNK * width * _DECODE_NBYTES
         heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
         kernels += 4 * config.hidden_size * heads * config.head_dim
-    logits = (4 + shape.at_once + min(LOGITS, shape.at_once)) * 4 * config.vocab_size
     gathered = 0
     for plane in shape.mix.upgrades:
         count = max(FETCH, shape.mix.counts(config.intermediate_size)[plane])

@@ -44,9 +44,10 @@ class Link:
 
         Where it cannot be, copies are slower and still right.
         """
-        if self._on_gpu and not torch.cuda.cudart().cudaHostRegister(
-            buffer.ctypes.data, buffer.nbytes, 0
-        ):
+        if not self._on_gpu:
+            return
+        failed = torch.cuda.cudart().cudaHostRegister(buffer.ctypes.data, buffer.nbytes, 0)
+        if int(failed) == 0:
             self._pinned.append(buffer.ctypes.data)
 
     def move(self, payload: U8) -> Tensor:

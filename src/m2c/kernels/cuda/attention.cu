@@ -260,6 +260,7 @@ extern "C" __global__ void m2c_mix(Attention a, const float *parts, int first, i
 {
     i64 stop = *a.start + first + blockIdx.x / a.heads + 1, seen = max((i64)0, stop - a.window);
     int from = (int)(seen / SPAN), last = (int)((stop - 1) / SPAN);
+    int groups = a.heads * a.dim / GROUP;
     parts += (i64)blockIdx.x * spans * (a.dim + 2);
     float largest = MINUS_INFINITY;
     for (int span = from; span <= last; span++)
@@ -281,6 +282,7 @@ extern "C" __global__ void m2c_mix(Attention a, const float *parts, int first, i
             if (d + i < a.dim)
                 mixed[(i64)blockIdx.x * a.dim + d + i] = value[i];
         if (to.codes)
-            round_four(value, d < a.dim ? ((i64)blockIdx.x * a.dim + d) / GROUP : -1, to);
+            round_four(value, blockIdx.x / a.heads,
+                       d < a.dim ? (int)(blockIdx.x % a.heads * a.dim + d) / GROUP : groups, groups, to);
     }
 }

@@ -30,12 +30,17 @@ struct Rows {
     int aligned; /* groups of codes, or 8 wide weights, can be read at once */
 };
 
+/* Of a group of int8 activations. */
+struct __align__(8) Scale {
+    float step;
+    int bias; /* the sum of the codes times what is added to stored codes */
+};
+
 /* Activations made ready for rows. Mirrored by kernels/gpu.py. */
 struct Inputs {
     const float *values; /* [tokens, length] */
-    const i8 *codes; /* [tokens, groups * GROUP] */
-    const float *scales; /* [tokens, groups] */
-    const int *sums; /* [tokens, groups]: of the codes, times what is added to stored codes */
+    const i8 *codes; /* [tokens, 2, groups, GROUP / 2]: the first halves of groups, then the others */
+    const Scale *scales; /* [tokens, groups] */
     int tokens, length;
 };
 
@@ -88,10 +93,11 @@ struct __align__(16) Words {
     u32 at[4];
 };
 
-/* 16 bytes; otherwise they are a multiple of 2 from the start of memory */
-__device__ __forceinline__ Words words_at(const u8 *at, int aligned)
+/* 16 bytes, or, where nothing is ALIGNED, as many at a multiple of 2. What is known when a loop is
+ * compiled costs nothing in it. */
+template <bool ALIGNED> __device__ __forceinline__ Words words_at(const u8 *at)
 {
-    if (aligned)
+    if (ALIGNED)
         return *(const Words *)at;
     Words words;
     for (int i = 0; i < 4; i++) {
@@ -102,9 +108,9 @@ __device__ __forceinline__ Words words_at(const u8 *at, int aligned)
 }
 
 /* 8 wide weights, of which only `count` are there unless they can be read at once */
-__device__ __forceinline__ Words wides_at(const u16 *from, int count, int aligned)
+template <bool ALIGNED> __device__ __forceinline__ Words wides_at(const u16 *from, int count)
 {
-    if (aligned)
+    if (ALIGNED)
         return *(const Words *)from;
     Words words = { { 0, 0, 0, 0 } };
     for (int i = 0; i < 8; i++)
@@ -117,9 +123,9 @@ __device__ __forceinline__ u16 wide_in(const Words &words, int i)
     return (u16)(words.at[i / 2] >> 16 * (i % 2));
 }
 
-__device__ __forceinline__ u32 word_at(const u8 *at, int aligned)
+template <bool ALIGNED> __device__ __forceinline__ u32 word_at(const u8 *at)
 {
-    if (aligned)
+    if (ALIGNED)
         return *(const u32 *)at;
     const u16 *half = (const u16 *)at;
     return half[0] | (u32)half[1] << 16;

@@ -18,19 +18,19 @@ struct Piece {
     u16 scale;
 };
 
-template <int KIND>
+template <int KIND, bool ALIGNED>
 __device__ __forceinline__ Piece piece_of(const Rows &rows, i64 row, int column)
 {
     Piece piece;
     if (KIND == 16) {
         const u16 *from = wide_of(rows, row, rows.vectors - 1) + column;
-        piece.words = wides_at(from, rows.length - column, rows.aligned);
+        piece.words = wides_at<ALIGNED>(from, rows.length - column);
     } else {
         Record record = record_of(rows, row, rows.vectors - 1);
         int at = column / GROUP * (GROUP / 2) + column % GROUP;
-        piece.words.at[0] = word_at(record.q + at, rows.aligned);
+        piece.words.at[0] = word_at<ALIGNED>(record.q + at);
         if (KIND == 8)
-            piece.words.at[1] = word_at(record.r + at, rows.aligned);
+            piece.words.at[1] = word_at<ALIGNED>(record.r + at);
         piece.scale = *(const u16 *)(record.scales + 2 * (column / GROUP));
     }
     return piece;
@@ -59,21 +59,33 @@ __device__ __forceinline__ float weights_in(const Piece &piece, int is_bf16, flo
     return half_value(piece.scale) * (KIND == 8 ? 0.0625f : 1.0f);
 }
 
-/* partial[part, t, column] of activations [tokens, rows.count], tokens [first, first + tokens) */
-template <int KIND, int TOKENS>
-__device__ __forceinline__ void columns(const Rows &rows, const float *activations, int first,
-                                        int tokens, int tiles, float *partial)
+/* What the threads of a block share. */
+template <int TOKENS> struct ColumnRoom {
+    static const int held = TOKENS < 4 ? TOKENS : 4; /* tokens whose sums have room at a time */
+    float shares[WARPS][held][TILE + TILE / 32]; /* by `spread`: lanes meet in fewer banks */
+    float factors[PART][TOKENS];
+};
+
+__device__ __forceinline__ int spread(int i)
 {
-    const int held = TOKENS < 4 ? TOKENS : 4; /* tokens that have room at a time */
+    return i + i / 32;
+}
+
+/* partial[part, t, column] of activations [tokens, rows.count], tokens [first, first + tokens) */
+template <int KIND, int TOKENS, bool ALIGNED>
+__device__ __forceinline__ void columns(const Rows &rows, const float *activations, int first,
+                                        int tokens, int tiles, float *partial,
+                                        ColumnRoom<TOKENS> &room)
+{
+    const int held = ColumnRoom<TOKENS>::held;
     const int batch = TOKENS == 1 ? 8 : 4; /* neurons that are read together */
-    __shared__ float shares[WARPS][held][TILE], factors[TOKENS][PART];
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     int token_tiles = (tokens + TOKENS - 1) / TOKENS;
     int token = blockIdx.x % token_tiles * TOKENS, tile = blockIdx.x / token_tiles % tiles;
     i64 chunk = blockIdx.x / token_tiles / tiles, begin = chunk * PART;
     for (int i = threadIdx.x; i < TOKENS * PART; i += blockDim.x) {
         i64 row = begin + i % PART, at = first + min(token + i / PART, tokens - 1);
-        factors[i / PART][i % PART] = row < rows.count ? activations[at * rows.count + row] : 0.0f;
+        room.factors[i % PART][i / PART] = row < rows.count ? activations[at * rows.count + row] : 0.0f;
     }
     __syncthreads();
     int column = KIND == 16 ? tile * TILE + lane * 8 : (tile * 8 + lane / 4) * GROUP + lane % 4 * 4;
@@ -87,29 +99,29 @@ __device__ __forceinline__ void columns(const Rows &rows, const float *activatio
     for (int n = 0; n < SHARE && begin + n < rows.count; n += batch) {
         Piece pieces[batch];
         for (int b = 0; b < batch; b++)
-            pieces[b] = piece_of<KIND>(rows, min(begin + n + b, rows.count - 1), there);
+            pieces[b] = piece_of<KIND, ALIGNED>(rows, min(begin + n + b, rows.count - 1), there);
         for (int b = 0; b < batch; b++) {
             float w[8], scale = weights_in<KIND>(pieces[b], rows.is_bf16, w);
             for (int t = 0; t < TOKENS; t++) {
-                float a = factors[t][warp * SHARE + n + b] * scale;
+                float a = room.factors[warp * SHARE + n + b][t] * scale;
                 for (int i = 0; i < 8; i++)
                     sums[t][i] = fmaf(w[i], a, sums[t][i]);
             }
         }
     }
     int within = column - tile * TILE;
-    column = tile * TILE + threadIdx.x;
+    column = tile * TILE + threadIdx.x; /* the thread's own output now */
     for (int from = 0; from < TOKENS; from += held) {
         for (int t = 0; t < held; t++)
             for (int i = 0; i < 8; i++) {
                 int apart = KIND == 16 || i < 4 ? i : i - 4 + GROUP / 2;
-                shares[warp][t][within + apart] = sums[from + t][i];
+                room.shares[warp][t][spread(within + apart)] = sums[from + t][i];
             }
         __syncthreads();
         for (int t = 0; t < held && token + from + t < tokens && column < rows.length; t++) {
             float sum = 0;
-            for (int i = 0; i < WARPS; i++)
-                sum += shares[i][t][threadIdx.x];
+            for (int other = 0; other < WARPS; other++)
+                sum += room.shares[other][t][spread(threadIdx.x)];
             partial[(chunk * tokens + token + from + t) * rows.length + column] = sum;
         }
         __syncthreads();
@@ -120,7 +132,11 @@ __device__ __forceinline__ void columns(const Rows &rows, const float *activatio
     extern "C" __global__ void m2c_columns_##KIND##_##TOKENS(                                      \
         Rows rows, const float *activations, int first, int tokens, int tiles, float *partial)     \
     {                                                                                              \
-        columns<KIND, TOKENS>(rows, activations, first, tokens, tiles, partial);                   \
+        __shared__ ColumnRoom<TOKENS> room;                                                        \
+        if (rows.aligned)                                                                          \
+            columns<KIND, TOKENS, true>(rows, activations, first, tokens, tiles, partial, room);   \
+        else                                                                                       \
+            columns<KIND, TOKENS, false>(rows, activations, first, tokens, tiles, partial, room);  \
     }
 #define COLUMN_KERNELS_OF(KIND)                                                                    \
     COLUMN_KERNEL(KIND, 1)                                                                         \

@@ -28,14 +28,14 @@ __device__ __forceinline__ Four four_at(const float *x, int j, int length)
 
 /* Where codes of a token's groups go. Mirrored by kernels/gpu_structs.py. */
 struct Coded8 {
-    i8 *codes; /* [tokens, groups * GROUP], or null */
-    float *scales; /* [tokens, groups] */
-    int *sums;
+    i8 *codes; /* as in Inputs, or null */
+    Scale *scales;
 };
 
 /* 4 values of a group of which 8 neighbouring lanes have the rest. One that is not finite makes the
  * scale NaN: it must not be rounded away. */
-__device__ __forceinline__ void round_four(const float (&v)[4], i64 group, const Coded8 &to)
+__device__ __forceinline__ void round_four(const float (&v)[4], i64 token, int group, int groups,
+                                           const Coded8 &to)
 {
     float largest = 0, bad = 0;
     for (int i = 0; i < 4; i++) {
@@ -54,14 +54,13 @@ __device__ __forceinline__ void round_four(const float (&v)[4], i64 group, const
     }
     for (int other = 4; other; other /= 2)
         sum += __shfl_xor_sync(ALL, sum, other, WARP);
-    int part = threadIdx.x % 8;
-    if (group < 0)
+    int part = threadIdx.x % 8, words = GROUP / 8; /* of half a group */
+    if (group >= groups)
         return;
-    ((u32 *)(to.codes + group * GROUP))[part] = packed;
-    if (part == 0) {
-        to.scales[group] = finite ? largest / 127.0f : NOT_A_NUMBER;
-        to.sums[group] = 8 * sum;
-    }
+    u32 *codes = (u32 *)(to.codes + token * groups * GROUP);
+    codes[(part / words * groups + group) * words + part % words] = packed;
+    if (part == 0)
+        to.scales[token * groups + group] = { finite ? largest / 127.0f : NOT_A_NUMBER, 8 * sum };
 }
 
 /* One block a token. values [tokens, length] or null; a thread holds what it loads once if a block's
@@ -109,7 +108,7 @@ extern "C" __global__ void m2c_prepare(Given g, float *values, Coded8 to)
                 if (j + k < g.length)
                     values[token * g.length + j + k] = four.at[k];
         if (to.codes)
-            round_four(four.at, j < groups * GROUP ? token * groups + j / GROUP : -1, to);
+            round_four(four.at, token, j / GROUP, groups, to);
     }
 }
 

@@ -2,7 +2,7 @@
 
 /* STREAMS records (of several rows, or the gate and up of one) times tokens [token, token + TOKENS),
  * those beyond the last taken as the last: what one lane adds up. */
-template <int KIND, int STREAMS, int TOKENS>
+template <int KIND, int STREAMS, int TOKENS, bool ALIGNED>
 __device__ __forceinline__ void code_dots(const Rows &rows, const Record (&records)[STREAMS],
                                           const Inputs &in, int token, int lane, int lanes,
                                           float (&out)[STREAMS][TOKENS])
@@ -13,17 +13,16 @@ __device__ __forceinline__ void code_dots(const Rows &rows, const Record (&recor
         Words q[STREAMS], r[STREAMS];
         float scale[STREAMS];
         for (int s = 0; s < STREAMS; s++) {
-            q[s] = words_at(records[s].q + 16 * g, rows.aligned);
+            q[s] = words_at<ALIGNED>(records[s].q + 16 * g);
             if (KIND == 8)
-                r[s] = words_at(records[s].r + 16 * g, rows.aligned);
+                r[s] = words_at<ALIGNED>(records[s].r + 16 * g);
             scale[s] = half_value(*(const u16 *)(records[s].scales + 2 * g)) * finer;
         }
         for (int t = 0; t < TOKENS; t++) {
-            i64 at = (i64)min(token + t, in.tokens - 1) * rows.groups + g;
-            const Words *x = (const Words *)(in.codes + at * GROUP);
-            Words low = x[0], high = x[1];
-            float x_scale = in.scales[at];
-            int bias = in.sums[at];
+            i64 own = (i64)min(token + t, in.tokens - 1) * rows.groups;
+            const Words *x = (const Words *)in.codes + 2 * own + g;
+            Words low = x[0], high = x[rows.groups];
+            Scale by = in.scales[own + g];
             for (int s = 0; s < STREAMS; s++) {
                 int sum = 0;
                 for (int i = 0; i < 4; i++) {
@@ -31,13 +30,13 @@ __device__ __forceinline__ void code_dots(const Rows &rows, const Record (&recor
                     sum = dot4(w.low, low.at[i], sum);
                     sum = dot4(w.high, high.at[i], sum);
                 }
-                out[s][t] = fmaf((float)(sum - bias), scale[s] * x_scale, out[s][t]);
+                out[s][t] = fmaf((float)(sum - by.bias), scale[s] * by.step, out[s][t]);
             }
         }
     }
 }
 
-template <int STREAMS, int TOKENS>
+template <int STREAMS, int TOKENS, bool ALIGNED>
 __device__ __forceinline__ void wide_dots(const Rows &rows, const u16 *const (&from)[STREAMS],
                                           const Inputs &in, int token, int lane, int lanes,
                                           float (&out)[STREAMS][TOKENS])
@@ -48,11 +47,11 @@ __device__ __forceinline__ void wide_dots(const Rows &rows, const u16 *const (&f
         int count = min(many, rows.length - j);
         Words w[STREAMS];
         for (int s = 0; s < STREAMS; s++)
-            w[s] = wides_at(from[s] + j, count, rows.aligned);
+            w[s] = wides_at<ALIGNED>(from[s] + j, count);
         for (int t = 0; t < TOKENS; t++) {
             const float *x = in.values + (i64)min(token + t, in.tokens - 1) * in.length + j;
             float values[many];
-            if (rows.aligned) { /* then the activations are, too */
+            if (ALIGNED) { /* then the activations are, too */
                 for (int half = 0; half < 2; half++) {
                     Four four = ((const Four *)x)[half];
                     for (int i = 0; i < 4; i++)
@@ -82,12 +81,18 @@ __device__ __forceinline__ void dots(const Rows &rows, i64 row, i64 last, const 
         const u16 *from[streams];
         for (int s = 0; s < streams; s++)
             from[s] = wide_of(rows, min(row + s / VECTORS, last), s % VECTORS);
-        wide_dots<streams, TOKENS>(rows, from, in, token, lane, lanes, out);
+        if (rows.aligned)
+            wide_dots<streams, TOKENS, true>(rows, from, in, token, lane, lanes, out);
+        else
+            wide_dots<streams, TOKENS, false>(rows, from, in, token, lane, lanes, out);
     } else {
         Record records[streams];
         for (int s = 0; s < streams; s++)
             records[s] = record_of(rows, min(row + s / VECTORS, last), s % VECTORS);
-        code_dots<KIND, streams, TOKENS>(rows, records, in, token, lane, lanes, out);
+        if (rows.aligned)
+            code_dots<KIND, streams, TOKENS, true>(rows, records, in, token, lane, lanes, out);
+        else
+            code_dots<KIND, streams, TOKENS, false>(rows, records, in, token, lane, lanes, out);
     }
     for (int s = 0; s < streams; s++)
         for (int t = 0; t < TOKENS; t++)
@@ -197,10 +202,11 @@ __device__ __forceinline__ void gate_up(const Rows &rows, const Inputs &in, cons
     {                                                                                              \
         gate_up<KIND, NEURONS, TOKENS>(rows, in, act, mask, out, lanes);                           \
     }
-#define ROW_KERNELS_OF(KIND)                                                                       \
+#define ROW_KERNELS_OF_CODES(KIND)                                                                 \
     ROW_KERNELS(KIND, 1, 1, 1)                                                                     \
     ROW_KERNELS(KIND, 4, 2, 1)                                                                     \
-    ROW_KERNELS(KIND, 8, 4, 2)
-ROW_KERNELS_OF(4)
-ROW_KERNELS_OF(8)
-ROW_KERNELS_OF(16)
+    ROW_KERNELS(KIND, 8, 2, 2)
+ROW_KERNELS_OF_CODES(4)
+ROW_KERNELS_OF_CODES(8)
+ROW_KERNELS(16, 1, 1, 1)
+ROW_KERNELS(16, 4, 4, 1)
