@@ -76,6 +76,8 @@ PUBLISHED = {
     "qwen3-14b": 14_768_307_200,
     "qwen3-32b": 32_762_123_264,
     "qwen3-30b-a3b": 30_532_122_624,
+    "qwen1.5-moe-a2.7b": 14_315_784_192,
+    "qwen2-57b-a14b": 57_408_658_944,
     "mixtral-8x7b": 46_702_792_704,
     "mistral-7b": 7_248_023_552,
     "mistral-small-24b": 23_572_403_200,
@@ -155,7 +157,11 @@ def test_other_rope_forms() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"model_type": "qwen2_moe"},
+        {"model_type": "deepseek_v2"},
+        {"model_type": "qwen2_moe", "mlp_only_layers": [1]},
+        {"model_type": "qwen2_moe", "decoder_sparse_step": 2},
+        {"model_type": "qwen2_moe", "use_sliding_window": True},
+        {"model_type": "qwen2_moe", "qkv_bias": False},
         {"model_type": "qwen3_moe", "mlp_only_layers": [0]},
         {"model_type": "qwen3_moe", "decoder_sparse_step": 2},
         {"model_type": "qwen3_moe", "use_sliding_window": True},

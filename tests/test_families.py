@@ -96,14 +96,20 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3-moe-odd": {"model_type": "qwen3_moe", "head_dim": 16, "num_experts": 4,
         "num_experts_per_tok": 2, "moe_intermediate_size": 400, "attention_bias": True,
         "tie_word_embeddings": True},
+    "qwen2-moe": {"model_type": "qwen2_moe", "num_experts": 8, "num_experts_per_tok": 3,
+        "moe_intermediate_size": 512, "shared_expert_intermediate_size": 700},
+    "qwen2-moe-odd": {"model_type": "qwen2_moe", "num_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 400, "shared_expert_intermediate_size": 100,
+        "norm_topk_prob": True, "tie_word_embeddings": True},
 }  # fmt: skip
 IN_GGUF = [
     "mistral", "qwen3", "phi3", "phi3-windows", "gemma2", "gemma3", "falcon-7b", "falcon-40b",
-    "mixtral", "qwen3-moe",
+    "mixtral", "qwen3-moe", "qwen2-moe",
 ]  # fmt: skip
 WITHOUT_GGUF = [
     "mistral-windows", "qwen2-windows", "gemma3-odd", "sparsellama", "falcon-one-norm",
     "falcon-after", "opt", "mixtral-windows", "qwen3-moe-odd",
+    "qwen2-moe-odd",
 ]  # fmt: skip
 
 

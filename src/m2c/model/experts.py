@@ -1,12 +1,14 @@
 """A mixture of experts: the router chooses, the chosen experts' neurons are added up.
 
 Every token's experts are added in rising order, each by itself, so the result depends neither on
-where an expert lay nor on which other tokens share the call. Knows nothing about tiers: where rows
-come from is the caller's business.
+where an expert lay nor on which other tokens share the call. The shared expert of some families is
+used by every token: it is computed beside attention and comes in as what it gave. Knows nothing
+about tiers: where rows come from is the caller's business.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +22,11 @@ from m2c.kernels.rows import ExactRows, Rows
 from m2c.kernels.workers import Workers
 from m2c.model.config import ModelConfig
 from m2c.model.ffn import begin, end
+from m2c.model.tensors import router_name, shared_gate_name
 
 Ids = npt.NDArray[np.int32]
 ExpertRows = Callable[[Ids], Iterator[Rows]]  # of experts in rising order
+SHARED: Final = "shared"  # section of the shards of attention: the shared expert's neurons
 
 
 @dataclass(frozen=True)
@@ -33,26 +37,38 @@ class Router:
     experts: int
     active: int
     sums_to_one: bool  # the weights of a token's experts
+    shared: bool = False  # a row more: the gate of the shared expert
 
     @classmethod
-    def of(cls, config: ModelConfig, weights: Tensor) -> "Router":
-        """weights: [experts, hidden] f32."""
+    def of(cls, config: ModelConfig, tensors: Mapping[str, Tensor], layer: int) -> "Router":
+        """tensors: f32, under their Hugging Face names."""
+        weights, gate = tensors[router_name(layer)], tensors.get(shared_gate_name(layer))
         return cls(
-            exact_rows(weights), config.num_experts, config.num_experts_per_tok,
-            config.norm_topk_prob,
+            exact_rows(weights if gate is None else torch.cat((weights, gate))),
+            config.num_experts, config.num_experts_per_tok, config.norm_topk_prob,
+            shared=gate is not None,
         )  # fmt: skip
 
-    def __call__(self, x: Tensor, workers: Workers, norm: Norm | None) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, x: Tensor, workers: Workers, norm: Norm | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Of norm(x), x [tokens, hidden] f32: experts, rising, and their weights, both
-        [tokens, active]. Of equals the lower expert is chosen."""
-        parts = matmul_rows(x, self.rows, workers, norm=norm).split(self.experts, dim=1)
-        logits = sum(parts[1:], start=parts[0])
+        [tokens, active], and the weight of the shared expert [tokens, 1], if there is one. Of
+        equals the lower expert is chosen."""
+        parts = matmul_rows(x, self.rows, workers, norm=norm).split(self.experts + self.shared, 1)
+        logits, gate = sum(parts[1:], start=parts[0]).split((self.experts, int(self.shared)), 1)
         best, chosen = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
         best, chosen = best[:, : self.active], chosen[:, : self.active]
         if self.sums_to_one:
             best = best / best.sum(-1, keepdim=True)
         chosen, order = chosen.sort(dim=-1)
-        return chosen, best.gather(1, order)
+        return chosen, best.gather(1, order), _sigmoid(gate) if self.shared else None
+
+
+def _sigmoid(gate: Tensor) -> Tensor:
+    """Of [tokens, 1]. torch's own rounds a number differently when others share the call; a softmax
+    of two is taken row by row."""
+    return torch.cat((gate, torch.zeros_like(gate)), dim=1).softmax(-1)[:, :1]
 
 
 def exact_rows(weights: Tensor) -> ExactRows:
@@ -68,13 +84,26 @@ def exact_rows(weights: Tensor) -> ExactRows:
     return ExactRows(RecordLayout(1, weights.shape[1]), torch.cat(parts).contiguous())
 
 
+def shared_ffn(x: Tensor, rows: Rows, *, norm: Norm, act: str, workers: Workers) -> Tensor:
+    """What the shared expert gives for norm(x) [tokens, hidden], not yet weighted."""
+    out = torch.zeros_like(x)
+    gather_ffn(x, rows, act, workers, norm=norm, into=out)
+    return out
+
+
 def expert_ffn(
     x: Tensor, router: Router, rows_of: ExpertRows, *, norm: Norm, act: str, workers: Workers,
-    out_norm: Norm | None = None,
+    out_norm: Norm | None = None, shared: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """x [tokens, hidden] f32 plus the weighted FFN outputs of the experts that norm(x) goes to."""
-    chosen, weights = router(x, workers, norm)
+    """x [tokens, hidden] f32 plus the weighted FFN outputs of the experts that norm(x) goes to.
+
+    shared: what `shared_ffn` gave, of models that have a shared expert.
+    """
+    chosen, weights, share = router(x, workers, norm)
     out = begin(x, out_norm)
+    if shared is not None:
+        assert share is not None
+        out += shared * share
     used = chosen[0] if len(x) == 1 else torch.unique(chosen)
     ids = used.to(torch.int32).cpu().numpy()
     for i, rows in enumerate(rows_of(ids)):

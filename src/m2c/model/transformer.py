@@ -28,12 +28,11 @@ from m2c.model.attention import (
     norm_of,
 )
 from m2c.model.config import ModelConfig
-from m2c.model.experts import Router, expert_ffn
+from m2c.model.experts import SHARED, Router, expert_ffn, shared_ffn
 from m2c.model.ffn import mixed_ffn, uniform_ffn
 from m2c.model.footprint import LOGITS
 from m2c.model.kv import KvCache
 from m2c.model.mix import Mix
-from m2c.model.tensors import router_name
 from m2c.tiers.store import FFN
 
 Ids = npt.NDArray[np.int32]
@@ -86,7 +85,7 @@ class Transformer:
         layers = range(config.num_hidden_layers)
         self._layers = [layer_facts(config, vectors, layer) for layer in layers]
         self._routers = [
-            Router.of(config, vectors[router_name(layer)]) for layer in layers if config.num_experts
+            Router.of(config, vectors, layer) for layer in layers if config.num_experts
         ]
         # a norm of the FFN's output comes between its sum and what it is added to; experts are
         # chosen between the layers
@@ -146,14 +145,18 @@ class Transformer:
         return logits
 
     def _layer(self, layer: int, x: Tensor) -> Tensor:
-        facts, act, given = self._layers[layer], self.config.activation, x
+        facts, act, given, shared = self._layers[layer], self.config.activation, x, None
         for rows in self._store.uses("dense", layer):
             call = self._attention_call(layer, rows)
             x = attention(x, call, self.kv.length, self._workers, norm=facts.attn_norm)
+            if SHARED in rows:  # read with attention, and gone when the next rows are asked for
+                shared = shared_ffn(
+                    x, rows[SHARED], norm=facts.ffn_norm, act=act, workers=self._workers
+                )
         if self._routers:
             return expert_ffn(
                 x, self._routers[layer], partial(self._store.experts, layer), norm=facts.ffn_norm,
-                act=act, workers=self._workers, out_norm=facts.ffn_out_norm,
+                act=act, workers=self._workers, out_norm=facts.ffn_out_norm, shared=shared,
             )  # fmt: skip
         onto = None
         if self.config.parallel_norms:
