@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from itertools import islice
+from math import prod
 from pathlib import Path
 from random import Random
 from threading import Event
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import m2c
-from running import GiB, Run, decode, options_for, plan_of, same, smallest_dram
+from running import TOKENS, GiB, Run, decode, options_for, plan_of, same, smallest_dram
 from test_store_failures import flip
 from tiny_models import (
     IDS,
@@ -30,6 +31,7 @@ from m2c.bundle.bundle import Bundle, open_bundle
 from m2c.bundle.importance import write_importance
 from m2c.bundle.shard import BLOCK, PAGE
 from m2c.check import check_bundle, compare_with_source
+from m2c.contents import config_of, importance_of
 from m2c.engine import Engine, RunOptions
 from m2c.errors import BadInput, UsageError
 from m2c.expert_profile import ENOUGH
@@ -37,10 +39,12 @@ from m2c.generate import generate_step, prefill
 from m2c.kernels.workers import Workers
 from m2c.model.checkpoint import HfCheckpoint, open_checkpoint
 from m2c.model.experts import Router, exact_rows
+from m2c.model.footprint import RunShape, footprint_of_bundle, footprint_of_config
 from m2c.model.mix import Mix
-from m2c.model.tensors import router_name
+from m2c.model.tensors import dense_matrices, parameter_count, router_name, small_tensors
 from m2c.model.weights import vector_tensors
 from m2c.modes import exact_options
+from m2c.pack import PackJob
 from m2c.sampling import Sampler, SamplingParams
 from m2c.speculate import Speculator
 from m2c.tiers.expert_plan import ExpertFact
@@ -52,13 +56,20 @@ SHAPE: dict[str, Any] = {
     "model_type": "mixtral", "num_local_experts": EXPERTS, "num_experts_per_tok": ACTIVE,
     "intermediate_size": SIZE, "num_hidden_layers": LAYERS, "hidden_size": 120, "head_dim": 24,
 }  # fmt: skip
+SHARED_SIZE = 700
+SHARED: dict[str, Any] = {
+    **SHAPE, "model_type": "qwen2_moe", "num_experts": EXPERTS, "moe_intermediate_size": SIZE,
+    "shared_expert_intermediate_size": SHARED_SIZE,
+}  # fmt: skip
+SHAPES = {"plain": SHAPE, "shared": SHARED}
 MIXES = {"fp16": Mix(100, 0, 0), "int8": Mix(0, 100, 0), "int4": Mix(0, 0, 100)}
 every_precision = pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("experts") / "checkpoint", SHAPE)
+@pytest.fixture(scope="module", params=SHAPES)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("experts") / "checkpoint"
+    return write_checkpoint(folder, SHAPES[request.param])
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +196,8 @@ def plan_of_speculative(bundle: Bundle, options: RunOptions) -> Any:
 def test_any_budget_policy_and_batching_gives_the_same_tokens(
     bundle: Bundle, expected: dict[Mix, Run]
 ) -> None:
-    for trial in trials("moe-tiers", ci=12, campaign=20_000):
+    kind = "-shared" if config_of(bundle).shared_expert_intermediate_size else ""
+    for trial in trials(f"moe-tiers{kind}", ci=12, campaign=20_000):
         with trial as seed:
             random = Random(seed)
             mix = random.choice(list(MIXES.values()))
@@ -250,6 +262,57 @@ def test_popular_experts_are_missed_less() -> None:
     assert known.missed(2) == pytest.approx(4 - 0.9 - 0.75)
     assert known.missed(8) == 0
     assert 4 < plain.missed(0, 2) < 8 == round(plain.missed(0, 1000))
+
+
+def test_what_every_token_uses_is_in_memory_before_any_expert(
+    bundle: Bundle, expected: dict[Mix, Run]
+) -> None:
+    """A shared expert is read once; after that only experts are."""
+    mix = MIXES["int4"]
+    options = options_for(mix)
+    facts = plan_of(bundle, options).footprint.experts
+    assert facts is not None
+    most = plan_of(bundle, options).used_dram
+    with Engine(bundle, replace(options, dram=most - facts.slot_nbytes)) as engine:
+        kinds = [block.kind for block in engine.plan.footprint.blocks]
+        resident = {kinds[i] for i in engine.plan.in_dram}
+        assert (resident, engine.plan.streamed) == ({"dense", "head"}, ())
+        assert engine.plan.expert_slots is not None
+        assert 0 < engine.plan.expert_slots < facts.total
+        engine.store.reset_stats()
+        assert same(decode(engine), expected[mix])
+        stats = engine.store.stats
+    embeddings = (1 + TOKENS) * 2 * BLOCK
+    assert 0 < stats.ssd.nbytes <= stats.upgrades["experts"].ssd * facts.slot_nbytes + embeddings
+    dense = [
+        block.streamed_nbytes for block in engine.plan.footprint.blocks if block.kind != "neurons"
+    ]
+    assert sum(dense) > 2 * BLOCK  # one more pass over these would have been seen
+
+
+def test_sizes_by_formula_are_those_of_the_bundle(bundle: Bundle, checkpoint: Path) -> None:
+    """Of what is no expert, to the byte: in planes without frames, and decoded."""
+    config, known = config_of(bundle), importance_of(bundle)
+    assert (config.shared_expert_intermediate_size > 0) == (config.model_type == "qwen2_moe")
+    for precision, drafts in (("int4", False), ("int8", False), ("int8", True), ("fp16", False)):
+        shape = RunShape(MIXES[precision], precision, 32, "f16", 1, drafts=drafts)
+        true = footprint_of_bundle(bundle, config, shape, known.hit_share)
+        made = footprint_of_config(config, shape, bundle.manifest.exact_type)
+        assert true.experts is not None
+        assert true.experts.shared == (config.shared_expert_intermediate_size > 0)
+        pairs = zip(true.blocks, made.blocks, strict=True)
+        for one, other in (pair for pair in pairs if pair[0].kind == "dense"):
+            assert one.resident_nbytes == other.resident_nbytes
+            assert precision == "fp16" or one.streamed_nbytes == other.streamed_nbytes
+    # the last was fp16, decoded: 2 bytes a weight of attention and of the shared expert
+    matrices = dense_matrices(config).items()
+    attention = sum(n * m for name, (n, m) in matrices if name.startswith("model.layers.0."))
+    weights = attention + 3 * config.shared_expert_intermediate_size * config.hidden_size
+    assert true.blocks[0].resident_nbytes == 2 * weights
+    # and pack counts every weight that is in a plane
+    small = sum(prod(size) for size in small_tensors(config).values())
+    job = PackJob(open_checkpoint(checkpoint), known, {}, "bf16", "", 0.0)
+    assert job.weights == parameter_count(config) - small
 
 
 # -- failures --------------------------------------------------------------------------------------

@@ -189,7 +189,10 @@ def _experts(config: ModelConfig, shape: RunShape, neurons: list[_Sizes]) -> Exp
     most = max(size.read(shape.mix.floor, shape.drafts) for size in neurons)
     planes = PLANES.index(shape.mix.floor) + 1 - shape.drafts
     nbytes = align(most // config.num_experts, BLOCK) + planes * BLOCK
-    return ExpertFact(len(neurons), config.num_experts, config.num_experts_per_tok, nbytes, nbytes)
+    return ExpertFact(
+        len(neurons), config.num_experts, config.num_experts_per_tok, nbytes, nbytes,
+        shared=config.shared_expert_intermediate_size > 0,
+    )  # fmt: skip
 
 
 def _true_experts(
