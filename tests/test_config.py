@@ -362,6 +362,15 @@ FIELDS = [
     "activation_function",
     "enable_bias",
     "word_embed_proj_dim",
+    "num_experts",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "norm_topk_prob",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "decoder_sparse_step",
+    "mlp_only_layers",
+    "qkv_bias",
 ]
 
 
@@ -410,6 +419,17 @@ def test_facts_that_do_not_go_together_are_refused(change: dict[str, Any]) -> No
     facts = ModelConfig.from_hf(TINY).to_dict()
     with pytest.raises(BadInput):
         ModelConfig.from_dict(facts | change)
+
+
+def test_only_families_with_a_shared_expert_have_one() -> None:
+    plain = ModelConfig.from_hf(TINY).to_dict()
+    with pytest.raises(BadInput, match="a shared expert in a model_type that has none"):
+        ModelConfig.from_dict(plain | {"shared_expert_intermediate_size": 96})
+    moe = ModelConfig.from_hf(TINY | {"model_type": "qwen2_moe"}).to_dict()
+    assert moe["shared_expert_intermediate_size"] == 5632
+    for size in (0, None, 2**21):
+        with pytest.raises(BadInput, match="shared_expert_intermediate_size"):
+            ModelConfig.from_dict(moe | {"shared_expert_intermediate_size": size})
 
 
 def test_tensors_of_a_tied_biased_model() -> None:
