@@ -1,5 +1,6 @@
 """A mixture of experts: the same bits wherever an expert lies, within the memory that was given."""
 
+import json
 import shutil
 from dataclasses import replace
 from itertools import islice
@@ -16,6 +17,7 @@ from command_line import m2c
 from running import TOKENS, GiB, Run, decode, options_for, plan_of, same, smallest_dram
 from test_store_failures import flip
 from tiny_models import (
+    CONFIG,
     IDS,
     digest,
     job_for,
@@ -38,8 +40,9 @@ from m2c.expert_profile import ENOUGH
 from m2c.generate import generate_step, prefill
 from m2c.kernels.workers import Workers
 from m2c.model.checkpoint import HfCheckpoint, open_checkpoint
-from m2c.model.experts import Router, exact_rows
-from m2c.model.footprint import RunShape, footprint_of_bundle, footprint_of_config
+from m2c.model.config import ModelConfig
+from m2c.model.experts import Router, _sigmoid, exact_rows
+from m2c.model.footprint import RunShape, batch_tokens, footprint_of_bundle, footprint_of_config
 from m2c.model.mix import Mix
 from m2c.model.tensors import dense_matrices, parameter_count, router_name, small_tensors
 from m2c.model.weights import vector_tensors
@@ -315,6 +318,13 @@ def test_sizes_by_formula_are_those_of_the_bundle(bundle: Bundle, checkpoint: Pa
     assert job.weights == parameter_count(config) - small
 
 
+def test_the_larger_expert_decides_how_many_tokens_share_a_batch() -> None:
+    config = ModelConfig.from_hf({**CONFIG, **SHARED})
+    large = replace(config, shared_expert_intermediate_size=50_000)
+    plain = replace(config, intermediate_size=50_000)
+    assert batch_tokens(large) == batch_tokens(plain) < batch_tokens(config)
+
+
 # -- failures --------------------------------------------------------------------------------------
 
 
@@ -416,6 +426,13 @@ def test_the_gate_of_a_shared_expert_is_a_sigmoid_whatever_shares_the_call(kerne
     workers.close()
 
 
+def test_a_sigmoid_is_the_same_whatever_shares_the_call() -> None:
+    """torch's own is not, where numbers lie side by side."""
+    gates = 3 * torch.randn(1003, 1, generator=torch.Generator().manual_seed(6))
+    alone = torch.cat([_sigmoid(gate[None]) for gate in gates])
+    assert torch.equal(alone, _sigmoid(gates))
+
+
 def test_an_expert_that_no_token_uses_is_judged_by_all_tokens(tmp_path: Path) -> None:
     """Two routes are the same, so the second is never taken."""
     folder = write_checkpoint(tmp_path / "a", {**SHAPE, "num_experts_per_tok": 1})
@@ -450,6 +467,20 @@ def test_pack_keeps_experts_apart_whatever_the_threads(
     assert digest(tmp_path / "again.m2c") == digest(bundle.path)
     assert list(check_bundle(bundle.path, read_data=True)) == []
     assert list(compare_with_source(bundle, open_checkpoint(checkpoint))) == []
+
+
+def test_check_compares_every_matrix_with_the_source(
+    checkpoint: Path, bundle: Bundle, tmp_path: Path
+) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    other = open_checkpoint(write_checkpoint(tmp_path / "other", config, seed=1))
+    found = [" ".join(line.split(": ")[1].split()) for line in compare_with_source(bundle, other)]
+    sections = {
+        f"{Path(name).parent} {int(Path(name).stem)} {section.name}"
+        for name, index in bundle.shards.items() if Path(name).stem.isdigit()
+        for section in index.header.sections
+    }  # fmt: skip
+    assert sections <= set(found)
 
 
 @pytest.fixture
@@ -541,7 +572,9 @@ def test_commands_take_a_mixture_of_experts(checkpoint: Path, tmp_path: Path) ->
     assert "experts: 2 of 6 a layer and token" in planned.out
 
 
-@pytest.mark.parametrize("alias", ["qwen3-30b-a3b", "mixtral-8x7b"])
+@pytest.mark.parametrize(
+    "alias", ["qwen3-30b-a3b", "mixtral-8x7b", "qwen1.5-moe-a2.7b", "qwen2-57b-a14b"]
+)
 def test_a_plan_needs_no_weights(alias: str) -> None:
     planned = m2c("plan", alias, "--dram", "8GiB", "--mode", "mixed", "--ssd-speed", "2GB",
                   "--dram-speed", "20GB")  # fmt: skip

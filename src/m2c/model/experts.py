@@ -66,8 +66,8 @@ class Router:
 
 
 def _sigmoid(gate: Tensor) -> Tensor:
-    """Of [tokens, 1]. torch's own rounds a number differently when others share the call; a softmax
-    of two is taken row by row."""
+    """Of [tokens, 1]. torch's own may round a number differently when others share the call; a
+    softmax of two is taken row by row."""
     return torch.cat((gate, torch.zeros_like(gate)), dim=1).softmax(-1)[:, :1]
 
 
