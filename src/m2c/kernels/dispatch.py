@@ -4,6 +4,8 @@ Rows that carry their exact plane compressed are decoded where they are computed
 must not change a bit of the result.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -70,6 +72,22 @@ def gather_ffn(
         reference.gather_ffn(x, rows, act, workers, mask=mask, into=into, bias=bias)
     else:
         native.ffn(x, rows, act, mask=mask, norm=norm, into=into, bias=bias)
+
+
+def add_experts(
+    x: Tensor, experts: Sequence[Rows], weights: Tensor, act: str, workers: Workers, *,
+    norm: Norm | None, into: Tensor,
+) -> None:  # fmt: skip
+    """Add to `into` [1, hidden], one after the other, what each of the experts gives for norm(x),
+    times its weight. x [1, hidden], weights [1, experts] f32."""
+    native = workers.native
+    if native is not None and all(native.takes(x, rows) and len(rows) for rows in experts):
+        native.experts(x, experts, weights, act, norm=norm, into=into)
+        return
+    for rows, weight in zip(experts, weights[0], strict=True):
+        part = torch.zeros_like(x)
+        gather_ffn(x, rows, act, workers, norm=norm, into=part)
+        into += part * weight
 
 
 def scored_ffn(

@@ -4,6 +4,7 @@ Mirrors the structures of csrc/rows.h; knows nothing about layers or tiers.
 """
 
 import ctypes
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -150,6 +151,18 @@ class NativeKernels:
         mask = None if mask is None else mask.contiguous()
         how, optional = _act(act, bias), (_maybe(mask), _maybe(kept))
         self._run(self._library.m2c_ffn, _given(x, norm), _rows(rows), how, *optional, _at(into))
+
+    def experts(
+        self, x: Tensor, experts: Sequence[Rows], weights: Tensor, act: str, *, norm: Norm | None,
+        into: Tensor,
+    ) -> None:  # fmt: skip
+        """As `dispatch.add_experts`; every expert has rows."""
+        part = torch.empty_like(x)
+        pointers = (_POINTER * len(experts))(*(ctypes.addressof(_rows(rows)) for rows in experts))
+        self._run(
+            self._library.m2c_experts, _given(x, norm), pointers, ctypes.c_int32(len(experts)),
+            _act(act, None), _at(weights), _at(part), _at(into),
+        )  # fmt: skip
 
     def add_normed(self, x: Tensor, norm: Norm, *, into: Tensor) -> None:
         """Add norm(x) to `into`, both [tokens, hidden]."""

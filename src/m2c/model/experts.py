@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from m2c.bundle.planes import RecordLayout
-from m2c.kernels.dispatch import gather_ffn, matmul_rows
+from m2c.kernels.dispatch import add_experts, gather_ffn, matmul_rows
 from m2c.kernels.operands import Norm
 from m2c.kernels.rows import ExactRows, Rows
 from m2c.kernels.workers import Workers
@@ -93,11 +93,12 @@ def shared_ffn(x: Tensor, rows: Rows, *, norm: Norm, act: str, workers: Workers)
 
 def expert_ffn(
     x: Tensor, router: Router, rows_of: ExpertRows, *, norm: Norm, act: str, workers: Workers,
-    out_norm: Norm | None = None, shared: Tensor | None = None,
+    out_norm: Norm | None = None, shared: Tensor | None = None, stay: bool = False,
 ) -> Tensor:  # fmt: skip
     """x [tokens, hidden] f32 plus the weighted FFN outputs of the experts that norm(x) goes to.
 
-    shared: what `shared_ffn` gave, of models that have a shared expert.
+    shared: what `shared_ffn` gave, of models that have a shared expert. stay: rows are valid after
+    the next were asked for, so those of one token need not be computed one by one.
     """
     chosen, weights, share = router(x, workers, norm)
     out = begin(x, out_norm)
@@ -106,12 +107,13 @@ def expert_ffn(
         out += shared * share
     used = chosen[0] if len(x) == 1 else torch.unique(chosen)
     ids = used.to(torch.int32).cpu().numpy()
+    if len(x) == 1:
+        groups = [list(rows_of(ids))] if stay else ([rows] for rows in rows_of(ids))
+        own = weights.split(len(ids) if stay else 1, dim=1)
+        for group, some in zip(groups, own, strict=True):
+            add_experts(x, group, some, act, workers, norm=norm, into=out)
+        return end(x, out, out_norm, workers)
     for i, rows in enumerate(rows_of(ids)):
-        if len(x) == 1:
-            part = torch.zeros_like(x)
-            gather_ffn(x, rows, act, workers, norm=norm, into=part)
-            out += part * weights[:, i, None]
-            continue
         tokens, place = (chosen == int(ids[i])).nonzero(as_tuple=True)
         part = torch.zeros((len(tokens), x.shape[1]), device=x.device)
         gather_ffn(x[tokens], rows, act, workers, norm=norm, into=part)

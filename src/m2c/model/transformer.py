@@ -49,6 +49,9 @@ class Weights(Protocol):
     @property
     def holds_all(self) -> bool: ...
 
+    @property
+    def holds_experts(self) -> bool: ...
+
     def uses(self, kind: str, layer: int) -> Iterator[Mapping[str, Rows]]: ...
 
     def experts(self, layer: int, ids: Ids) -> Iterator[Rows]: ...
@@ -157,6 +160,7 @@ class Transformer:
             return expert_ffn(
                 x, self._routers[layer], partial(self._store.experts, layer), norm=facts.ffn_norm,
                 act=act, workers=self._workers, out_norm=facts.ffn_out_norm, shared=shared,
+                stay=self._store.holds_experts,
             )  # fmt: skip
         onto = None
         if self.config.parallel_norms:
