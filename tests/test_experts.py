@@ -38,10 +38,9 @@ from m2c.engine import Engine, RunOptions
 from m2c.errors import BadInput, UsageError
 from m2c.expert_profile import ENOUGH
 from m2c.generate import generate_step, prefill
-from m2c.kernels.workers import Workers
 from m2c.model.checkpoint import HfCheckpoint, open_checkpoint
 from m2c.model.config import ModelConfig
-from m2c.model.experts import Router, _sigmoid, exact_rows
+from m2c.model.experts import exact_rows
 from m2c.model.footprint import RunShape, batch_tokens, footprint_of_bundle, footprint_of_config
 from m2c.model.mix import Mix
 from m2c.model.tensors import dense_matrices, parameter_count, router_name, small_tensors
@@ -392,45 +391,6 @@ def test_bf16_rows_add_up_to_the_router(checkpoint: Path) -> None:
     assert torch.equal(sum(rows.weights.float().split(5)), plain)
     stored = vector_tensors(open_checkpoint(checkpoint))[router_name(0)]
     assert len(exact_rows(stored)) == EXPERTS  # BF16 already
-
-
-def test_the_router_takes_the_best_and_the_lower_of_equals() -> None:
-    x = torch.eye(4)[:2]
-    weights = torch.tensor([[0.0, 2.0], [1.0, 2.0], [1.0, 0.0], [1.0, 3.0]]).repeat(1, 2)
-    for sums_to_one in (True, False):
-        router = Router(exact_rows(weights), 4, 2, sums_to_one)
-        chosen, share, of_shared = router(x, Workers(1), None)
-        assert of_shared is None
-        assert chosen.tolist() == [[1, 2], [1, 3]] or chosen.tolist() == [[1, 2], [0, 3]]
-        logits = (x @ weights.T).double()
-        true = logits.softmax(-1).gather(1, chosen)
-        true = true / true.sum(-1, keepdim=True) if sums_to_one else true
-        assert (share - true).abs().max() < 1e-6
-
-
-@pytest.mark.parametrize("kernel", ["auto", "torch"])
-def test_the_gate_of_a_shared_expert_is_a_sigmoid_whatever_shares_the_call(kernel: str) -> None:
-    generator = torch.Generator().manual_seed(5)
-    x, gate = torch.randn(67, 96, generator=generator), torch.randn(1, 96, generator=generator)
-    weights = torch.randn(4, 96, generator=generator)
-    both = exact_rows(torch.cat((weights, gate)))
-    router, workers = Router(both, 4, 2, False, shared=True), Workers(1, kernel=kernel)
-    chosen, _, together = router(x, workers, None)
-    assert together is not None
-    true = (x.double() @ gate.double().T).sigmoid()
-    assert (together - true).abs().max() < 1e-6
-    assert torch.equal(chosen, Router(exact_rows(weights), 4, 2, False)(x, workers, None)[0])
-    if workers.native is not None:
-        alone = [router(one[None], workers, None)[2] for one in x]
-        assert all(torch.equal(a, b[None]) for a, b in zip(alone, together, strict=True))
-    workers.close()
-
-
-def test_a_sigmoid_is_the_same_whatever_shares_the_call() -> None:
-    """torch's own is not, where numbers lie side by side."""
-    gates = 3 * torch.randn(1003, 1, generator=torch.Generator().manual_seed(6))
-    alone = torch.cat([_sigmoid(gate[None]) for gate in gates])
-    assert torch.equal(alone, _sigmoid(gates))
 
 
 def test_an_expert_that_no_token_uses_is_judged_by_all_tokens(tmp_path: Path) -> None:

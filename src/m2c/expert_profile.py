@@ -11,11 +11,12 @@ from torch import Tensor
 
 from m2c.bundle.planes import RecordLayout
 from m2c.errors import BadInput
+from m2c.kernels.dispatch import route
+from m2c.kernels.operands import Router
 from m2c.kernels.reference import down, gate_up, gather_ffn
 from m2c.kernels.rows import ExactRows
 from m2c.kernels.workers import Workers
 from m2c.model.checkpoint import Checkpoint
-from m2c.model.experts import Router
 from m2c.model.weights import expert_records, shared_records
 from m2c.tally import NeuronTally, f32
 
@@ -36,7 +37,7 @@ def run_experts(
     """
     config = checkpoint.config
     x = torch.cat(inputs)
-    chosen, weights, share = router(x, workers, None)
+    chosen, weights, share = route(x, router, workers, norm=None)
     out = torch.zeros_like(x)
     if share is not None:
         out += share * _shared(checkpoint, layer, x, workers)

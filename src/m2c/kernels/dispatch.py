@@ -11,7 +11,7 @@ from torch import Tensor
 
 from m2c.kernels import reference
 from m2c.kernels.native import NativeKernels
-from m2c.kernels.operands import AttentionCall, Norm, Stack
+from m2c.kernels.operands import AttentionCall, Norm, Router, Stack
 from m2c.kernels.rows import PackedRows, Rows, as_exact_tensor
 from m2c.kernels.workers import Workers
 
@@ -72,6 +72,17 @@ def gather_ffn(
         reference.gather_ffn(x, rows, act, workers, mask=mask, into=into, bias=bias)
     else:
         native.ffn(x, rows, act, mask=mask, norm=norm, into=into, bias=bias)
+
+
+def route(
+    x: Tensor, router: Router, workers: Workers, *, norm: Norm | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As `reference.route`, of norm(x) [tokens, hidden] f32."""
+    native = _native(x, router.rows, workers)
+    if native is None:
+        logits = reference.matmul_rows(reference.apply_norm(x, norm), router.rows, workers)
+        return reference.route(logits, router)
+    return native.route(x, router, norm=norm)
 
 
 def add_experts(

@@ -7,7 +7,6 @@ about tiers: where rows come from is the caller's business.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -16,8 +15,8 @@ import torch
 from torch import Tensor
 
 from m2c.bundle.planes import RecordLayout
-from m2c.kernels.dispatch import add_experts, gather_ffn, matmul_rows
-from m2c.kernels.operands import Norm
+from m2c.kernels.dispatch import add_experts, gather_ffn, route
+from m2c.kernels.operands import Norm, Router
 from m2c.kernels.rows import ExactRows, Rows
 from m2c.kernels.workers import Workers
 from m2c.model.config import ModelConfig
@@ -29,46 +28,14 @@ ExpertRows = Callable[[Ids], Iterator[Rows]]  # of experts in rising order
 SHARED: Final = "shared"  # section of the shards of attention: the shared expert's neurons
 
 
-@dataclass(frozen=True)
-class Router:
-    """Which experts a token goes to, and with what weight."""
-
-    rows: ExactRows  # see `exact_rows`
-    experts: int
-    active: int
-    sums_to_one: bool  # the weights of a token's experts
-    shared: bool = False  # a row more: the gate of the shared expert
-
-    @classmethod
-    def of(cls, config: ModelConfig, tensors: Mapping[str, Tensor], layer: int) -> "Router":
-        """tensors: f32, under their Hugging Face names."""
-        weights, gate = tensors[router_name(layer)], tensors.get(shared_gate_name(layer))
-        return cls(
-            exact_rows(weights if gate is None else torch.cat((weights, gate))),
-            config.num_experts, config.num_experts_per_tok, config.norm_topk_prob,
-            shared=gate is not None,
-        )  # fmt: skip
-
-    def __call__(
-        self, x: Tensor, workers: Workers, norm: Norm | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Of norm(x), x [tokens, hidden] f32: experts, rising, and their weights, both
-        [tokens, active], and the weight of the shared expert [tokens, 1], if there is one. Of
-        equals the lower expert is chosen."""
-        parts = matmul_rows(x, self.rows, workers, norm=norm).split(self.experts + self.shared, 1)
-        logits, gate = sum(parts[1:], start=parts[0]).split((self.experts, int(self.shared)), 1)
-        best, chosen = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
-        best, chosen = best[:, : self.active], chosen[:, : self.active]
-        if self.sums_to_one:
-            best = best / best.sum(-1, keepdim=True)
-        chosen, order = chosen.sort(dim=-1)
-        return chosen, best.gather(1, order), _sigmoid(gate) if self.shared else None
-
-
-def _sigmoid(gate: Tensor) -> Tensor:
-    """Of [tokens, 1]. torch's own may round a number differently when others share the call; a
-    softmax of two is taken row by row."""
-    return torch.cat((gate, torch.zeros_like(gate)), dim=1).softmax(-1)[:, :1]
+def router_of(config: ModelConfig, tensors: Mapping[str, Tensor], layer: int) -> Router:
+    """tensors: f32, under their Hugging Face names."""
+    weights, gate = tensors[router_name(layer)], tensors.get(shared_gate_name(layer))
+    return Router(
+        exact_rows(weights if gate is None else torch.cat((weights, gate))),
+        config.num_experts, config.num_experts_per_tok, config.norm_topk_prob,
+        shared=gate is not None,
+    )  # fmt: skip
 
 
 def exact_rows(weights: Tensor) -> ExactRows:
@@ -100,7 +67,7 @@ def expert_ffn(
     shared: what `shared_ffn` gave, of models that have a shared expert. stay: rows are valid after
     the next were asked for, so those of one token need not be computed one by one.
     """
-    chosen, weights, share = router(x, workers, norm)
+    chosen, weights, share = route(x, router, workers, norm=norm)
     out = begin(x, out_norm)
     if shared is not None:
         assert share is not None

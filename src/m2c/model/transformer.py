@@ -28,7 +28,7 @@ from m2c.model.attention import (
     norm_of,
 )
 from m2c.model.config import ModelConfig
-from m2c.model.experts import SHARED, Router, expert_ffn, shared_ffn
+from m2c.model.experts import SHARED, expert_ffn, router_of, shared_ffn
 from m2c.model.ffn import mixed_ffn, uniform_ffn
 from m2c.model.footprint import LOGITS
 from m2c.model.kv import KvCache
@@ -88,7 +88,7 @@ class Transformer:
         layers = range(config.num_hidden_layers)
         self._layers = [layer_facts(config, vectors, layer) for layer in layers]
         self._routers = [
-            Router.of(config, vectors, layer) for layer in layers if config.num_experts
+            router_of(config, vectors, layer) for layer in layers if config.num_experts
         ]
         # a norm of the FFN's output comes between its sum and what it is added to; experts are
         # chosen between the layers
