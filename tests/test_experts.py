@@ -38,6 +38,8 @@ from m2c.engine import Engine, RunOptions
 from m2c.errors import BadInput, UsageError
 from m2c.expert_profile import ENOUGH
 from m2c.generate import generate_step, prefill
+from m2c.kernels.dispatch import gather_ffn
+from m2c.model import experts
 from m2c.model.checkpoint import HfCheckpoint, open_checkpoint
 from m2c.model.config import ModelConfig
 from m2c.model.experts import exact_rows
@@ -347,10 +349,11 @@ def test_a_damaged_expert_ends_the_pass_and_is_not_kept(
         assert same(decode(engine), expected[mix])
 
 
+@pytest.mark.parametrize("taken", [0, 1])
 def test_experts_that_nobody_waits_for_are_not_kept(
-    bundle: Bundle, expected: dict[Mix, Run]
+    bundle: Bundle, expected: dict[Mix, Run], taken: int
 ) -> None:
-    """Whoever asked for several takes the first and goes, before the others have been read."""
+    """Whoever asked for several takes the first, or none, and goes before the others are there."""
     mix, go_on = MIXES["int4"], Event()
     with Engine(bundle, with_slots(bundle, options_for(mix), 7)) as engine:
         assert engine.store._experts is not None
@@ -359,11 +362,30 @@ def test_experts_that_nobody_waits_for_are_not_kept(
         ids = np.array([min(held), *sorted(set(range(EXPERTS)) - held)], np.int32)
         busy = [engine.store.reader._helpers.submit(go_on.wait) for _ in range(THREADS)]
         rows = engine.store.experts(0, ids)
-        next(rows)
-        rows.close()
+        assert len(list(islice(rows, taken))) == taken
+        del rows
         go_on.set()
         assert all(one.result() for one in busy)
         assert same(decode(engine), expected[mix])
+
+
+def test_experts_are_read_while_the_shared_one_is_computed(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not after it: it takes as long as several of them."""
+    if not config_of(bundle).shared_expert_intermediate_size:
+        pytest.skip("there is none")
+    with Engine(bundle, with_slots(bundle, options_for(MIXES["int4"]), 0)) as engine:
+        reads = list[int]()
+
+        def spied(x: torch.Tensor, rows: Any, *given: Any, **more: Any) -> None:
+            if len(rows) == SHARED_SIZE:
+                reads.append(engine.store.stats.upgrades["experts"].ssd)
+            gather_ffn(x, rows, *given, **more)
+
+        monkeypatch.setattr(experts, "gather_ffn", spied)
+        engine.model.forward(np.array([5], np.int32))
+        assert reads == [ACTIVE, 2 * ACTIVE, 3 * ACTIVE]
 
 
 def test_an_expert_whose_read_cannot_begin_is_not_kept(

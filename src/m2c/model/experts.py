@@ -2,8 +2,7 @@
 
 Every token's experts are added in rising order, each by itself, so the result depends neither on
 where an expert lay nor on which other tokens share the call. The shared expert of some families is
-used by every token: it is computed beside attention and comes in as what it gave. Knows nothing
-about tiers: where rows come from is the caller's business.
+used by every token. Knows nothing about tiers: where rows come from is the caller's business.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +23,8 @@ from m2c.model.ffn import begin, end
 from m2c.model.tensors import router_name, shared_gate_name
 
 Ids = npt.NDArray[np.int32]
-ExpertRows = Callable[[Ids], Iterator[Rows]]  # of experts in rising order
+# of experts in rising order; reads begin when it is called
+ExpertRows = Callable[[Ids], Iterator[Rows]]
 SHARED: Final = "shared"  # section of the shards of attention: the shared expert's neurons
 
 
@@ -51,36 +51,31 @@ def exact_rows(weights: Tensor) -> ExactRows:
     return ExactRows(RecordLayout(1, weights.shape[1]), torch.cat(parts).contiguous())
 
 
-def shared_ffn(x: Tensor, rows: Rows, *, norm: Norm, act: str, workers: Workers) -> Tensor:
-    """What the shared expert gives for norm(x) [tokens, hidden], not yet weighted."""
-    out = torch.zeros_like(x)
-    gather_ffn(x, rows, act, workers, norm=norm, into=out)
-    return out
-
-
 def expert_ffn(
     x: Tensor, router: Router, rows_of: ExpertRows, *, norm: Norm, act: str, workers: Workers,
-    out_norm: Norm | None = None, shared: Tensor | None = None, stay: bool = False,
+    out_norm: Norm | None = None, shared: Rows | None = None, stay: bool = False,
 ) -> Tensor:  # fmt: skip
     """x [tokens, hidden] f32 plus the weighted FFN outputs of the experts that norm(x) goes to.
 
-    shared: what `shared_ffn` gave, of models that have a shared expert. stay: rows are valid after
-    the next were asked for, so those of one token need not be computed one by one.
+    shared: the shared expert, if there is one. stay: rows are valid after the next were asked for,
+    so those of one token need not be computed one by one.
     """
     chosen, weights, share = route(x, router, workers, norm=norm)
-    out = begin(x, out_norm)
-    if shared is not None:
-        assert share is not None
-        out += shared * share
     used = chosen[0] if len(x) == 1 else torch.unique(chosen)
     ids = used.to(torch.int32).cpu().numpy()
+    experts = rows_of(ids)  # what has to be read comes while the shared expert is computed
+    out = begin(x, out_norm)
+    if shared is not None and share is not None:
+        part = torch.zeros_like(x)
+        gather_ffn(x, shared, act, workers, norm=norm, into=part)
+        out += part * share
     if len(x) == 1:
-        groups = [list(rows_of(ids))] if stay else ([rows] for rows in rows_of(ids))
+        groups = [list(experts)] if stay else ([rows] for rows in experts)
         own = weights.split(len(ids) if stay else 1, dim=1)
         for group, some in zip(groups, own, strict=True):
             add_experts(x, group, some, act, workers, norm=norm, into=out)
         return end(x, out, out_norm, workers)
-    for i, rows in enumerate(rows_of(ids)):
+    for i, rows in enumerate(experts):
         tokens, place = (chosen == int(ids[i])).nonzero(as_tuple=True)
         part = torch.zeros((len(tokens), x.shape[1]), device=x.device)
         gather_ffn(x[tokens], rows, act, workers, norm=norm, into=part)

@@ -28,7 +28,7 @@ from m2c.model.attention import (
     norm_of,
 )
 from m2c.model.config import ModelConfig
-from m2c.model.experts import SHARED, expert_ffn, router_of, shared_ffn
+from m2c.model.experts import SHARED, expert_ffn, router_of
 from m2c.model.ffn import mixed_ffn, uniform_ffn
 from m2c.model.footprint import LOGITS
 from m2c.model.kv import KvCache
@@ -148,20 +148,19 @@ class Transformer:
         return logits
 
     def _layer(self, layer: int, x: Tensor) -> Tensor:
-        facts, act, given, shared = self._layers[layer], self.config.activation, x, None
+        facts, act, given = self._layers[layer], self.config.activation, x
         for rows in self._store.uses("dense", layer):
             call = self._attention_call(layer, rows)
             x = attention(x, call, self.kv.length, self._workers, norm=facts.attn_norm)
-            if SHARED in rows:  # read with attention, and gone when the next rows are asked for
-                shared = shared_ffn(
-                    x, rows[SHARED], norm=facts.ffn_norm, act=act, workers=self._workers
-                )
+            if self._routers:  # here: a shared expert's rows are valid as long as attention's
+                x = expert_ffn(
+                    x, self._routers[layer], partial(self._store.experts, layer),
+                    norm=facts.ffn_norm, act=act, workers=self._workers,
+                    out_norm=facts.ffn_out_norm, shared=rows.get(SHARED),
+                    stay=self._store.holds_experts,
+                )  # fmt: skip
         if self._routers:
-            return expert_ffn(
-                x, self._routers[layer], partial(self._store.experts, layer), norm=facts.ffn_norm,
-                act=act, workers=self._workers, out_norm=facts.ffn_out_norm, shared=shared,
-                stay=self._store.holds_experts,
-            )  # fmt: skip
+            return x
         onto = None
         if self.config.parallel_norms:
             x, onto = given, x
