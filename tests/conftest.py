@@ -10,7 +10,9 @@ from uuid import uuid4
 
 import pytest
 import torch
+from emulated import COMPILER, emulated_kernels
 from every_mode import Subject, make_subject
+from ferry import Ferry
 from hypothesis import settings
 from running import MIXES, Run, decode, options_for
 from shards import write_exact, write_int4
@@ -23,7 +25,10 @@ from m2c.bundle.importance import write_importance
 from m2c.engine import Engine
 from m2c.errors import UsageError
 from m2c.hub import resolve_model
+from m2c.kernels.cuda_driver import CudaDriver
+from m2c.kernels.gpu import GpuKernels
 from m2c.kernels.native import CHOICES, NativeKernels
+from m2c.kernels.workers import Kernels
 from m2c.model.mix import Mix
 from m2c.pack import PackJob
 
@@ -165,9 +170,36 @@ def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=[name for name in CHOICES if name not in ("auto", "torch")])
-def kernels(request: pytest.FixtureRequest) -> Iterator[NativeKernels]:
-    """Every instruction set that this machine has, forced."""
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> GpuKernels:
+    """The CUDA kernels compiled for the CPU."""
+    if COMPILER is None:
+        pytest.skip("no C++ compiler")
+    return emulated_kernels(tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.fixture(scope="session")
+def real_gpu(tmp_path_factory: pytest.TempPathFactory) -> GpuKernels:
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    cache = tmp_path_factory.mktemp("kernels")
+    return GpuKernels(CudaDriver(torch.device("cuda", 0), cache))
+
+
+_SETS = [name for name in CHOICES if name not in ("auto", "torch")]
+_ON_GPU = ["cuda"] if torch.cuda.is_available() else []
+
+
+@pytest.fixture(params=[*_SETS, "emulated", *_ON_GPU])
+def kernels(request: pytest.FixtureRequest) -> Iterator[Kernels | Ferry]:
+    """Every instruction set that this machine has, forced; the kernels for CUDA, emulated, and on
+    the GPU if there is one."""
+    if request.param == "emulated":
+        yield request.getfixturevalue("emulated")
+        return
+    if request.param == "cuda":
+        yield Ferry(request.getfixturevalue("real_gpu"))
+        return
     try:
         made = NativeKernels(request.param, 2)
     except UsageError:

@@ -29,7 +29,11 @@ class Case:
         rows = honest(shape, kind)
         frames = rows.frames
         assert frames is not None
-        int4, int8, data = rows.int4.numpy().copy(), rows.int8.numpy().copy(), frames.data.copy()
+        int4, int8, data = (
+            rows.int4.numpy().copy(),
+            rows.int8.numpy().copy(),
+            frames.data.numpy().copy(),
+        )
         nbytes, escapes = frames.nbytes.copy(), frames.escapes.copy()
         what = rng.choice(("int4", "int8", "data", "sizes", "escapes", "places", "scales"))
         if what in ("int4", "int8", "data"):
@@ -50,7 +54,7 @@ class Case:
             scales[rng.randrange(len(scales))] = rng.choice((0, 0x7C, 0xFC, 0x7E, 1, 0xFF))
         else:
             _misplace(rng, data, nbytes, escapes)
-        made = replace(frames, data=data, nbytes=nbytes, escapes=escapes)
+        made = replace(frames, data=torch.from_numpy(data), nbytes=nbytes, escapes=escapes)
         layout = rows.layout
         scales = np.ascontiguousarray(int4[:, layout.code_nbytes :]).view(np.float16)
         new = PackedRows(layout, torch.from_numpy(int4), torch.from_numpy(int8), made)
@@ -82,7 +86,7 @@ def honest(shape: tuple[int, int, int, int], exact_type: str) -> PackedRows:
     true = round_to(values, exact_type).reshape(records, -1)
     made = encode_frames(true, int4, int8, layout, exact_type=exact_type, frame_records=per_frame)
     data = np.frombuffer(made.data, np.uint8).copy()
-    frames = ExactFrames(data, made.nbytes, made.escapes, per_frame, exact_type)
+    frames = ExactFrames(torch.from_numpy(data), made.nbytes, made.escapes, per_frame, exact_type)
     return PackedRows(layout, torch.from_numpy(int4), torch.from_numpy(int8), frames)
 
 

@@ -92,4 +92,4 @@ def _tensors(rows: Rows) -> list[torch.Tensor]:
     if isinstance(rows, ExactRows):
         return [rows.weights.view(torch.int16).cpu()]
     found = [t.cpu() for t in (rows.int4, rows.int8) if t is not None]
-    return found if rows.frames is None else [*found, torch.from_numpy(rows.frames.data)]
+    return found if rows.frames is None else [*found, rows.frames.data.cpu()]

@@ -10,9 +10,10 @@ from running import inputs
 from m2c.bundle.exact import encode_frames, round_to, widen
 from m2c.bundle.planes import RecordLayout, dequantize, quantize
 from m2c.errors import BadInput
-from m2c.kernels.native import LIBRARY, NativeKernels
+from m2c.kernels.native import LIBRARY
 from m2c.kernels.operands import AttentionCall, Norm
 from m2c.kernels.rows import ExactFrames, ExactRows, PackedRows, as_exact_tensor
+from m2c.kernels.workers import Kernels
 
 pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason="the native kernels were not built")
 TYPES = ("bf16", "f16")
@@ -44,9 +45,21 @@ def framed(
     int8[::5] = np.random.default_rng(1).integers(0, 256, int8[::5].shape, np.uint8)
     made = encode_frames(true, int4, int8, layout, exact_type=exact_type, frame_records=per_frame)
     data = np.frombuffer(made.data, np.uint8).copy()
-    frames = ExactFrames(data, made.nbytes, made.escapes, per_frame, exact_type)
+    frames = ExactFrames(torch.from_numpy(data), made.nbytes, made.escapes, per_frame, exact_type)
     rows = PackedRows(layout, torch.from_numpy(int4), torch.from_numpy(int8), frames)
     return rows, ExactRows(layout, as_exact_tensor(true, exact_type))
+
+
+def decode(kernels: Kernels, rows: PackedRows) -> torch.Tensor:
+    found = kernels.decode(rows)
+    kernels.check()
+    return found
+
+
+def compute(kernels: Kernels, rows: PackedRows) -> None:
+    x = inputs(2, 96)
+    kernels.ffn(x, rows, "silu", into=x.clone())
+    kernels.check()
 
 
 def same_bits(one: torch.Tensor, two: torch.Tensor) -> bool:
@@ -56,16 +69,16 @@ def same_bits(one: torch.Tensor, two: torch.Tensor) -> bool:
 @pytest.mark.parametrize("exact_type", TYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_weight_comes_back(
-    kernels: NativeKernels, shape: tuple[int, int, int, int], exact_type: str
+    kernels: Kernels, shape: tuple[int, int, int, int], exact_type: str
 ) -> None:
     rows, decoded = framed(*shape, exact_type)
     assert rows.frames is not None
     assert rows.frames.escapes.sum() > 0
-    assert same_bits(kernels.decode(rows), decoded.weights)
+    assert same_bits(decode(kernels, rows), decoded.weights)
 
 
 @pytest.mark.parametrize("exact_type", TYPES)
-def test_codes_and_scales_of_any_kind(kernels: NativeKernels, exact_type: str) -> None:
+def test_codes_and_scales_of_any_kind(kernels: Kernels, exact_type: str) -> None:
     """Random codes and every size and sign of scale, far from the weights: the reference's bits."""
     rng = np.random.default_rng(7)
     layout = RecordLayout(3, 90)
@@ -81,14 +94,14 @@ def test_codes_and_scales_of_any_kind(kernels: NativeKernels, exact_type: str) -
     true[usual] = near[usual]
     made = encode_frames(true, int4, int8, layout, exact_type=exact_type, frame_records=1)
     data = np.frombuffer(made.data, np.uint8).copy()
-    frames = ExactFrames(data, made.nbytes, made.escapes, 1, exact_type)
+    frames = ExactFrames(torch.from_numpy(data), made.nbytes, made.escapes, 1, exact_type)
     rows = PackedRows(layout, torch.from_numpy(int4), torch.from_numpy(int8), frames)
-    assert same_bits(kernels.decode(rows), as_exact_tensor(true, exact_type))
+    assert same_bits(decode(kernels, rows), as_exact_tensor(true, exact_type))
 
 
 @pytest.mark.parametrize("exact_type", TYPES)
 def test_computing_with_frames_gives_the_bits_of_decoded_rows(
-    kernels: NativeKernels, exact_type: str
+    kernels: Kernels, exact_type: str
 ) -> None:
     for tokens in (1, 5, 70):
         for rows, decoded in (framed(*SHAPES[1], exact_type), framed(*SHAPES[3], exact_type)):
@@ -103,7 +116,7 @@ def test_computing_with_frames_gives_the_bits_of_decoded_rows(
         assert torch.equal(kernels.gate_up(x, rows, "relu"), kernels.gate_up(x, decoded, "relu"))
 
 
-def test_attention_with_frames(kernels: NativeKernels) -> None:
+def test_attention_with_frames(kernels: Kernels) -> None:
     heads, dim, hidden = 4, 16, 64
     found = []
     for which in (0, 1):
@@ -126,7 +139,7 @@ def damaged(rows: PackedRows, **changes: object) -> PackedRows:
     return replace(rows, frames=replace(rows.frames, **changes))
 
 
-def test_frames_that_do_not_add_up_are_refused(kernels: NativeKernels) -> None:
+def test_frames_that_do_not_add_up_are_refused(kernels: Kernels) -> None:
     rows, _ = framed(*SHAPES[0], "bf16")
     frames = rows.frames
     assert frames is not None
@@ -137,33 +150,34 @@ def test_frames_that_do_not_add_up_are_refused(kernels: NativeKernels) -> None:
     fewer[np.flatnonzero(fewer)[0]] -= 1
     first = int(np.flatnonzero(frames.escapes)[0])
     end = int(frames.nbytes[: first + 1].sum())
-    beyond = frames.data.copy()
+    beyond = frames.data.clone()
     beyond[end - 6 : end - 2] = 255  # the place of its last escape
     for broken in (
         damaged(rows, nbytes=moved), damaged(rows, escapes=fewer), damaged(rows, data=beyond),
         damaged(rows, escapes=np.full_like(frames.escapes, 1 << 31)),
     ):  # fmt: skip
         with pytest.raises(BadInput, match="damaged frame"):
-            kernels.decode(broken)
+            decode(kernels, broken)
         with pytest.raises(BadInput, match="damaged frame"):
-            kernels.ffn(x := inputs(2, 96), broken, "silu", into=x.clone())
+            compute(kernels, broken)
     rows, decoded = framed(*SHAPES[0], "bf16")  # and nothing sticks
-    assert same_bits(kernels.decode(rows), decoded.weights)
+    assert same_bits(decode(kernels, rows), decoded.weights)
 
 
 def test_noise_in_place_of_everything_neither_crashes_nor_reads_beyond(
-    kernels: NativeKernels,
+    kernels: Kernels,
 ) -> None:
     rng = np.random.default_rng(3)
     rows, _ = framed(*SHAPES[1], "f16")
     frames = rows.frames
     assert frames is not None
     for _ in range(200):
-        noise = PackedRows(
+        noise = rng.integers(0, 256, frames.data.shape, np.uint8)
+        nothing = PackedRows(
             rows.layout,
             torch.from_numpy(rng.integers(0, 256, rows.int4.shape, np.uint8)),
             torch.from_numpy(rng.integers(0, 256, rows.int4[:, :128].shape, np.uint8)),
-            replace(frames, data=rng.integers(0, 256, frames.data.shape, np.uint8)),
+            replace(frames, data=torch.from_numpy(noise)),
         )
         with pytest.raises(BadInput, match="damaged frame"):
-            kernels.decode(noise)
+            decode(kernels, nothing)

@@ -40,7 +40,11 @@ def make_rows(
         return ExactRows(layout, as_exact_tensor(true, exact_type)), values
     encoded = encode_frames(true, int4, int8, layout, exact_type=exact_type, frame_records=4)
     frames = ExactFrames(
-        np.frombuffer(encoded.data, np.uint8), encoded.nbytes, encoded.escapes, 4, exact_type
+        torch.frombuffer(bytearray(encoded.data), dtype=torch.uint8),
+        encoded.nbytes,
+        encoded.escapes,
+        4,
+        exact_type,
     )
     return PackedRows(layout, packed4, packed8, frames), values
 

@@ -17,7 +17,7 @@ from m2c.kernels import dispatch, native, reference
 from m2c.kernels.native import LIBRARY, NativeKernels, load_native
 from m2c.kernels.operands import AttentionCall, LayerCall, Norm, Stack
 from m2c.kernels.rows import ExactRows, PackedRows, Rows, as_exact_tensor
-from m2c.kernels.workers import Workers
+from m2c.kernels.workers import Kernels, Workers
 
 pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason="the native kernels were not built")
 KINDS = ("int4", "int8", "bf16", "f16")
@@ -55,7 +55,7 @@ def as_int8(x: torch.Tensor, rows: Rows) -> torch.Tensor:
 
 
 def gather(
-    kernels: NativeKernels, x: torch.Tensor, rows: Rows, mask: torch.Tensor | None = None,
+    kernels: Kernels, x: torch.Tensor, rows: Rows, mask: torch.Tensor | None = None,
     act: str = "silu", **given: Any,
 ) -> torch.Tensor:  # fmt: skip
     """The FFN output of neurons, as `dispatch.gather_ffn` puts it together."""
@@ -78,7 +78,7 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize(("count", "tokens"), [(1, 1), (2, 3), (33, 1), (257, 2)])
 def test_parity_with_the_reference(
-    kernels: NativeKernels, workers: Workers, kind: str, length: int, count: int, tokens: int
+    kernels: Kernels, workers: Workers, kind: str, length: int, count: int, tokens: int
 ) -> None:
     row, neurons = make_rows(kind, count, 1, length), make_rows(kind, count, 3, length)
     x = inputs(tokens, length)
@@ -100,7 +100,7 @@ def test_parity_with_the_reference(
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize(("count", "tokens", "length"), [(1, 1, 40), (33, 3, 96), (300, 2, 250)])
 def test_neurons_without_a_gate(
-    kernels: NativeKernels, workers: Workers, kind: str, act: str, biased: bool, count: int,
+    kernels: Kernels, workers: Workers, kind: str, act: str, biased: bool, count: int,
     tokens: int, length: int,
 ) -> None:  # fmt: skip
     rows, x = make_rows(kind, count, 2, length), inputs(tokens, length)
@@ -120,7 +120,7 @@ def test_neurons_without_a_gate(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("length", [40, 576])
 def test_a_norm_with_a_bias_is_a_layer_norm(
-    kernels: NativeKernels, workers: Workers, kind: str, length: int
+    kernels: Kernels, workers: Workers, kind: str, length: int
 ) -> None:
     rows, x = make_rows(kind, 50, 1, length), inputs(3, length) + 2
     norm = Norm(inputs(1, length, seed=1)[0], 1e-5, inputs(1, length, seed=2)[0])
@@ -158,7 +158,7 @@ def test_tokens_and_threads_do_not_change_a_bit(kind: str, vectors: int) -> None
 
 
 @pytest.mark.parametrize("kind", ["int4", "int8"])
-def test_indexed_rows_are_the_gathered_ones(kernels: NativeKernels, kind: str) -> None:
+def test_indexed_rows_are_the_gathered_ones(kernels: Kernels, kind: str) -> None:
     whole = make_rows(kind, 90, 3, 72)
     assert isinstance(whole, PackedRows)
     index = torch.tensor([0, 3, 4, 50, 89], dtype=torch.int32)
@@ -175,7 +175,7 @@ def test_indexed_rows_are_the_gathered_ones(kernels: NativeKernels, kind: str) -
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_extreme_values(kernels: NativeKernels, workers: Workers, kind: str) -> None:
+def test_extreme_values(kernels: Kernels, workers: Workers, kind: str) -> None:
     rows = make_rows(kind, 40, 3, 64)
     zero = gather(kernels, torch.zeros(1, 64), rows)
     assert torch.equal(zero, torch.zeros(1, 64))
@@ -192,7 +192,7 @@ def test_extreme_values(kernels: NativeKernels, workers: Workers, kind: str) -> 
 @pytest.mark.parametrize("kind", ["int4", "int8"])
 @pytest.mark.parametrize("code", [0x00, 0xFF])
 def test_sums_over_down_columns_hold_the_largest_codes_and_factors(
-    kernels: NativeKernels, workers: Workers, kind: str, code: int
+    kernels: Kernels, workers: Workers, kind: str, code: int
 ) -> None:
     """Sums of a tile run in 16 bits with AVX2: factors of 128 mod 256 have the largest low byte."""
     layout, count = RecordLayout(3, 96), 32
@@ -233,7 +233,7 @@ def test_choices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_so(kernels: NativeKernels, kind: str, bad: float) -> None:
+def test_what_is_not_finite_stays_so(kernels: Kernels, kind: str, bad: float) -> None:
     x = inputs(1, 64)
     x[0, 37] = bad
     assert not torch.isfinite(kernels.matmul_rows(x, make_rows(kind, 3, 1, 64))).all()
@@ -250,7 +250,7 @@ def spoil(rows: PackedRows, record: int | list[int], vector: int, value: float) 
 @pytest.mark.parametrize("act", ["silu", "gelu_pytorch_tanh", "relu", "fatrelu:0.2"])
 @pytest.mark.parametrize("vector", [0, 1, 2])
 def test_a_scale_that_is_no_number_is_not_passed_over(
-    kernels: NativeKernels, workers: Workers, kind: str, act: str, vector: int
+    kernels: Kernels, workers: Workers, kind: str, act: str, vector: int
 ) -> None:
     """Of gate, up or down, of any of the neurons that are computed together."""
     # of a neuron that a ReLU silences nobody needs the down column
@@ -268,7 +268,7 @@ def test_a_scale_that_is_no_number_is_not_passed_over(
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_soft_cap_does_not_hide_a_score_that_is_no_number(
-    kernels: NativeKernels, workers: Workers, value: float
+    kernels: Kernels, workers: Workers, value: float
 ) -> None:
     norm = Norm(torch.ones(72), 1e-5)
     for which, seed in itertools.product((0, 1), range(5)):  # of queries, of keys
@@ -282,7 +282,7 @@ def test_a_soft_cap_does_not_hide_a_score_that_is_no_number(
             assert not torch.isfinite(x if out is None else out).all()
 
 
-def test_tiny_activations_are_zero_not_undefined(kernels: NativeKernels) -> None:
+def test_tiny_activations_are_zero_not_undefined(kernels: Kernels) -> None:
     x = torch.full((1, 64), 1e-38)
     assert torch.equal(kernels.matmul_rows(x, make_rows("int4", 3, 1, 64)), torch.zeros(1, 3))
 
@@ -332,7 +332,7 @@ def as_calls(kind: str, *, kv: torch.dtype, bias: bool, extras: str = "") -> Att
 @pytest.mark.parametrize("kv", [torch.float16, torch.float32])
 @pytest.mark.parametrize(("bias", "extras"), [(True, ""), *((False, name) for name in EXTRAS)])
 def test_attention_equals_the_reference(
-    kernels: NativeKernels, workers: Workers, kind: str, kv: torch.dtype, bias: bool, extras: str
+    kernels: Kernels, workers: Workers, kind: str, kv: torch.dtype, bias: bool, extras: str
 ) -> None:
     norm = Norm(inputs(1, 72, seed=9)[0], 1e-5)
     ours, theirs = (as_calls(kind, kv=kv, bias=bias, extras=extras) for _ in range(2))
@@ -369,7 +369,7 @@ def test_attention_of_a_batch_is_that_of_each_token(kind: str, extras: str) -> N
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("neurons", [1, 7, 300])
 def test_rank_takes_the_best_and_of_equals_the_first(
-    kernels: NativeKernels, tokens: int, neurons: int
+    kernels: Kernels, tokens: int, neurons: int
 ) -> None:
     activations, norms = inputs(tokens, neurons), torch.rand(neurons) + 0.1
     best = [(neurons, 1), (neurons * 3 // 5, 2), (neurons // 7, 3)]
@@ -380,7 +380,7 @@ def test_rank_takes_the_best_and_of_equals_the_first(
     assert int((tied == 3).sum()) == tokens * (neurons // 7)
 
 
-def test_activations_are_kept_when_asked_for(kernels: NativeKernels) -> None:
+def test_activations_are_kept_when_asked_for(kernels: Kernels) -> None:
     rows, x = make_rows("int4", 300, 3, 96), inputs(2, 96)
     kept, total = torch.empty(2, 300), torch.zeros(2, 96)
     kernels.ffn(x, rows, "silu", kept=kept, into=total)

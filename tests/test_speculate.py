@@ -174,9 +174,7 @@ def test_text_that_repeats_needs_no_draft_model(
         assert speculator.figures.tokens_per_pass > 1.2
 
 
-@pytest.mark.parametrize(
-    "changes", [{"mix": MIXES["0/25/75"]}, {"hbm": 1 << 30}, {"dense": "int8"}], ids=str
-)
+@pytest.mark.parametrize("changes", [{"mix": MIXES["0/25/75"]}, {"dense": "int8"}], ids=str)
 def test_what_exact_mode_does_not_go_with(deep_bundle: Bundle, changes: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="exact mode"):
         Engine(deep_bundle, options(**changes))

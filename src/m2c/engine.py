@@ -17,6 +17,7 @@ from m2c.bundle.bundle import Bundle
 from m2c.bundle.importance import Importance
 from m2c.bundle.shard import BLOCK
 from m2c.contents import config_of, importance_of, in_shard_order, tokenizer_of, vectors_of
+from m2c.device import device_of, kernel_of, workers_of
 from m2c.disk import DEFAULT, disk_profile
 from m2c.drafting import Draft, OwnDraft, SharedDraft
 from m2c.errors import DoesNotFit, UsageError
@@ -79,7 +80,7 @@ class Engine:
     ) -> None:  # fmt: skip
         """tokenizer: the bundle's own, for whoever has made it already. workers: of another engine,
         which closes them."""
-        device = device_for(options)
+        device = device_of(options.device)
         self.bundle = bundle
         self.closing = ExitStack()  # what else ends with this engine
         self.config = config_of(bundle)
@@ -88,8 +89,8 @@ class Engine:
         self.shape, self.plan = plan_for(bundle, self.config, shape, importance, options)
         self.speculates = options.speculate
         self.tokenizer = tokenizer or tokenizer_of(bundle)
-        threads = self.shape.threads if device.type == "cpu" else 1
-        self.workers = workers or Workers(threads, kernel=kernel_for(options))
+        threads = self.shape.threads
+        self.workers = workers or workers_of(options.device, options.kernel, threads)
         if workers is None:
             self.closing.callback(self.workers.close)
         # a probe takes a second: only for those who will read while they decode
@@ -107,7 +108,7 @@ class Engine:
         kv = KvCache(self.config, self.shape.ctx_size, kv_type=self.shape.kv_type, device=device)
         self.model = Transformer(
             self.config, self.store, vectors=vectors, down_norms=norms, mix=self.shape.mix, kv=kv,
-            workers=self.workers, upgrade=self.store.upgrade, record=record,
+            workers=self.workers, upgrades=self.store, record=record,
         )  # fmt: skip
         self.draft: Draft | None = None
         if self.store.draft is not None:
@@ -166,7 +167,10 @@ def shape_for(config: ModelConfig, options: RunOptions, mix: Mix) -> RunShape:
     if ctx_size > longest:
         raise UsageError(f"--ctx-size {ctx_size} is beyond the {longest} tokens of this model")
     threads = options.threads or auto_threads()
-    native = computes_natively(kernel_for(options))
+    # those for GPUs need no more than torch does
+    native = options.device == "cpu" and computes_natively(
+        kernel_of(options.device, options.kernel)
+    )
     dense = options.dense or mix.dense
     if config.num_experts:
         require_mix(mix, config)
@@ -185,36 +189,16 @@ def require_mix(mix: Mix, config: ModelConfig) -> None:
         )
 
 
-def device_for(options: RunOptions) -> torch.device:
-    """What computes. Raises UsageError when it is not there."""
-    device = torch.device(options.device)
-    cuda = device.type == "cuda"
-    if cuda and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
-        raise UsageError(
-            f"--device {options.device}: this torch sees no such GPU", "m2c doctor says why"
-        )
-    return device
-
-
 def budget_for(options: RunOptions) -> Budget:
     """The memory to use. Raises UsageError where a device would have to be there to say."""
     hbm = options.hbm
     if options.device != "cpu":
         if hbm is None:
-            hbm = torch.cuda.mem_get_info(device_for(options))[0] * 9 // 10
+            hbm = torch.cuda.mem_get_info(device_of(options.device))[0] * 9 // 10
         if not hbm:
             raise UsageError("--hbm 0 leaves a GPU nothing to compute on", "use --device cpu")
     dram = auto_dram() if options.dram is None else options.dram
     return Budget(dram, hbm or 0)
-
-
-def kernel_for(options: RunOptions) -> str:
-    """Native kernels compute in host memory; on a GPU torch computes."""
-    if options.device == "cpu":
-        return options.kernel
-    if options.kernel not in ("auto", "torch"):
-        raise UsageError(f"--kernel {options.kernel} computes on the CPU", "use --device cpu")
-    return "torch"
 
 
 def policy_for(options: RunOptions, budget: Budget, *, experts: bool = False) -> str:
@@ -323,8 +307,8 @@ def speculative_shapes(shape: RunShape, budget: Budget, *, own: bool = False) ->
     stored. Where only the text so far drafts and weights stream, the logits of few tokens leave
     more memory for weights.
     """
-    if budget.hbm:
-        raise UsageError("exact mode computes in DRAM", "leave out --hbm and --device")
+    if budget.hbm and own:
+        raise UsageError("another model drafts in DRAM", "leave out --hbm and --device, or --draft")
     if not shape.mix.is_uniform or shape.dense != shape.mix.floor:
         raise UsageError("exact mode verifies at one precision", "leave out --mix and --dense")
     few = replace(shape, at_once=FEW_AT_ONCE)

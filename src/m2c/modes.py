@@ -11,11 +11,11 @@ from typing import Final
 
 from m2c.bundle.bundle import Bundle
 from m2c.contents import config_of, importance_of
+from m2c.device import workers_of
 from m2c.disk import disk_profile
-from m2c.engine import RunOptions, kernel_for, plan_for, plan_without_weights, run_shape
+from m2c.engine import RunOptions, plan_for, plan_without_weights, run_shape
 from m2c.errors import DoesNotFit
 from m2c.hardware import probe_dram
-from m2c.kernels.workers import Workers
 from m2c.model.config import ModelConfig
 from m2c.model.footprint import RunShape
 from m2c.model.mix import Mix
@@ -69,8 +69,11 @@ def exact_options(options: RunOptions, precision: str = "fp16") -> RunOptions:
 
 
 def kernel_name(options: RunOptions) -> str:
-    """Of the kernels that the options mean on this machine."""
-    with closing(Workers(1, kernel=kernel_for(options))) as workers:
+    """Of the kernels that the options mean on this machine; a GPU need not be there to be planned
+    for."""
+    if options.device != "cpu":
+        return "cuda"
+    with closing(workers_of(options.device, options.kernel, 1)) as workers:
         return workers.kernel
 
 

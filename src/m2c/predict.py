@@ -5,11 +5,13 @@ layer. Knows nothing about text and prints nothing.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 from typing import Final
 
 import torch
+from torch import Tensor
 
 from m2c.depth import MOST
 from m2c.engine import Engine
@@ -28,8 +30,11 @@ _EXPERT_S: Final = 0.00004  # the router, and likewise each expert
 # of a thread: weights decoded a second, by the kernels' name, two thirds of what a quiet machine
 # gives (BENCHMARKS.md, "Kernels");
 # products of weights and activations in a prompt of 128 tokens, AVX-512
-_DECODED: Final = {"avx512": 0.75e9, "avx2": 0.55e9, "scalar": 0.03e9, "torch": 0.01e9}
+_DECODED: Final = {
+    "avx512": 0.75e9, "avx2": 0.55e9, "scalar": 0.03e9, "torch": 0.01e9, "cuda": 50e9,
+}  # fmt: skip
 _PRODUCTS: Final = {"fp16": 26e9, "int8": 35e9, "int4": 41e9}
+_ON_GPU: Final = 50.0  # times a processor's thread
 _SAMPLE_S: Final = 0.001  # from logits to a draft and how sure it is
 # share of drafted tokens that are right: by the INT4 planes, by another, smaller model, and by
 # looking up the text so far
@@ -61,8 +66,9 @@ def measured_speeds(engine: Engine, stats: StoreStats | None = None) -> Speeds:
             ssd = max(ssd, stats.ssd.nbytes / stats.ssd.busy_s)
         if stats.link.busy_s:
             link = stats.link.nbytes / stats.link.busy_s
-    memory = _memory_speed(engine) if engine.store.device.type == "cpu" else 0.0
-    return Speeds(ssd, link, memory)
+    if not link and engine.plan.link_nbytes_per_token:
+        link = engine.store.link_speed()
+    return Speeds(ssd, link, _memory_speed(engine))
 
 
 def predicted_tps(plan: Plan, speeds: Speeds) -> float:
@@ -94,17 +100,22 @@ def predicted_exact_tps(
     right is a guess until they are: it depends on the text.
     """
     footprint, threads = plan.footprint, shape.threads
+    memory = _EFFICIENCY * speeds.memory or float("inf")  # of a GPU it may not be known
     draft_s = 0.0
     if (draft := footprint.draft) is not None:
-        draft_s = draft.compute_nbytes / (_EFFICIENCY * speeds.memory)
+        draft_s = draft.compute_nbytes / memory
         draft_s += draft.layers * _LAYER_S + _SAMPLE_S
         if (facts := footprint.experts) is not None and not draft.name:
             draft_s += draft.layers * (1 + facts.active + facts.shared) * _EXPERT_S
     read_s = plan.streamed_nbytes_per_token / speeds.ssd if speeds.ssd else 0.0
+    if speeds.link:
+        read_s = max(read_s, plan.link_nbytes_per_token / speeds.link)
     decodes = shape.stored and shape.dense == "fp16"
     decode_s = weights / (_DECODED[kernel] * threads) if decodes else 0.0
     more_s = weights / (_PRODUCTS[shape.dense] * threads)
-    memory_s = plan.compute_nbytes_per_token / (_EFFICIENCY * speeds.memory)
+    if kernel == "cuda":
+        decode_s, more_s = decode_s * threads, more_s * threads / _ON_GPU
+    memory_s = plan.compute_nbytes_per_token / memory
     chance = assumed_acceptance(plan)
     best, tokens = 0.0, 1.0
     for depth in range(MOST + 1):
@@ -136,14 +147,28 @@ def expected_tps(engine: Engine) -> float:
 
 
 def _memory_speed(engine: Engine) -> float:
-    """Plain reads of the largest weights in memory with all threads, the median of five."""
-    native, rows = engine.workers.native, engine.store.largest_resident
-    if native is None or rows is None or rows.nbytes < _ENOUGH_NBYTES // 4:
+    """Plain reads of the largest weights in memory, the median of five: with all threads, or by the
+    GPU, where it is 0 if there are too few to tell."""
+    rows, native, device = engine.store.largest_resident, engine.workers.host, engine.store.device
+    few = rows is None or rows.nbytes < _ENOUGH_NBYTES // 4
+    if device.type == "cuda":
+        read: Callable[[Tensor], object] = _read_on_gpu
+        if few:
+            return 0.0
+    elif few or native is None:
         return probe_dram(engine.shape.threads)
+    else:
+        read = native.read
+    assert rows is not None
     data = rows.view(torch.uint8).flatten()[:_READ_NBYTES]
     seconds = []
     for _ in range(5):
         begin = time.perf_counter()
-        native.read(data)
+        read(data)
         seconds.append(time.perf_counter() - begin)
     return data.nbytes / median(seconds)
+
+
+def _read_on_gpu(data: Tensor) -> None:
+    data[: len(data) // 8 * 8].view(torch.int64).sum()
+    torch.cuda.synchronize(data.device)

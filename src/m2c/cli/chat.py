@@ -67,7 +67,7 @@ def command(
     from m2c.bundle.bundle import open_bundle
     from m2c.cli.chat_session import Session
     from m2c.cli.loading import completed, expected_speed, open_engine, say_price
-    from m2c.cli.modes import asked_mode, leaves_exact, with_mode
+    from m2c.cli.modes import asked_mode, leaves_exact, tiers_of, with_mode
     from m2c.cli.names import bundle_path, require_unicode
     from m2c.cli.runs import run_options
     from m2c.contents import tokenizer_of
@@ -78,7 +78,7 @@ def command(
         mix=mix, drop=drop, dense=dense, ctx_size=ctx_size, kv=kv, dram=dram, hbm=hbm,
         device=device, policy=policy, depth=depth, threads=threads, kernel=kernel,
     )  # fmt: skip
-    mode = asked_mode(mode, exact, leaves_exact(chosen, drop))
+    mode = asked_mode(mode, exact, leaves_exact(chosen, drop), tiers=tiers_of(chosen))
     params = SamplingParams(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         repeat_penalty=repeat_penalty, seed=seed,

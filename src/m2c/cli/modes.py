@@ -17,12 +17,12 @@ from m2c.modes import MODES, Choice, choose_draft, choose_mode, exact_options
 
 def leaves_exact(options: RunOptions, drop: float) -> bool:
     """Whether nothing was asked for that only mixed mode has."""
-    plain = options.mix is None and options.dense is None and options.policy is None and not drop
-    return plain and options.device == "cpu" and not options.hbm
+    return options.mix is None and options.dense is None and options.policy is None and not drop
 
 
-def asked_mode(mode: str | None, exact: bool, plain: bool) -> str:
-    """One of MODES. plain: as `leaves_exact`."""
+def asked_mode(mode: str | None, exact: bool, plain: bool, *, tiers: int = 2) -> str:
+    """One of MODES. plain: as `leaves_exact`. tiers: with three, exact mode is not taken unasked:
+    what it would give there is not predicted well enough."""
     if mode not in (None, *MODES):
         raise UsageError(f"--mode {mode}: choose one of {', '.join(MODES)}")
     if exact:
@@ -31,10 +31,16 @@ def asked_mode(mode: str | None, exact: bool, plain: bool) -> str:
         mode = "exact"
     if mode == "exact" and not plain:
         raise UsageError(
-            "exact mode computes the checkpoint's own weights in DRAM",
-            "leave out --mix, --drop, --dense, --policy, --trace, --hbm and --device",
+            "exact mode computes the checkpoint's own weights",
+            "leave out --mix, --drop, --dense, --policy and --trace",
         )
+    if mode in (None, "auto") and tiers > 2:
+        return "mixed"
     return mode or ("auto" if plain else "mixed")
+
+
+def tiers_of(options: RunOptions) -> int:
+    return 3 if options.hbm or options.device != "cpu" else 2
 
 
 def with_mode(bundle: Bundle, options: RunOptions, mode: str, precision: str) -> Choice:

@@ -69,7 +69,7 @@ def command(
     """
     from m2c.bundle.strict import dump_json
     from m2c.cli.figures import Figures
-    from m2c.cli.modes import asked_mode, leaves_exact, require_precision
+    from m2c.cli.modes import asked_mode, leaves_exact, require_precision, tiers_of
     from m2c.cli.runs import describe_plan, plan_facts, run_options
 
     chosen = run_options(
@@ -77,7 +77,7 @@ def command(
         device=device, policy=policy, depth=depth, threads=threads, kernel=kernel,
     )  # fmt: skip
     plain = leaves_exact(chosen, drop)
-    asked = asked_mode(mode, exact, plain)
+    asked = asked_mode(mode, exact, plain, tiers=tiers_of(chosen))
     require_precision(asked, exact_precision)
     given = {"ssd": ssd_speed, "link": link_speed, "dram": dram_speed, "hbm": hbm_speed}
     subject = _subject(model, ssd, offline)

@@ -90,7 +90,7 @@ def command(
     """
     from m2c.bundle.bundle import open_bundle
     from m2c.cli.loading import completed, expected_speed, open_engine, say_price
-    from m2c.cli.modes import asked_mode, leaves_exact, with_mode
+    from m2c.cli.modes import asked_mode, leaves_exact, tiers_of, with_mode
     from m2c.cli.names import bundle_path, require_unicode, require_writable
     from m2c.cli.report import Story, Watch, Wishes, leave, metering
     from m2c.cli.runs import run_options
@@ -101,7 +101,9 @@ def command(
         mix=mix, drop=drop, dense=dense, ctx_size=ctx_size, kv=kv, dram=dram, hbm=hbm,
         device=device, policy=policy, depth=depth, threads=threads, kernel=kernel,
     )  # fmt: skip
-    mode = asked_mode(mode, exact, leaves_exact(chosen, drop) and trace is None)
+    mode = asked_mode(
+        mode, exact, leaves_exact(chosen, drop) and trace is None, tiers=tiers_of(chosen)
+    )
     sampler = Sampler(
         SamplingParams(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,

@@ -1,4 +1,5 @@
-"""The kernels that the model calls: native where it can, the torch reference elsewhere.
+"""The kernels that the model calls: those in C or for CUDA where they can, elsewhere the torch
+reference.
 
 Rows that carry their exact plane compressed are decoded where they are computed: where they lie
 must not change a bit of the result.
@@ -13,7 +14,7 @@ from m2c.kernels import reference
 from m2c.kernels.native import NativeKernels
 from m2c.kernels.operands import AttentionCall, Norm, Router, Stack
 from m2c.kernels.rows import PackedRows, Rows, as_exact_tensor
-from m2c.kernels.workers import Workers
+from m2c.kernels.workers import Kernels, Workers
 
 
 def matmul_rows(x: Tensor, rows: Rows, workers: Workers, *, norm: Norm | None = None) -> Tensor:
@@ -111,7 +112,7 @@ def scored_ffn(
         activations = gate_up(x, rows, act, workers, norm=norm, bias=bias)
         down(activations, rows, workers, into=into)
         return activations
-    activations = torch.empty((len(x), len(rows)))
+    activations = torch.empty((len(x), len(rows)), device=x.device)
     native.ffn(x, rows, act, kept=activations, norm=norm, into=into, bias=bias)
     return activations
 
@@ -120,14 +121,14 @@ def rank(
     activations: Tensor, norms: Tensor, best: list[tuple[int, int]], workers: Workers
 ) -> Tensor:
     """As `reference.rank`."""
-    if workers.native is None or activations.device.type != "cpu":
+    if workers.native is None or not workers.native.here(activations):
         return reference.rank(activations, norms, best)
     return workers.native.rank(activations, norms, best)
 
 
 def add_normed(x: Tensor, y: Tensor, norm: Norm, workers: Workers) -> Tensor:
     """x + norm(y), both [tokens, hidden] f32."""
-    if workers.native is None or x.device.type != "cpu":
+    if workers.native is None or not workers.native.here(x):
         return x + reference.apply_norm(y, norm)
     out = x.clone()
     workers.native.add_normed(y, norm, into=out)
@@ -152,7 +153,7 @@ def run_stack(x: Tensor, stack: Stack, start: int, workers: Workers) -> Tensor:
     The bits of `attention` and `gather_ffn` layer by layer; natively it is one call.
     """
     native = workers.native
-    if native is not None and native.takes_stack(stack):
+    if isinstance(native, NativeKernels) and native.here(x) and native.takes_stack(stack):
         out = x.clone()
         native.run_stack(out, stack, start)
         return out
@@ -167,15 +168,15 @@ def run_stack(x: Tensor, stack: Stack, start: int, workers: Workers) -> Tensor:
     return x
 
 
-def _native(x: Tensor, rows: Rows, workers: Workers) -> NativeKernels | None:
+def _native(x: Tensor, rows: Rows, workers: Workers) -> Kernels | None:
     native = workers.native
     return native if native is not None and len(rows) and native.takes(x, rows) else None
 
 
 def exact_weights(rows: PackedRows, workers: Workers | None = None) -> Tensor:
-    """The 16-bit weights [rows, vectors * length] of rows with frames."""
-    native = workers.native if workers is not None else None
-    if native is not None and native.takes(rows.int4, rows):
-        return native.decode(rows)
+    """The 16-bit weights [rows, vectors * length] of rows with frames, which are on the host."""
+    host = workers.host if workers is not None else None
+    if host is not None and host.takes(rows.int4, rows):
+        return host.decode(rows)
     assert rows.frames is not None
     return as_exact_tensor(rows.exact_bits(0, len(rows)), rows.frames.exact_type)

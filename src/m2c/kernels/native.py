@@ -67,12 +67,18 @@ class NativeKernels:
         self._library.m2c_close(self._handle)
         self._handle = POINTER(None)
 
+    def check(self) -> None:
+        """Damage is told where it is found."""
+
+    def here(self, x: Tensor) -> bool:
+        return x.device.type == "cpu"
+
     def takes(self, x: Tensor, rows: Rows) -> bool:
         """Whether these kernels can compute this; if not, the reference does."""
         held: bool | None = rows.__dict__.get("_c_takes")  # asked for every token
         if held is None:
             held = rows.__dict__["_c_takes"] = _takes(rows)
-        return held and not x.is_cuda and not x.is_meta
+        return held and self.here(x)
 
     def matmul_rows(self, x: Tensor, rows: Rows, *, norm: Norm | None = None) -> Tensor:
         out = torch.empty((x.shape[0], len(rows)))
@@ -218,8 +224,9 @@ class NativeKernels:
 def _takes(rows: Rows) -> bool:
     if isinstance(rows, ExactRows):
         return rows.weights.device.type == "cpu" and rows.weights.dtype in _WIDE
-    framed = rows.frames is not None
-    if framed and (rows.index4 is not None or rows.index8 is not None):
+    if rows.frames is not None and (
+        rows.frames.data.is_cuda or rows.index4 is not None or rows.index8 is not None
+    ):
         return False
     return rows.int4.device.type == "cpu"
 
@@ -300,11 +307,11 @@ def _frames(frames: ExactFrames, rows: PackedRows) -> tuple[int, int, int, int]:
     """Pointers; what they point to is kept with the rows."""
     ends = np.concatenate((np.zeros(1, np.int64), np.cumsum(frames.nbytes, dtype=np.int64)))
     escapes = np.ascontiguousarray(frames.escapes, np.uint32)
-    data = np.ascontiguousarray(frames.data)
+    data = frames.data.contiguous()
     if -(-len(rows) // frames.frame_records) != len(escapes) or ends[-1] != len(data):
         raise ValueError("frames and rows do not belong together")
     rows.__dict__["_c_frames"] = ends, escapes, data
-    return data.ctypes.data, ends.ctypes.data, escapes.ctypes.data, frames.frame_records
+    return data.data_ptr(), ends.ctypes.data, escapes.ctypes.data, frames.frame_records
 
 
 def _maybe(tensor: Tensor | None) -> Any:

@@ -4,7 +4,7 @@ The reference reading of the planes in torch; `bundle.planes` is the same in num
 about where the bytes came from or which rows a token wants.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +22,9 @@ EXACT_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 
 @dataclass(frozen=True)
 class ExactFrames:
-    """Frames of the exact plane of consecutive rows, on the host."""
+    """Frames of the exact plane of consecutive rows; the tables are always on the host."""
 
-    data: U8  # [sum(nbytes)]
+    data: Tensor  # u8 [sum(nbytes)], where the rows are
     nbytes: U32  # [frames]
     escapes: U32  # [frames]
     frame_records: int
@@ -83,13 +83,22 @@ class PackedRows:
         int8 = None if self.int8 is None else self.int8[index]
         return PackedRows(self.layout, self.int4[index], int8)
 
+    def part(self, start: int, stop: int) -> "PackedRows":
+        """Rows [start, stop), which begin a frame and end one (or all rows); only as they lie."""
+        assert self.frames is not None
+        assert self.int8 is not None
+        data, nbytes, escapes = _frames_of(self.frames, start, stop)
+        frames = replace(self.frames, data=data, nbytes=nbytes, escapes=escapes)
+        return PackedRows(self.layout, self.int4[start:stop], self.int8[start:stop], frames)
+
     def exact_bits(self, start: int, stop: int) -> npt.NDArray[np.uint16]:
         """The checkpoint's bits of rows [start, stop): u16 [stop - start, vectors * length]."""
         if self.frames is None or self.int8 is None:
             raise ValueError("rows without their exact plane have no exact bits")
         data, nbytes, escapes = _frames_of(self.frames, start, stop)
+        int4, int8 = (plane[start:stop].cpu().numpy() for plane in (self.int4, self.int8))
         return decode_frames(
-            data, nbytes, escapes, self.int4[start:stop].numpy(), self.int8[start:stop].numpy(),
+            data.cpu().numpy(), nbytes, escapes, int4, int8,
             self.layout, exact_type=self.frames.exact_type,
             frame_records=self.frames.frame_records,
         )  # fmt: skip
@@ -124,7 +133,7 @@ def as_exact_tensor(bits: npt.NDArray[np.uint16], exact_type: str) -> Tensor:
     return torch.from_numpy(bits.view(np.int16)).view(EXACT_DTYPES[exact_type])
 
 
-def _frames_of(frames: ExactFrames, start: int, stop: int) -> tuple[U8, U32, U32]:
+def _frames_of(frames: ExactFrames, start: int, stop: int) -> tuple[Tensor, U32, U32]:
     """Bytes and tables of the frames of rows [start, stop)."""
     own = slice(start // frames.frame_records, -(-stop // frames.frame_records))
     begin = int(frames.nbytes[: own.start].sum(dtype=np.int64))

@@ -10,18 +10,28 @@ from typing import TypeVar
 
 import torch
 
-from m2c.kernels.native import load_native
+from m2c.kernels.gpu import GpuKernels
+from m2c.kernels.native import NativeKernels, load_native
 
 R = TypeVar("R")
+Kernels = NativeKernels | GpuKernels
 
 
 class Workers:
     """`threads` threads including the caller's. Each piece runs on one thread."""
 
-    def __init__(self, threads: int, *, kernel: str = "torch") -> None:
-        """kernel: one of `native.CHOICES`. Raises UsageError when it cannot be had here."""
+    def __init__(
+        self, threads: int, *, kernel: str = "torch", gpu: GpuKernels | None = None,
+        on_gpu: bool = False,
+    ) -> None:  # fmt: skip
+        """kernel: one of `native.CHOICES`. gpu: of the GPU that computes; on_gpu, no gpu: torch.
+
+        Raises UsageError when the kernel cannot be had here.
+        """
         self.threads = threads
-        self.native = load_native(kernel, threads)
+        # on the host weights are decoded, whatever computes
+        self.host = load_native(kernel, threads)
+        self.native: Kernels | None = gpu if gpu is not None or on_gpu else self.host
         # torch would cut a sum differently for each thread count; ours alone share the work
         torch.set_num_threads(1)
         self._pool = (
@@ -48,12 +58,23 @@ class Workers:
         return [strides[i % self.threads][i // self.threads] for i in range(count)]
 
     @property
+    def replaying(self) -> GpuKernels | None:
+        """What computes, if it can record a pass and replay it."""
+        gpu = self.native
+        return gpu if isinstance(gpu, GpuKernels) and gpu.replays else None
+
+    def check(self) -> None:
+        """Raises BadInput if weights that were decoded since were damaged."""
+        if self.native is not None:
+            self.native.check()
+
+    @property
     def kernel(self) -> str:
-        """What computes: "torch" or the instruction set of the native kernels."""
+        """What computes: "torch", "cuda" or the instruction set of the native kernels."""
         return self.native.name if self.native is not None else "torch"
 
     def close(self) -> None:
-        if self.native is not None:
-            self.native.close()
+        if self.host is not None:
+            self.host.close()
         if self._pool is not None:
             self._pool.shutdown(wait=True)

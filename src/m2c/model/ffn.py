@@ -24,6 +24,7 @@ FETCH: Final = 512  # neurons gathered at a time: bounds the memory of a fetch
 
 Ids = npt.NDArray[np.int32]
 Fetch = Callable[[str, Ids], Rows]
+Chosen = Callable[[str, Tensor], Rows | None]
 
 
 def uniform_ffn(
@@ -63,13 +64,14 @@ def mixed_ffn(
     x: Tensor, floor: Rows, down_norm: Tensor, *, norm: Norm, act: str, mix: Mix, fetch: Fetch,
     workers: Workers, out_norm: Norm | None = None, onto: Tensor | None = None,
     bias: Tensor | None = None, out_bias: Tensor | None = None,
-    record: Callable[[str, Ids], None] | None = None,
+    record: Callable[[str, Ids], None] | None = None, chosen_rows: Chosen | None = None,
 ) -> Tensor:  # fmt: skip
     """As `uniform_ffn`, with a precision per neuron.
 
     floor: every neuron of the layer. down_norm: [neurons] f32. `fetch(plane, ids)` returns the
     neurons `ids` (ascending) at `plane`; with one token it is called once per plane, and `record`
-    is told the ids (traces).
+    is told the ids (traces). `chosen_rows(plane, index)` is asked first: where it has them, the
+    ids stay on the device, and nothing waits for them.
     """
     out = begin(x, out_norm, onto)
     activations = scored_ffn(x, floor, act, workers, norm=norm, into=out, bias=bias)
@@ -77,9 +79,18 @@ def mixed_ffn(
     # all were added at the floor, in one pass over memory: take back those that do not stay there
     back = torch.where(levels == LEVELS[mix.floor], 0, -activations)
     down(back, floor, workers, into=out)
+    counts = mix.counts(len(floor))
     for plane in mix.upgrades:
         chosen = levels == LEVELS[plane]
         if x.shape[0] == 1:
+            rows = None
+            if chosen_rows is not None:
+                index = _first(chosen[0], counts[plane])
+                rows = chosen_rows(plane, index)
+            if rows is not None:
+                own = None if bias is None else bias[index.long()]
+                gather_ffn(x, rows, act, workers, norm=norm, into=out, bias=own)
+                continue
             # one token's set is fetched whole, so that the neuron cache sees it whole
             ids = _positions(chosen[0])
             if record is not None:
@@ -94,6 +105,12 @@ def mixed_ffn(
             rows = fetch(plane, part)
             gather_ffn(x, rows, act, workers, mask=mask, norm=norm, into=out, bias=own)
     return end(x, out, out_norm, workers, out_bias)
+
+
+def _first(chosen: Tensor, count: int) -> Tensor:
+    """Where `chosen` [neurons] is true, `count` times: int32 [count], ascending, on its device."""
+    order = chosen.to(torch.uint8).argsort(descending=True, stable=True)
+    return order[:count].to(torch.int32)
 
 
 def _chosen(bias: Tensor | None, ids: Ids) -> Tensor | None:

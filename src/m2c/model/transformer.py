@@ -15,6 +15,7 @@ from torch import Tensor
 
 from m2c.errors import BadInput
 from m2c.kernels.dispatch import attention, matmul_into, matmul_rows, run_stack
+from m2c.kernels.gpu import GpuKernels, Replays
 from m2c.kernels.operands import AttentionCall, LayerCall, Stack
 from m2c.kernels.reference import soft_capped
 from m2c.kernels.rows import Rows
@@ -38,7 +39,6 @@ from m2c.tiers.store import FFN
 Ids = npt.NDArray[np.int32]
 # tokens that pass all layers in one call; more take long, and Ctrl-C waits for the end of a call
 _AT_ONCE: Final = 8
-Upgrade = Callable[..., Rows]  # `NeuronStore.upgrade`
 
 
 class Weights(Protocol):
@@ -59,6 +59,17 @@ class Weights(Protocol):
     def embed(self, ids: Ids) -> Tensor: ...
 
 
+class Upgrades(Protocol):
+    """Where rows above the floor come from: `NeuronStore`."""
+
+    @property
+    def holds_upgrades(self) -> bool: ...
+
+    def upgrade(self, layer: int, plane: str, ids: Ids, floor: Rows, *, step: bool) -> Rows: ...
+
+    def chosen(self, layer: int, plane: str, index: Tensor, floor: Rows) -> Rows | None: ...
+
+
 class Stopped(Exception):
     """A pass was broken off as somebody asked for it; the KV cache is as long as before."""
 
@@ -72,9 +83,9 @@ class Transformer:
     def __init__(
         self, config: ModelConfig, store: Weights, *, vectors: dict[str, Tensor],
         down_norms: list[Tensor], mix: Mix, kv: KvCache, workers: Workers,
-        upgrade: Upgrade | None = None, record: Callable[[int, str, Ids], None] | None = None,
+        upgrades: Upgrades | None = None, record: Callable[[int, str, Ids], None] | None = None,
     ) -> None:  # fmt: skip
-        """upgrade: where rows above the floor come from; not needed for a mix of one precision."""
+        """upgrades: not needed for a mix of one precision."""
         self.config = config
         self.kv = kv
         self.record = record
@@ -83,7 +94,7 @@ class Transformer:
         self._store = store
         self._vectors = vectors
         self._mix = mix
-        self._upgrade = upgrade
+        self._upgrades = upgrades
         self._workers = workers
         layers = range(config.num_hidden_layers)
         self._layers = [layer_facts(config, vectors, layer) for layer in layers]
@@ -97,6 +108,7 @@ class Transformer:
         self._norm = norm_of(config, vectors, "model.norm")
         self._down_norms = down_norms
         self._calls: dict[int, AttentionCall] = {}
+        self._replays: Replays = {}
         self._rotary = Rotary(config, kv.ctx_size, store.device)
 
     def forward(self, ids: Ids, *, all_logits: bool = False) -> Tensor:
@@ -108,23 +120,46 @@ class Transformer:
         """
         self.kv.require_room(len(ids))
         x = embedded(self.config, self._vectors, self._store.embed(ids), self.kv.length)
-        if len(ids) <= _AT_ONCE and self._stacks and self._store.holds_all:
-            if self.stop_asked():
-                raise Stopped
-            x = run_stack(x, self._stack, self.kv.length, self._workers)
+        gpu = self._workers.replaying
+        if gpu is not None and len(ids) <= _AT_ONCE and self._steady:
+            run, key = partial(self._pass, all_logits=all_logits), (len(ids), all_logits)
+            logits = gpu.replayed(self._replays, key, x, self.kv.length, run)
         else:
-            for layer in range(self.config.num_hidden_layers):
-                if self.stop_asked():
-                    raise Stopped
-                x = self._layer(layer, x)
+            logits = self._pass(x, all_logits=all_logits)
         self.kv.advance(len(ids))
-        logits = self._logits(x if all_logits else x[-1:])
+        self._workers.check()
         # before a soft cap, which makes a large number of an infinite one
         if not all(math.isfinite(end) for end in logits.aminmax()):
             raise BadInput("the model's output is not finite", "check the bundle with m2c check")
         if self.config.final_logit_softcapping is not None:
             logits = soft_capped(logits, self.config.final_logit_softcapping)
         return logits if all_logits else logits[0]
+
+    def _pass(self, x: Tensor, *, all_logits: bool) -> Tensor:
+        """Hidden states [tokens, hidden] through all layers to logits [tokens or 1, vocab]."""
+        if self.stop_asked():
+            raise Stopped
+        if len(x) <= _AT_ONCE and self._stacks and self._store.holds_all:
+            x = run_stack(x, self._stack, self.kv.length, self._workers)
+        else:
+            for layer in range(self.config.num_hidden_layers):
+                if self.stop_asked():
+                    raise Stopped
+                x = self._layer(layer, x)
+        return self._logits(x if all_logits else x[-1:])
+
+    @property
+    def _steady(self) -> bool:
+        """Whether every pass uses the same memory, and nobody is told what it chooses."""
+        if self.record is not None or self._routers or self.stop_asked():
+            return False
+        return self._store.holds_all and (self._mix.is_uniform or self._holds_upgrades)
+
+    @property
+    def _holds_upgrades(self) -> bool:
+        """Whether a GPU has all that is above the floor: what it chooses need not be known here."""
+        held = self._upgrades is not None and self._upgrades.holds_upgrades
+        return held and isinstance(self._workers.native, GpuKernels)
 
     def _logits(self, x: Tensor) -> Tensor:
         """[tokens, vocab] f32 of hidden states [tokens, hidden].
@@ -173,18 +208,24 @@ class Transformer:
             )  # fmt: skip
         single = x.shape[0] == 1
         record = self.record if single else None
+        asks = single and record is None and self._holds_upgrades
         for floor in neurons:  # one block: a mix needs all scores before it can choose
             fetch = partial(self._fetch, layer, floor, single)
             x = mixed_ffn(
                 x, floor, self._down_norms[layer], norm=facts.ffn_norm, act=act, mix=self._mix,
                 fetch=fetch, workers=self._workers, out_norm=facts.ffn_out_norm,
-                record=None if record is None else partial(record, layer), **more,
+                record=None if record is None else partial(record, layer),
+                chosen_rows=partial(self._chosen, layer, floor) if asks else None, **more,
             )  # fmt: skip
         return x
 
+    def _chosen(self, layer: int, floor: Rows, plane: str, index: Tensor) -> Rows | None:
+        assert self._upgrades is not None
+        return self._upgrades.chosen(layer, plane, index, floor)
+
     def _fetch(self, layer: int, floor: Rows, single: bool, plane: str, ids: Ids) -> Rows:
-        assert self._upgrade is not None
-        return self._upgrade(layer, plane, ids, floor, step=single)
+        assert self._upgrades is not None
+        return self._upgrades.upgrade(layer, plane, ids, floor, step=single)
 
     @cached_property
     def _stack(self) -> Stack:

@@ -6,7 +6,7 @@ memory they lie.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from m2c.bundle.bundle import Bundle
 from m2c.bundle.shard import BLOCK, PLANES, Section, ShardIndex
 from m2c.errors import BadInput
-from m2c.kernels.rows import ExactFrames, PackedRows
+from m2c.kernels.rows import ExactFrames, PackedRows, Rows
 from m2c.tiers.ssd import Pending, SsdReader
 
 U8 = npt.NDArray[np.uint8]
@@ -129,14 +129,14 @@ class Block:
             position += span.nbytes
         section = self.shards[0].header.section(name)
         count = self.count(section)
-        frames = self._frames(name, views[2].numpy()) if self.is_exact else None
+        frames = self._frames(name, views[2]) if self.is_exact else None
         int8 = views[1].view(count, -1) if len(views) > 1 else None
         return PackedRows(section.layout, views[0].view(count, -1), int8, frames)
 
     def _range(self, section: Section) -> tuple[int, int]:
         return self.start, self.start + self.count(section)
 
-    def _frames(self, name: str, data: U8) -> ExactFrames:
+    def _frames(self, name: str, data: torch.Tensor) -> ExactFrames:
         exact = self.shards[2]
         section = exact.header.section(name)
         per = section.frame_records
@@ -144,6 +144,18 @@ class Block:
         some = slice(start // per, -(-stop // per))
         nbytes, escapes = exact.frame_nbytes[name][some], exact.frame_escapes[name][some]
         return ExactFrames(data, nbytes, escapes, per, self.exact_type)
+
+
+@dataclass
+class BlockUse:
+    """A block, and where it is when it is used: ready, in DRAM as stored, or in the ring."""
+
+    block: Block
+    below: Mapping[str, PackedRows] | None = None  # planes that are held to draft with
+    rows: dict[str, Rows] | None = None
+    raw: U8 | None = None
+    ring: int = 0
+    moved: dict[int, dict[str, Rows]] = field(default_factory=dict)  # by the slot in HBM
 
 
 def record_offset(index: ShardIndex, section: Section, record: int) -> int:

@@ -27,13 +27,16 @@ U8 = npt.NDArray[np.uint8]
 
 class DraftPlanes:
     """What `Transformer` asks of a store, at INT4. staging: shared with the store's own sources.
-    experts: of a layer, if its neurons are in experts."""
+    experts: of a layer, if its neurons are in experts. device: that computes."""
 
     holds_all = True
     holds_experts = True
 
-    def __init__(self, bundle: Bundle, reader: SsdReader, staging: U8, experts: int = 0) -> None:
-        self.device = torch.device("cpu")
+    def __init__(
+        self, bundle: Bundle, reader: SsdReader, staging: U8, experts: int = 0,
+        device: torch.device = torch.device("cpu"),
+    ) -> None:  # fmt: skip
+        self.device = device
         self._bundle = bundle
         self._reader = reader
         self._layers = 0
@@ -59,7 +62,7 @@ class DraftPlanes:
             started.append(((kind, layer), block, raw, block.read(self._reader, raw)))
         for key, block, raw, pending in started:
             pending.wait()
-            self._operands[key] = block.rows(raw)
+            self._operands[key] = block.rows(torch.from_numpy(raw).to(self.device))
         return sum(block.streamed_nbytes for _, block, _, _ in started)
 
     def operands(self, kind: str, layer: int) -> Mapping[str, PackedRows]:
@@ -79,8 +82,9 @@ class DraftPlanes:
         """As `NeuronStore.embed`."""
         resident = self.embedding or self._operands["head", self._layers].get(EMBED)
         if resident is not None:
-            rows = resident.take(torch.from_numpy(ids.astype(np.int64)))
-            return rows.values(0, len(rows))[:, 0]
+            rows = resident.take(torch.from_numpy(ids.astype(np.int64)).to(self.device))
+            return rows.values(0, len(rows))[:, 0].to(self.device)
         wanted, back = np.unique(ids, return_inverse=True)
         rows = self._embed.rows(wanted.astype(np.int32))
-        return rows.values(0, len(rows))[:, 0][torch.from_numpy(back.astype(np.int64))]
+        values = rows.values(0, len(rows))[:, 0][torch.from_numpy(back.astype(np.int64))]
+        return values.to(self.device)

@@ -101,7 +101,7 @@ class PlaneSource:
         name = self._section.name
         nbytes, escapes = self._index.frame_nbytes[name][ids], self._index.frame_escapes[name][ids]
         per = self._section.frame_records
-        return ExactFrames(data, nbytes, escapes, per, exact_type), from_dram
+        return ExactFrames(torch.from_numpy(data), nbytes, escapes, per, exact_type), from_dram
 
     def _frame_bytes(self, ids: npt.NDArray[np.int32]) -> tuple[U8, int]:
         sizes = np.diff(self._offsets)[ids]

@@ -47,6 +47,11 @@ class BlockRing:
         self._acquired = False
         self._read_ahead()
 
+    @property
+    def buffer(self) -> U8:
+        """All bytes of the ring; they stay where they are."""
+        return self._buffer
+
     def acquire(self, position: int) -> U8:
         """The payload of block `position` once it has arrived; valid until `release`.
 

@@ -4,9 +4,8 @@ It carries out a plan: loads what is resident, streams the rest through the ring
 upgrades on demand. It knows bytes and tiers; which neurons a token needs is decided in `model`.
 """
 
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -15,16 +14,17 @@ import torch
 from m2c.bundle.bundle import Bundle
 from m2c.kernels.dispatch import exact_weights
 from m2c.kernels.rows import EXACT_DTYPES, ExactRows, PackedRows, Rows
-from m2c.tiers.blocks import Block, Precisions, block_of, head_name, planes_of
+from m2c.tiers.blocks import Block, BlockUse, Precisions, block_of, head_name, planes_of
 from m2c.tiers.drafts import EMBED, DraftPlanes
 from m2c.tiers.experts import ExpertCache, ExpertParts
 from m2c.tiers.facts import BlockFact
 from m2c.tiers.fetch import Decode, PlaneSource, RowSource
+from m2c.tiers.link import Link
 from m2c.tiers.memory import aligned_buffer
 from m2c.tiers.neighbours import runs
 from m2c.tiers.plan import Plan
 from m2c.tiers.ring import BlockRing
-from m2c.tiers.ssd import REQUEST_BLOCKS, THREADS, LinkStats, Pending, SsdReader
+from m2c.tiers.ssd import REQUEST_BLOCKS, THREADS, Pending, SsdReader
 from m2c.tiers.traffic import StoreStats
 from m2c.tiers.upgrades import HitStats, UpgradePlane
 
@@ -32,17 +32,6 @@ Ids = npt.NDArray[np.int32]
 U8 = npt.NDArray[np.uint8]
 FFN = "ffn"  # section of the neuron shards
 EXPERTS = "experts"  # whose hits are counted beside those of the planes
-
-
-@dataclass
-class _Use:
-    """A block, and where it is when it is used: ready, in DRAM as stored, or in the ring."""
-
-    block: Block
-    below: Mapping[str, PackedRows] | None = None  # planes that are held to draft with
-    rows: dict[str, Rows] | None = None
-    raw: U8 | None = None
-    ring: int = 0
 
 
 class NeuronStore:
@@ -61,12 +50,11 @@ class NeuronStore:
         self._bundle = bundle
         self._precisions = precisions
         self._progress = progress
-        self._link = LinkStats()
+        self._link = Link(device, plan.hbm_staging_nbytes)
         self._staging = aligned_buffer(plan.footprint.staging_nbytes)
-        self._hbm_slots: list[torch.Tensor] = []
         self._upgrades: dict[tuple[int, str], UpgradePlane] = {}
         self._ring: BlockRing | None = None
-        self._uses: dict[tuple[str, int], list[_Use]] = {}
+        self._uses: dict[tuple[str, int], list[BlockUse]] = {}
         self._pinned_embed: Rows | None = None
         self._experts: ExpertCache | None = None
         self.holds_experts = plan.expert_slots is None  # then their operands stay valid
@@ -91,6 +79,7 @@ class NeuronStore:
         if self._ring is not None:
             self._ring.close()
         self.reader.close()
+        self._link.close()
 
     # -- what the model asks for -------------------------------------------------------------------
 
@@ -108,6 +97,7 @@ class NeuronStore:
             else:
                 assert self._ring is not None
                 yield self._to_compute(use, self._ring.acquire(use.ring))
+                self._link.arrived()
                 self._ring.release()
 
     def experts(self, layer: int, ids: Ids) -> Iterator[Rows]:
@@ -125,12 +115,27 @@ class NeuronStore:
         if plane == "fp16":
             return ExactRows(floor.layout, upgrade.records(ids, floor, step=step))
         index = torch.from_numpy(ids).to(floor.int4.device)
-        whole = upgrade.whole
-        if whole is not None:  # nothing to gather: the kernels take the records where they lie
-            upgrade.stats.dram += len(ids)
-            return PackedRows(floor.layout, floor.int4, whole, index4=index, index8=index)
+        if upgrade.whole is not None:
+            return self._indexed(upgrade, index, floor)
         records = upgrade.records(ids, floor, step=step)
         return PackedRows(floor.layout, floor.int4, records, index4=index)
+
+    def chosen(self, layer: int, plane: str, index: torch.Tensor, floor: Rows) -> Rows | None:
+        """As `upgrade`, of rows `index` (int32, ascending) on the compute device; None where what
+        is wanted must be known on the host."""
+        assert isinstance(floor, PackedRows)
+        upgrade = self._upgrades[layer, plane]
+        return None if upgrade.whole is None else self._indexed(upgrade, index, floor)
+
+    def _indexed(self, upgrade: UpgradePlane, index: torch.Tensor, floor: PackedRows) -> Rows:
+        """Nothing to gather: the kernels take the records where they lie."""
+        upgrade.served(len(index))
+        return PackedRows(floor.layout, floor.int4, upgrade.whole, index4=index, index8=index)
+
+    @property
+    def holds_upgrades(self) -> bool:
+        """Whether `chosen` serves all that is above the floor."""
+        return all(upgrade.whole is not None for upgrade in self._upgrades.values())
 
     def embed(self, ids: Ids) -> torch.Tensor:
         """Embeddings of token `ids` [tokens] as f32 [tokens, hidden] on the compute device."""
@@ -158,6 +163,13 @@ class NeuronStore:
             return self._ring.read_speed(self._staging)
         return self._experts.read_speed() if self._experts is not None else 0.0
 
+    def link_speed(self) -> float:
+        """Bytes per second from DRAM to HBM of a block that lies in DRAM or passes through it."""
+        held = [use.raw for uses in self._uses.values() for use in uses if use.raw is not None]
+        if held:
+            return self._link.speed(max(held, key=len))
+        return self._link.speed(self._ring.buffer) if self._ring is not None else 0.0
+
     @property
     def stats(self) -> StoreStats:
         totals: dict[str, HitStats] = {}
@@ -165,11 +177,11 @@ class NeuronStore:
             totals.setdefault(plane, HitStats()).add(upgrade.stats)
         if self._experts is not None:
             totals[EXPERTS] = replace(self._experts.stats)
-        return StoreStats(replace(self.reader.stats), replace(self._link), totals)
+        return StoreStats(replace(self.reader.stats), self._link.stats, totals)
 
     def reset_stats(self) -> None:
         self.reader.reset_stats()
-        self._link = LinkStats()
+        self._link.reset_stats()
         for upgrade in self._upgrades.values():
             upgrade.stats = HitStats()
         if self._experts is not None:
@@ -179,13 +191,10 @@ class NeuronStore:
 
     def _load(self) -> None:
         plan = self.plan
-        if plan.hbm_staging_nbytes:
-            half = plan.hbm_staging_nbytes // 2
-            self._hbm_slots = [
-                torch.empty(half, dtype=torch.uint8, device=self.device) for _ in range(2)
-            ]
         if self._precisions.drafts:
-            self.draft = DraftPlanes(self._bundle, self.reader, self._staging, self._parts.count)
+            self.draft = DraftPlanes(
+                self._bundle, self.reader, self._staging, self._parts.count, self.device
+            )
             self._progress(self.draft.load(plan.footprint.layers, head_name(self._bundle)))
         streamed = [self._block(plan.footprint.blocks[i]) for i in plan.streamed]
         for layer in range(plan.footprint.layers):
@@ -203,20 +212,21 @@ class NeuronStore:
                 self.draft.embedding = self._pinned_embed
         if streamed:
             self._ring = BlockRing(self.reader, streamed, plan.ring_nbytes)
+            self._link.pin(self._ring.buffer)
 
-    def _place(self) -> dict[tuple[str, int], list[_Use]]:
+    def _place(self) -> dict[tuple[str, int], list[BlockUse]]:
         """Read what is resident. Neighbours that are ready for the kernels become one.
 
         All reads are started before the first is waited for: the disk is never idle.
         """
-        plan, found = self.plan, dict[tuple[str, int], list[_Use]]()
+        plan, found = self.plan, dict[tuple[str, int], list[BlockUse]]()
         ready = set(plan.in_hbm if plan.budget.hbm else plan.in_dram)
         waiting, ring = set(plan.in_dram) - ready, 0
-        started: list[tuple[_Use, U8, Pending]] = []
+        started: list[tuple[BlockUse, U8, Pending]] = []
         for kind, layer, run in runs(plan, ready):
             first, last = plan.footprint.blocks[run[0]], plan.footprint.blocks[run[-1]]
             below = None if self.draft is None else self.draft.operands(kind, layer)
-            use = _Use(self._block(replace(first, end=last.end)), below)
+            use = BlockUse(self._block(replace(first, end=last.end)), below)
             if run[0] not in ready | waiting:
                 use.ring = ring
                 ring += 1
@@ -227,6 +237,7 @@ class NeuronStore:
                 started.append((use, raw, use.block.read(self.reader, raw)))
                 if run[0] in waiting:
                     use.raw = raw
+                    self._link.pin(raw)
             found.setdefault((kind, layer), []).append(use)
         for use, raw, pending in started:
             pending.wait()
@@ -243,7 +254,7 @@ class NeuronStore:
 
         def to_rows(layer: int, block: Block, payload: U8) -> tuple[Rows, bool]:
             below = None if self.draft is None else self.draft.operands("neurons", layer)
-            return self._to_compute(_Use(block, below), payload)[FFN], not plan.budget.hbm
+            return self._to_compute(BlockUse(block, below), payload)[FFN], not plan.budget.hbm
 
         return ExpertCache(self.reader, facts, blocks, slots, policy=plan.policy, to_rows=to_rows)
 
@@ -284,12 +295,15 @@ class NeuronStore:
         if plane == "fp16" and self._precisions.floor == "int4":
             known = self._upgrades.get((layer, "int8"))
             below = known.source if known else self._plane_source(layer, "int8")
-        return UpgradePlane(
+        upgrade = UpgradePlane(
             source, below, exact_type=self._bundle.manifest.exact_type if plane == "fp16" else None,
             slab=slab, neurons=plan.footprint.neurons, policy=plan.policy, device=self.device,
-            copied=self._copied if plan.budget.hbm else lambda nbytes, seconds: None,
+            copied=self._link.count if plan.budget.hbm else lambda nbytes, seconds: None,
             decode=self._decode,
         )  # fmt: skip
+        if plan.budget.hbm and plane == "int8" and slots == plan.footprint.neurons:
+            self._progress(upgrade.load_whole())
+        return upgrade
 
     # -- small helpers -----------------------------------------------------------------------------
 
@@ -326,25 +340,11 @@ class NeuronStore:
         facts = shards[0].header.section(section)
         return RowSource(sources, facts, self._bundle.manifest.exact_type, self._decode)
 
-    def _to_compute(self, use: _Use, payload: U8) -> dict[str, Rows]:
-        """Operands of a payload that lies in DRAM, copied to HBM if that is where we compute.
-
-        Exact payloads stay: they are decoded on the host and cross the link as values.
-        """
-        block = use.block
+    def _to_compute(self, use: BlockUse, payload: U8) -> dict[str, Rows]:
+        """Operands of a payload that lies in DRAM, copied to HBM if that is where we compute."""
         if not self.plan.budget.hbm:
-            return dict(block.rows(payload, use.below))
-        if block.is_exact:
-            self._copied(block.streamed_nbytes, 0.0)
-            return dict(block.rows(payload))
-        # attention has its slot, neurons and head have the other
-        slot = self._hbm_slots[len(block.sections) == 1]
-        begin = time.perf_counter()
-        view = slot[: block.streamed_nbytes]
-        view.copy_(torch.from_numpy(payload[: block.streamed_nbytes]))
-        self._copied(block.streamed_nbytes, time.perf_counter() - begin)
-        return dict(block.rows(view))
-
-    def _copied(self, nbytes: int, seconds: float) -> None:
-        self._link.nbytes += nbytes
-        self._link.busy_s += seconds
+            return dict(use.block.rows(payload, use.below))
+        slot, view = self._link.turn, self._link.move(payload[: use.block.streamed_nbytes])
+        if slot not in use.moved:
+            use.moved[slot] = dict(use.block.rows(view, use.below))
+        return use.moved[slot]

@@ -8,6 +8,7 @@ neurons are wanted is the model's.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,8 @@ from torch import Tensor
 from m2c.kernels.rows import EXACT_DTYPES, PackedRows
 from m2c.tiers.cache import ABSENT, NeuronCache
 from m2c.tiers.fetch import Decode, PlaneSource, decode_rows, rows_at_once
+
+_PIECE_NBYTES: Final = 8 << 20  # loaded at a time
 
 Ids = npt.NDArray[np.int32]
 
@@ -59,7 +62,8 @@ class UpgradePlane:
         self._device = device
         self._copied = copied
         self._decode = decode
-        self.cache = None
+        self._whole: Tensor | None = None
+        self.cache: NeuronCache | None = None
         if slab is not None:
             self.cache = NeuronCache(neurons, slab.shape[0], policy=policy)
         self._static = policy == "pinned"
@@ -67,9 +71,28 @@ class UpgradePlane:
     @property
     def whole(self) -> Tensor | None:
         """The INT8 plane of all neurons, [neurons, record] u8, if it lies where kernels compute."""
-        if self._exact_type is not None or self.cache is not None or self._device.type != "cpu":
-            return None
-        return self.source.whole
+        if self._whole is not None or self._exact_type is not None or self.cache is not None:
+            return self._whole
+        return self.source.whole if self._device.type == "cpu" else None
+
+    def load_whole(self) -> int:
+        """Fill a slab that has a slot for every neuron of the INT8 plane, so that nothing has to be
+        looked up; the bytes loaded."""
+        assert self._slab is not None
+        assert self._exact_type is None
+        step = max(1, _PIECE_NBYTES // self._slab.shape[1])
+        for start in range(0, len(self._slab), step):
+            ids = np.arange(start, min(start + step, len(self._slab)), dtype=np.int32)
+            self._slab[start : start + step] = torch.from_numpy(self.source.records(ids)[0])
+        self._whole, self.cache = self._slab, None
+        return self._slab.nbytes
+
+    def served(self, count: int) -> None:
+        """Count neurons that were taken from `whole`."""
+        if self._whole is not None:
+            self.stats.compute += count
+        else:
+            self.stats.dram += count
 
     def records(self, ids: Ids, floor: PackedRows, *, step: bool) -> Tensor:
         """Records of `ids` (ascending) on the compute device: [len(ids), record].
