@@ -7,6 +7,7 @@ import torch
 from running import inputs
 from test_native import KINDS, make_rows
 
+from m2c.kernels import reference
 from m2c.kernels.dispatch import add_experts, gather_ffn, route
 from m2c.kernels.native import LIBRARY
 from m2c.kernels.operands import Norm, Router
@@ -53,6 +54,18 @@ def test_a_route_is_the_same_whatever_shares_the_call(kernel: str) -> None:
     for i, whole in enumerate(together):
         assert whole is not None
         assert torch.equal(torch.cat([one[i] for one in alone]), whole)
+
+
+def test_the_reference_routes_a_token_alike_whatever_shares_the_call() -> None:
+    """Of the same logits: torch's sums of products depend on how many tokens there are."""
+    logits = 3 * inputs(1003, 9)
+    router = Router(exact_rows(inputs(9, 32)), 8, 2, False, shared=True)
+    together = reference.route(logits, router)
+    for i, one in enumerate(logits):
+        for whole, alone in zip(together, reference.route(one[None], router), strict=True):
+            assert whole is not None
+            assert alone is not None
+            assert torch.equal(whole[i], alone[0])
 
 
 @pytest.mark.parametrize("kernel", ["scalar", "auto", "torch"])

@@ -79,11 +79,10 @@ def route(
     x: Tensor, router: Router, workers: Workers, *, norm: Norm | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """As `reference.route`, of norm(x) [tokens, hidden] f32."""
-    native = _native(x, router.rows, workers)
-    if native is None:
-        logits = reference.matmul_rows(reference.apply_norm(x, norm), router.rows, workers)
-        return reference.route(logits, router)
-    return native.route(x, router, norm=norm)
+    native = workers.native
+    if isinstance(native, NativeKernels) and native.takes(x, router.rows):
+        return native.route(x, router, norm=norm)
+    return reference.route(matmul_rows(x, router.rows, workers, norm=norm), router)
 
 
 def add_experts(
@@ -93,7 +92,7 @@ def add_experts(
     """Add to `into` [1, hidden], one after the other, what each of the experts gives for norm(x),
     times its weight. x [1, hidden], weights [1, experts] f32."""
     native = workers.native
-    if native is not None and all(native.takes(x, rows) and len(rows) for rows in experts):
+    if isinstance(native, NativeKernels) and all(native.takes(x, rows) for rows in experts):
         native.experts(x, experts, weights, act, norm=norm, into=into)
         return
     for rows, weight in zip(experts, weights[0], strict=True):

@@ -145,7 +145,11 @@ def route(logits: Tensor, router: Router) -> tuple[Tensor, Tensor, Tensor | None
     if router.sums_to_one:
         best = best / best.sum(-1, keepdim=True)
     chosen, order = chosen.sort(dim=-1)
-    return chosen, best.gather(1, order), gate.sigmoid() if router.shared else None
+    if not router.shared:
+        return chosen, best.gather(1, order), None
+    # torch's own sigmoid may round a number differently when others share the call
+    gate = torch.cat((gate, torch.zeros_like(gate)), dim=1).softmax(-1)[:, :1]
+    return chosen, best.gather(1, order), gate
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

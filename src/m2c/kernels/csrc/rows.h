@@ -26,7 +26,7 @@ struct kernels {
 };
 
 /* Rows in memory. kind: 4 or 8 (codes), or 16: `wide`, or codes and frames. Mirrored by
- * kernels/native.py. */
+ * kernels/structures.py. */
 struct rows {
     const uint8_t *int4; /* records: codes of all vectors, then their FP16 scales */
     const uint8_t *int8; /* records: second codes; NULL unless kind is 8 */
