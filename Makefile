@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO ?= demo
 CAMPAIGN ?= campaign
 SANITIZED := build/sanitize
-SANITIZED_TESTS := $(patsubst %,tests/test_%.py,kernels native exact frames encode steering hostile_frames)
+SANITIZED_TESTS := $(patsubst %,tests/test_%.py,kernels native expert_kernels exact frames encode steering hostile_frames)
 # all of m2c's own files of the demo stay in its folder
 DEMO_ENV := M2C_HOME=$(DEMO)/home
 

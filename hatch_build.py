@@ -16,7 +16,7 @@ FOLDER = Path("src/m2c/kernels/csrc")
 SOURCES = (
     "primitives.c", "scalar.c", "avx2.c", "avx512.c", "inputs.c", "rows.c", "ffn.c", "attention.c",
     "rank.c", "exact.c", "exact2.c", "exact512.c", "frames.c", "encode.c", "steer.c", "layers.c",
-    "pool.c",
+    "experts.c", "pool.c",
 )  # fmt: skip
 # no -march=native: the instruction set is chosen at run time; no -ffast-math: sums keep their order
 FLAGS = (

@@ -46,6 +46,7 @@ TYPES: Final = {
 _ARCHITECTURES: Final = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
 
 
+_GATE: Final = ".shared_expert_gate.weight"
 _WINDOWED: Final = ("phi3", "gemma2", "gemma3")  # whose metadata has a word for the window
 
 
@@ -110,10 +111,11 @@ def _refuse_unsayable(checkpoint: Checkpoint) -> None:
             f"{checkpoint.path}: GGUF has no word for biases or an FFN after attention in {arch}",
             "use a checkpoint like falcon-7b or falcon-40b",
         )
-    if config.num_experts and not config.norm_topk_prob:
+    adds_up = family.defaults.get("norm_topk_prob", True)
+    if config.num_experts and config.norm_topk_prob != adds_up:
         raise UnsupportedModel(
-            f"{checkpoint.path}: GGUF has no word for experts' weights that add up to less than 1",
-            "use a checkpoint with norm_topk_prob",
+            f"{checkpoint.path}: GGUF has no word for norm_topk_prob in {arch}",
+            f"use a checkpoint where it is {str(adds_up).lower()}",
         )
     if config.query_pre_attn_scalar not in (None, config.head_dim):
         raise UnsupportedModel(
@@ -164,6 +166,8 @@ def add_metadata(writer: gguf.GGUFWriter, config: ModelConfig, name: str, kind: 
         writer.add_expert_count(config.num_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
         writer.add_expert_feed_forward_length(config.intermediate_size)
+    if config.shared_expert_intermediate_size:
+        writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
     if config.sliding_window:
         writer.add_sliding_window(config.sliding_window)
     if config.attn_logit_softcapping:
@@ -205,6 +209,7 @@ def add_tensor_infos(
         if renamed is None:
             raise UnsupportedModel(f"{checkpoint.path}: GGUF has no name for {name}")
         shape = shapes[stored[0]] if len(stored) == 1 else (len(stored), *shapes[stored[0]])
+        shape = shape[1:] if name.endswith(_GATE) else shape  # there it is a vector
         plain = is_plain(name, shape)
         dtype = f32 if plain else f16
         raw = gguf.GGMLQuantizationType.F32 if plain else kind.ggml
@@ -214,7 +219,8 @@ def add_tensor_infos(
 
 def is_plain(name: str, shape: tuple[int, ...]) -> bool:
     """Whether it is written in F32: vectors and routers are."""
-    return len(shape) == 1 or name.endswith((".mlp.gate.weight", ".block_sparse_moe.gate.weight"))
+    routers = (".mlp.gate.weight", ".block_sparse_moe.gate.weight", _GATE)
+    return len(shape) == 1 or name.endswith(routers)
 
 
 def arrays(

@@ -76,6 +76,8 @@ PUBLISHED = {
     "qwen3-14b": 14_768_307_200,
     "qwen3-32b": 32_762_123_264,
     "qwen3-30b-a3b": 30_532_122_624,
+    "qwen1.5-moe-a2.7b": 14_315_784_192,
+    "qwen2-57b-a14b": 57_408_658_944,
     "mixtral-8x7b": 46_702_792_704,
     "mistral-7b": 7_248_023_552,
     "mistral-small-24b": 23_572_403_200,
@@ -155,7 +157,11 @@ def test_other_rope_forms() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"model_type": "qwen2_moe"},
+        {"model_type": "deepseek_v2"},
+        {"model_type": "qwen2_moe", "mlp_only_layers": [1]},
+        {"model_type": "qwen2_moe", "decoder_sparse_step": 2},
+        {"model_type": "qwen2_moe", "use_sliding_window": True},
+        {"model_type": "qwen2_moe", "qkv_bias": False},
         {"model_type": "qwen3_moe", "mlp_only_layers": [0]},
         {"model_type": "qwen3_moe", "decoder_sparse_step": 2},
         {"model_type": "qwen3_moe", "use_sliding_window": True},
@@ -356,6 +362,15 @@ FIELDS = [
     "activation_function",
     "enable_bias",
     "word_embed_proj_dim",
+    "num_experts",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "norm_topk_prob",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "decoder_sparse_step",
+    "mlp_only_layers",
+    "qkv_bias",
 ]
 
 
@@ -404,6 +419,17 @@ def test_facts_that_do_not_go_together_are_refused(change: dict[str, Any]) -> No
     facts = ModelConfig.from_hf(TINY).to_dict()
     with pytest.raises(BadInput):
         ModelConfig.from_dict(facts | change)
+
+
+def test_only_families_with_a_shared_expert_have_one() -> None:
+    plain = ModelConfig.from_hf(TINY).to_dict()
+    with pytest.raises(BadInput, match="a shared expert in a model_type that has none"):
+        ModelConfig.from_dict(plain | {"shared_expert_intermediate_size": 96})
+    moe = ModelConfig.from_hf(TINY | {"model_type": "qwen2_moe"}).to_dict()
+    assert moe["shared_expert_intermediate_size"] == 5632
+    for size in (0, None, 2**21):
+        with pytest.raises(BadInput, match="shared_expert_intermediate_size"):
+            ModelConfig.from_dict(moe | {"shared_expert_intermediate_size": size})
 
 
 def test_tensors_of_a_tied_biased_model() -> None:

@@ -1,8 +1,10 @@
 """A mixture of experts: the same bits wherever an expert lies, within the memory that was given."""
 
+import json
 import shutil
 from dataclasses import replace
 from itertools import islice
+from math import prod
 from pathlib import Path
 from random import Random
 from threading import Event
@@ -12,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 from command_line import m2c
-from running import GiB, Run, decode, options_for, plan_of, same, smallest_dram
+from running import TOKENS, GiB, Run, decode, options_for, plan_of, same, smallest_dram
 from test_store_failures import flip
 from tiny_models import (
+    CONFIG,
     IDS,
     digest,
     job_for,
@@ -30,17 +33,22 @@ from m2c.bundle.bundle import Bundle, open_bundle
 from m2c.bundle.importance import write_importance
 from m2c.bundle.shard import BLOCK, PAGE
 from m2c.check import check_bundle, compare_with_source
+from m2c.contents import config_of, importance_of
 from m2c.engine import Engine, RunOptions
 from m2c.errors import BadInput, UsageError
 from m2c.expert_profile import ENOUGH
 from m2c.generate import generate_step, prefill
-from m2c.kernels.workers import Workers
+from m2c.kernels.dispatch import gather_ffn
+from m2c.model import experts
 from m2c.model.checkpoint import HfCheckpoint, open_checkpoint
-from m2c.model.experts import Router, exact_rows
+from m2c.model.config import ModelConfig
+from m2c.model.experts import exact_rows
+from m2c.model.footprint import RunShape, batch_tokens, footprint_of_bundle, footprint_of_config
 from m2c.model.mix import Mix
-from m2c.model.tensors import router_name
+from m2c.model.tensors import dense_matrices, parameter_count, router_name, small_tensors
 from m2c.model.weights import vector_tensors
 from m2c.modes import exact_options
+from m2c.pack import PackJob
 from m2c.sampling import Sampler, SamplingParams
 from m2c.speculate import Speculator
 from m2c.tiers.expert_plan import ExpertFact
@@ -52,13 +60,20 @@ SHAPE: dict[str, Any] = {
     "model_type": "mixtral", "num_local_experts": EXPERTS, "num_experts_per_tok": ACTIVE,
     "intermediate_size": SIZE, "num_hidden_layers": LAYERS, "hidden_size": 120, "head_dim": 24,
 }  # fmt: skip
+SHARED_SIZE = 700
+SHARED: dict[str, Any] = {
+    **SHAPE, "model_type": "qwen2_moe", "num_experts": EXPERTS, "moe_intermediate_size": SIZE,
+    "shared_expert_intermediate_size": SHARED_SIZE,
+}  # fmt: skip
+SHAPES = {"plain": SHAPE, "shared": SHARED}
 MIXES = {"fp16": Mix(100, 0, 0), "int8": Mix(0, 100, 0), "int4": Mix(0, 0, 100)}
 every_precision = pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("experts") / "checkpoint", SHAPE)
+@pytest.fixture(scope="module", params=SHAPES)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("experts") / "checkpoint"
+    return write_checkpoint(folder, SHAPES[request.param])
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +200,8 @@ def plan_of_speculative(bundle: Bundle, options: RunOptions) -> Any:
 def test_any_budget_policy_and_batching_gives_the_same_tokens(
     bundle: Bundle, expected: dict[Mix, Run]
 ) -> None:
-    for trial in trials("moe-tiers", ci=12, campaign=20_000):
+    kind = "-shared" if config_of(bundle).shared_expert_intermediate_size else ""
+    for trial in trials(f"moe-tiers{kind}", ci=12, campaign=20_000):
         with trial as seed:
             random = Random(seed)
             mix = random.choice(list(MIXES.values()))
@@ -252,6 +268,64 @@ def test_popular_experts_are_missed_less() -> None:
     assert 4 < plain.missed(0, 2) < 8 == round(plain.missed(0, 1000))
 
 
+def test_what_every_token_uses_is_in_memory_before_any_expert(
+    bundle: Bundle, expected: dict[Mix, Run]
+) -> None:
+    """A shared expert is read once; after that only experts are."""
+    mix = MIXES["int4"]
+    options = options_for(mix)
+    facts = plan_of(bundle, options).footprint.experts
+    assert facts is not None
+    most = plan_of(bundle, options).used_dram
+    with Engine(bundle, replace(options, dram=most - facts.slot_nbytes)) as engine:
+        kinds = [block.kind for block in engine.plan.footprint.blocks]
+        resident = {kinds[i] for i in engine.plan.in_dram}
+        assert (resident, engine.plan.streamed) == ({"dense", "head"}, ())
+        assert engine.plan.expert_slots is not None
+        assert 0 < engine.plan.expert_slots < facts.total
+        engine.store.reset_stats()
+        assert same(decode(engine), expected[mix])
+        stats = engine.store.stats
+    embeddings = (1 + TOKENS) * 2 * BLOCK
+    assert 0 < stats.ssd.nbytes <= stats.upgrades["experts"].ssd * facts.slot_nbytes + embeddings
+    dense = [
+        block.streamed_nbytes for block in engine.plan.footprint.blocks if block.kind != "neurons"
+    ]
+    assert sum(dense) > 2 * BLOCK  # one more pass over these would have been seen
+
+
+def test_sizes_by_formula_are_those_of_the_bundle(bundle: Bundle, checkpoint: Path) -> None:
+    """Of what is no expert, to the byte: in planes without frames, and decoded."""
+    config, known = config_of(bundle), importance_of(bundle)
+    assert (config.shared_expert_intermediate_size > 0) == (config.model_type == "qwen2_moe")
+    for precision, drafts in (("int4", False), ("int8", False), ("int8", True), ("fp16", False)):
+        shape = RunShape(MIXES[precision], precision, 32, "f16", 1, drafts=drafts)
+        true = footprint_of_bundle(bundle, config, shape, known.hit_share)
+        made = footprint_of_config(config, shape, bundle.manifest.exact_type)
+        assert true.experts is not None
+        assert true.experts.shared == (config.shared_expert_intermediate_size > 0)
+        pairs = zip(true.blocks, made.blocks, strict=True)
+        for one, other in (pair for pair in pairs if pair[0].kind == "dense"):
+            assert one.resident_nbytes == other.resident_nbytes
+            assert precision == "fp16" or one.streamed_nbytes == other.streamed_nbytes
+    # the last was fp16, decoded: 2 bytes a weight of attention and of the shared expert
+    matrices = dense_matrices(config).items()
+    attention = sum(n * m for name, (n, m) in matrices if name.startswith("model.layers.0."))
+    weights = attention + 3 * config.shared_expert_intermediate_size * config.hidden_size
+    assert true.blocks[0].resident_nbytes == 2 * weights
+    # and pack counts every weight that is in a plane
+    small = sum(prod(size) for size in small_tensors(config).values())
+    job = PackJob(open_checkpoint(checkpoint), known, {}, "bf16", "", 0.0)
+    assert job.weights == parameter_count(config) - small
+
+
+def test_the_larger_expert_decides_how_many_tokens_share_a_batch() -> None:
+    config = ModelConfig.from_hf({**CONFIG, **SHARED})
+    large = replace(config, shared_expert_intermediate_size=50_000)
+    plain = replace(config, intermediate_size=50_000)
+    assert batch_tokens(large) == batch_tokens(plain) < batch_tokens(config)
+
+
 # -- failures --------------------------------------------------------------------------------------
 
 
@@ -275,10 +349,11 @@ def test_a_damaged_expert_ends_the_pass_and_is_not_kept(
         assert same(decode(engine), expected[mix])
 
 
+@pytest.mark.parametrize("taken", [0, 1])
 def test_experts_that_nobody_waits_for_are_not_kept(
-    bundle: Bundle, expected: dict[Mix, Run]
+    bundle: Bundle, expected: dict[Mix, Run], taken: int
 ) -> None:
-    """Whoever asked for several takes the first and goes, before the others have been read."""
+    """Whoever asked for several takes the first, or none, and goes before the others are there."""
     mix, go_on = MIXES["int4"], Event()
     with Engine(bundle, with_slots(bundle, options_for(mix), 7)) as engine:
         assert engine.store._experts is not None
@@ -287,11 +362,30 @@ def test_experts_that_nobody_waits_for_are_not_kept(
         ids = np.array([min(held), *sorted(set(range(EXPERTS)) - held)], np.int32)
         busy = [engine.store.reader._helpers.submit(go_on.wait) for _ in range(THREADS)]
         rows = engine.store.experts(0, ids)
-        next(rows)
-        rows.close()
+        assert len(list(islice(rows, taken))) == taken
+        del rows
         go_on.set()
         assert all(one.result() for one in busy)
         assert same(decode(engine), expected[mix])
+
+
+def test_experts_are_read_while_the_shared_one_is_computed(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not after it: it takes as long as several of them."""
+    if not config_of(bundle).shared_expert_intermediate_size:
+        pytest.skip("there is none")
+    with Engine(bundle, with_slots(bundle, options_for(MIXES["int4"]), 0)) as engine:
+        reads = list[int]()
+
+        def spied(x: torch.Tensor, rows: Any, *given: Any, **more: Any) -> None:
+            if len(rows) == SHARED_SIZE:
+                reads.append(engine.store.stats.upgrades["experts"].ssd)
+            gather_ffn(x, rows, *given, **more)
+
+        monkeypatch.setattr(experts, "gather_ffn", spied)
+        engine.model.forward(np.array([5], np.int32))
+        assert reads == [ACTIVE, 2 * ACTIVE, 3 * ACTIVE]
 
 
 def test_an_expert_whose_read_cannot_begin_is_not_kept(
@@ -319,19 +413,6 @@ def test_bf16_rows_add_up_to_the_router(checkpoint: Path) -> None:
     assert torch.equal(sum(rows.weights.float().split(5)), plain)
     stored = vector_tensors(open_checkpoint(checkpoint))[router_name(0)]
     assert len(exact_rows(stored)) == EXPERTS  # BF16 already
-
-
-def test_the_router_takes_the_best_and_the_lower_of_equals() -> None:
-    x = torch.eye(4)[:2]
-    weights = torch.tensor([[0.0, 2.0], [1.0, 2.0], [1.0, 0.0], [1.0, 3.0]]).repeat(1, 2)
-    for sums_to_one in (True, False):
-        router = Router(exact_rows(weights), 4, 2, sums_to_one)
-        chosen, share = router(x, Workers(1), None)
-        assert chosen.tolist() == [[1, 2], [1, 3]] or chosen.tolist() == [[1, 2], [0, 3]]
-        logits = (x @ weights.T).double()
-        true = logits.softmax(-1).gather(1, chosen)
-        true = true / true.sum(-1, keepdim=True) if sums_to_one else true
-        assert (share - true).abs().max() < 1e-6
 
 
 def test_an_expert_that_no_token_uses_is_judged_by_all_tokens(tmp_path: Path) -> None:
@@ -368,6 +449,20 @@ def test_pack_keeps_experts_apart_whatever_the_threads(
     assert digest(tmp_path / "again.m2c") == digest(bundle.path)
     assert list(check_bundle(bundle.path, read_data=True)) == []
     assert list(compare_with_source(bundle, open_checkpoint(checkpoint))) == []
+
+
+def test_check_compares_every_matrix_with_the_source(
+    checkpoint: Path, bundle: Bundle, tmp_path: Path
+) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    other = open_checkpoint(write_checkpoint(tmp_path / "other", config, seed=1))
+    found = [" ".join(line.split(": ")[1].split()) for line in compare_with_source(bundle, other)]
+    sections = {
+        f"{Path(name).parent} {int(Path(name).stem)} {section.name}"
+        for name, index in bundle.shards.items() if Path(name).stem.isdigit()
+        for section in index.header.sections
+    }  # fmt: skip
+    assert sections <= set(found)
 
 
 @pytest.fixture
@@ -459,7 +554,9 @@ def test_commands_take_a_mixture_of_experts(checkpoint: Path, tmp_path: Path) ->
     assert "experts: 2 of 6 a layer and token" in planned.out
 
 
-@pytest.mark.parametrize("alias", ["qwen3-30b-a3b", "mixtral-8x7b"])
+@pytest.mark.parametrize(
+    "alias", ["qwen3-30b-a3b", "mixtral-8x7b", "qwen1.5-moe-a2.7b", "qwen2-57b-a14b"]
+)
 def test_a_plan_needs_no_weights(alias: str) -> None:
     planned = m2c("plan", alias, "--dram", "8GiB", "--mode", "mixed", "--ssd-speed", "2GB",
                   "--dram-speed", "20GB")  # fmt: skip

@@ -17,6 +17,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import tiny_models
 import torch
 from running import MIXES, decode, inputs, options_for, same, smallest_dram
 from safetensors.torch import load_file, save_file
@@ -29,7 +30,7 @@ from m2c.engine import Engine
 from m2c.generate import generate_step, prefill
 from m2c.kernels.native import LIBRARY
 from m2c.kernels.operands import Norm
-from m2c.kernels.reference import gather_ffn
+from m2c.kernels.reference import apply_norm, gather_ffn
 from m2c.kernels.rows import ExactRows
 from m2c.kernels.workers import Workers
 from m2c.model.checkpoint import open_checkpoint
@@ -37,6 +38,7 @@ from m2c.model.families import FAMILIES
 from m2c.model.ffn import Ids, mixed_ffn, uniform_ffn
 from m2c.model.mix import Mix
 from m2c.model.tensors import up_bias_name
+from m2c.model.transformer import Transformer
 from m2c.model.weights import layer_rows, vector_tensors
 from m2c.modes import exact_options
 from m2c.sampling import Sampler, SamplingParams
@@ -96,14 +98,20 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3-moe-odd": {"model_type": "qwen3_moe", "head_dim": 16, "num_experts": 4,
         "num_experts_per_tok": 2, "moe_intermediate_size": 400, "attention_bias": True,
         "tie_word_embeddings": True},
+    "qwen2-moe": {"model_type": "qwen2_moe", "num_experts": 8, "num_experts_per_tok": 3,
+        "moe_intermediate_size": 512, "shared_expert_intermediate_size": 700},
+    "qwen2-moe-odd": {"model_type": "qwen2_moe", "num_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 400, "shared_expert_intermediate_size": 100,
+        "norm_topk_prob": True, "tie_word_embeddings": True},
 }  # fmt: skip
 IN_GGUF = [
     "mistral", "qwen3", "phi3", "phi3-windows", "gemma2", "gemma3", "falcon-7b", "falcon-40b",
-    "mixtral", "qwen3-moe",
+    "mixtral", "qwen3-moe", "qwen2-moe",
 ]  # fmt: skip
 WITHOUT_GGUF = [
     "mistral-windows", "qwen2-windows", "gemma3-odd", "sparsellama", "falcon-one-norm",
     "falcon-after", "opt", "mixtral-windows", "qwen3-moe-odd",
+    "qwen2-moe-odd",
 ]  # fmt: skip
 
 
@@ -181,6 +189,25 @@ def test_exact_planes_give_the_logits_of_transformers(
     """Measured: at most 6e-7 of the largest logit, the rounding of float32 sums."""
     got = logits_of(made.bundle, at_once, kernel=kernel)
     assert (got - made.logits).abs().max() < 3e-6 * made.logits.abs().max()
+
+
+@every_model
+def test_a_profile_is_of_what_the_model_computes(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What reaches the head went through everything, of every layer."""
+    met, logits = [], Transformer._logits
+
+    def spied(self: Transformer, x: torch.Tensor) -> torch.Tensor:
+        met.append(apply_norm(x, self._norm))
+        return logits(self, x)
+
+    monkeypatch.setattr(Transformer, "_logits", spied)
+    ids = np.array(tiny_models.IDS, np.int32)
+    with Engine(made.bundle, options_for(EXACT, kv_type="f32", ctx_size=128)) as engine:
+        engine.model.forward(ids, all_logits=True)
+    known = torch.from_numpy(importance_of(made.bundle).head_input)
+    assert torch.allclose(met[0].square().mean(0), known, rtol=1e-4)
 
 
 @every_model

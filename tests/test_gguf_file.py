@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from gguf_builders import HEAD_DIM, HEADS, HIDDEN, META, VOCAB, info, pair, raw, text, write
+from gguf_builders import FFN, HEAD_DIM, HEADS, HIDDEN, META, VOCAB, info, pair, raw, text, write
 
 from m2c.errors import BadInput, UnsupportedModel
 from m2c.model.config import RopeScaling
@@ -200,6 +200,7 @@ EXPERTS = {"expert_count": 3, "expert_used_count": 2, "expert_feed_forward_lengt
     [
         ("llama", "model.layers.0.block_sparse_moe.experts.{}.w2.weight"),
         ("qwen3moe", "model.layers.0.mlp.experts.{}.down_proj.weight"),
+        ("qwen2moe", "model.layers.0.mlp.experts.{}.down_proj.weight"),
     ],
 )
 def test_experts_are_parts_of_one_tensor(tmp_path: Path, arch: str, name: str) -> None:
@@ -209,13 +210,35 @@ def test_experts_are_parts_of_one_tensor(tmp_path: Path, arch: str, name: str) -
     file = GgufFile(path)
     assert file.config.num_experts == 3
     assert file.config.num_experts_per_tok == 2
-    assert file.config.norm_topk_prob
-    assert file.config.intermediate_size == (
-        24 if arch == "qwen3moe" else META["feed_forward_length"]
-    )
+    assert file.config.norm_topk_prob == (arch != "qwen2moe")
+    assert file.config.intermediate_size == (META["feed_forward_length"] if arch == "llama" else 24)
     for expert in range(3):
         read = file.read(name.format(expert), 3, 9)
         assert np.array_equal(read.numpy(), stacked[expert, 3:9])
+
+
+@pytest.mark.parametrize(
+    ("meta", "sizes"),
+    [
+        ({}, (FFN // 2, FFN)),  # as llama.cpp reckons them
+        ({"expert_feed_forward_length": 24}, (24, FFN)),
+        ({"expert_shared_feed_forward_length": 40}, (FFN // 2, 40)),
+    ],
+)
+def test_sizes_and_the_gate_of_a_shared_expert(
+    tmp_path: Path, meta: dict[str, Any], sizes: tuple[int, int]
+) -> None:
+    gate = np.random.default_rng(1).standard_normal(HIDDEN).astype(np.float32)
+    counts = {"expert_count": 3, "expert_used_count": 2}
+    more = {"blk.0.ffn_gate_inp_shexp.weight": gate}
+    write(tmp_path / "x.gguf", "qwen2moe", meta=counts | meta, more=more)
+    file = GgufFile(tmp_path / "x.gguf")
+    config = file.config
+    assert (config.intermediate_size, config.shared_expert_intermediate_size) == sizes
+    assert config.qkv_bias
+    assert not config.o_bias
+    read = file.read("model.layers.0.mlp.shared_expert_gate.weight")
+    assert np.array_equal(read.numpy(), gate[None])
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (2, 2, 2, 2), (2000, 1, 1)])

@@ -22,6 +22,7 @@ import pytest
 import xxhash
 from safetensors import safe_open
 from safetensors.numpy import load, save
+from tiny_models import pack_folder, write_checkpoint
 
 from m2c.bundle.bundle import Bundle, open_bundle
 from m2c.bundle.importance import decode_importance, read_importance
@@ -29,7 +30,9 @@ from m2c.bundle.shard import read_index
 from m2c.check import check_bundle, compare_with_source, exact_section
 from m2c.contents import config_of, importance_of, tokenizer_of, vectors_of
 from m2c.errors import BadInput
+from m2c.model.attention import MATRICES
 from m2c.model.checkpoint import open_checkpoint
+from m2c.model.experts import SHARED
 from m2c.model.tensors import ffn_names
 from m2c.tiers.blocks import block_of
 from m2c.tiers.memory import aligned_buffer
@@ -147,6 +150,16 @@ def test_independent_reader_agrees_over_many_blocks(deep_bundle: Bundle) -> None
     assert "dense/head.fp16" in deep_bundle.shards
     assert max(len(index.block_hashes) for index in deep_bundle.shards.values()) > 1
     assert_readers_agree(deep_bundle)
+
+
+def test_independent_reader_agrees_on_shared_experts(tmp_path: Path) -> None:
+    shape = {
+        "model_type": "qwen2_moe", "num_experts": 2, "num_experts_per_tok": 1,
+        "moe_intermediate_size": 40, "shared_expert_intermediate_size": 50, "num_hidden_layers": 1,
+    }  # fmt: skip
+    bundle = pack_folder(write_checkpoint(tmp_path / "checkpoint", shape), tmp_path / "a.m2c")
+    assert [*other.read_shard(bundle.path / "dense/00000.fp16").sections] == [*MATRICES, SHARED]
+    assert_readers_agree(bundle)
 
 
 @pytest.mark.parametrize("exact_type", ["bf16", "f16"])

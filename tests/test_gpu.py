@@ -14,6 +14,7 @@ import torch
 from emulated import Emulator, kernel_names
 from running import PROMPT, decode, inputs, options_for, same
 from test_native import EXTRAS, KINDS, as_calls, gather, make_rows, relative
+from tiny_models import pack_folder, write_checkpoint
 
 from m2c import device as devices
 from m2c import engine as engines
@@ -193,6 +194,44 @@ def test_exact_mode_in_three_tiers_gives_the_checkpoints_own_tokens(
             assert "m2c_decode" in on_emulated
         else:
             assert engine.draft is not None
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Of experts, with a shared one."""
+    folder = tmp_path_factory.mktemp("mixture")
+    shape = {
+        "model_type": "qwen2_moe", "num_experts": 6, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 300, "shared_expert_intermediate_size": 270,
+    }  # fmt: skip
+    return pack_folder(write_checkpoint(folder / "checkpoint", shape), folder / "a.m2c")
+
+
+@pytest.mark.parametrize("mix", ["0/0/100", "100/0/0"])
+def test_a_mixture_gives_the_same_bits_whatever_the_tiers(
+    mixture: Bundle, on_emulated: list[str], mix: str
+) -> None:
+    options = options_for(Mix.parse(mix), hbm=1 << 30)
+    with Engine(mixture, options) as engine:
+        assert engine.plan.expert_slots is None
+        everything = decode(engine)
+    with Engine(mixture, smallest_hbm(mixture, options)) as engine:
+        assert engine.plan.expert_slots is not None
+        assert same(decode(engine), everything)
+
+
+@pytest.mark.parametrize("hbm", ["all", "least"])
+def test_exact_mode_of_a_mixture_gives_the_tokens_of_one_by_one(
+    mixture: Bundle, on_emulated: list[str], hbm: str
+) -> None:
+    mix = Mix(100, 0, 0)
+    with Engine(mixture, options_for(mix, hbm=1 << 30)) as engine:
+        ids, _ = decode(engine)
+    options = options_for(mix, hbm=1 << 30, speculate=True)
+    if hbm == "least":
+        options = smallest_hbm(mixture, options)
+    with Engine(mixture, options) as engine:
+        assert speculated(engine, len(ids)) == ids
 
 
 def speculated(engine: Engine, tokens: int) -> list[int]:

@@ -52,14 +52,21 @@ def test_the_budget_is_kept(wide_bundle: Bundle, tmp_path: Path, mix: str, extra
     within_budget(wide_bundle, tmp_path / "stats.json", mix, extra_mib)
 
 
-@pytest.fixture(scope="module")
-def expert_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+EXPERTS = {
+    "plain": {"model_type": "mixtral", "intermediate_size": 1100, "num_local_experts": 8,
+              "num_experts_per_tok": 2},
+    "shared": {"model_type": "qwen2_moe", "moe_intermediate_size": 520, "num_experts": 8,
+               "num_experts_per_tok": 2, "shared_expert_intermediate_size": 5504},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=EXPERTS)
+def expert_bundle(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Bundle:
     folder = tmp_path_factory.mktemp("wide-experts")
-    shape = {
-        **WIDE, "model_type": "mixtral", "intermediate_size": 1100, "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-    }  # fmt: skip
-    return pack_folder(write_checkpoint(folder / "checkpoint", shape), folder / "wide.m2c")
+    checkpoint = write_checkpoint(folder / "checkpoint", WIDE | EXPERTS[request.param])
+    return pack_folder(checkpoint, folder / "wide.m2c")
 
 
 @pytest.mark.parametrize(("mix", "extra_mib"), [("100/0/0", 24), ("0/0/100", 0)])

@@ -25,7 +25,8 @@ from m2c.kernels.dispatch import exact_weights
 from m2c.kernels.workers import Workers
 from m2c.model.attention import MATRICES
 from m2c.model.checkpoint import Checkpoint
-from m2c.model.weights import matrix_name, neuron_records
+from m2c.model.experts import SHARED
+from m2c.model.weights import matrix_name, neuron_records, shared_records
 from m2c.tiers.blocks import block_of
 from m2c.tiers.memory import aligned_buffer
 from m2c.tiers.ssd import SsdReader
@@ -133,6 +134,8 @@ def _pairs(bundle: Bundle, checkpoint: Checkpoint, layers: int) -> Iterator[tupl
     for layer in range(layers):
         for short in MATRICES:
             yield "dense", layer, short, checkpoint.read(matrix_name(layer, short))
+        if checkpoint.config.shared_expert_intermediate_size:
+            yield "dense", layer, SHARED, shared_records(checkpoint, layer)
         yield "neurons", layer, FFN, _ordered_neurons(bundle, checkpoint, layer)
     if "dense/head.fp16" in bundle.shards:
         yield "dense", "head", "lm_head", checkpoint.read("lm_head.weight")

@@ -16,6 +16,7 @@ from m2c.bundle.tensors import load_tensors
 from m2c.errors import BadInput
 from m2c.model.attention import MATRICES
 from m2c.model.config import ModelConfig
+from m2c.model.experts import SHARED
 from m2c.model.tensors import dense_matrices, small_tensors, up_bias_name
 from m2c.model.weights import matrix_name
 from m2c.tiers.store import EMBED, FFN
@@ -54,6 +55,8 @@ def _shard_shapes(
     for layer in range(config.num_hidden_layers):
         attention = {short: matrices[matrix_name(layer, short)] for short in MATRICES}
         found["dense", layer] = {short: (n, 1, length) for short, (n, length) in attention.items()}
+        if shared := config.shared_expert_intermediate_size:
+            found["dense", layer][SHARED] = (shared, config.vectors, hidden)
         found["neurons", layer] = {FFN: (config.neurons, config.vectors, hidden)}
     if not config.tie_word_embeddings:
         found["dense", "head"] = {"lm_head": (config.vocab_size, 1, hidden)}

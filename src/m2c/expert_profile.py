@@ -11,12 +11,13 @@ from torch import Tensor
 
 from m2c.bundle.planes import RecordLayout
 from m2c.errors import BadInput
-from m2c.kernels.reference import down, gate_up
+from m2c.kernels.dispatch import route
+from m2c.kernels.operands import Router
+from m2c.kernels.reference import down, gate_up, gather_ffn
 from m2c.kernels.rows import ExactRows
 from m2c.kernels.workers import Workers
 from m2c.model.checkpoint import Checkpoint
-from m2c.model.experts import Router
-from m2c.model.weights import expert_records
+from m2c.model.weights import expert_records, shared_records
 from m2c.tally import NeuronTally, f32
 
 # tokens to judge an expert's neurons by: one with fewer of its own borrows from all of the layer's
@@ -36,8 +37,10 @@ def run_experts(
     """
     config = checkpoint.config
     x = torch.cat(inputs)
-    chosen, weights = router(x, workers, None)
+    chosen, weights, share = route(x, router, workers, norm=None)
     out = torch.zeros_like(x)
+    if share is not None:
+        out += share * _shared(checkpoint, layer, x, workers)
     found: list[dict[str, np.ndarray]] = []
     uses = []
     for expert in range(config.num_experts):
@@ -60,6 +63,13 @@ def run_experts(
     overlap = _overlap(sequences, router)
     facts = _joined(found, np.array(uses), len(x), config.intermediate_size)
     return list(out.split([len(part) for part in inputs])), {**facts, "overlap": overlap}
+
+
+def _shared(checkpoint: Checkpoint, layer: int, x: Tensor, workers: Workers) -> Tensor:
+    """What the shared expert gives for x. Its neurons are not ranked: they stay together."""
+    layout = RecordLayout(3, checkpoint.config.hidden_size)
+    rows = ExactRows(layout, shared_records(checkpoint, layer))
+    return gather_ffn(x, rows, checkpoint.config.activation, workers)
 
 
 def _borrowed(tokens: Tensor, count: int) -> Tensor:

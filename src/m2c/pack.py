@@ -83,7 +83,8 @@ class PackJob:
         """Weights that `pack` reports progress in."""
         config = self.checkpoint.config
         dense = sum(rows * columns for rows, columns in dense_matrices(config).values())
-        ffn = config.vectors * config.hidden_size * config.neurons
+        neurons = config.neurons + config.shared_expert_intermediate_size
+        ffn = config.vectors * config.hidden_size * neurons
         return dense + config.num_hidden_layers * ffn
 
     @property

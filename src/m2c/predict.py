@@ -85,7 +85,7 @@ def predicted_tps(plan: Plan, speeds: Speeds) -> float:
     if speeds.memory:
         layer_s = _MIXED_LAYER_S if plan.footprint.upgrades else _LAYER_S
         if (facts := plan.footprint.experts) is not None:
-            layer_s += (1 + facts.active) * _EXPERT_S
+            layer_s += (1 + facts.active + facts.shared) * _EXPERT_S
         compute_s = plan.compute_nbytes_per_token / (_EFFICIENCY * speeds.memory)
         seconds.append(compute_s + plan.footprint.layers * layer_s + waited_s)
     return 1 / max(seconds) if max(seconds) else 0.0
@@ -105,8 +105,8 @@ def predicted_exact_tps(
     if (draft := footprint.draft) is not None:
         draft_s = draft.compute_nbytes / memory
         draft_s += draft.layers * _LAYER_S + _SAMPLE_S
-        if footprint.experts is not None and not draft.name:
-            draft_s += draft.layers * (1 + footprint.experts.active) * _EXPERT_S
+        if (facts := footprint.experts) is not None and not draft.name:
+            draft_s += draft.layers * (1 + facts.active + facts.shared) * _EXPERT_S
     read_s = plan.streamed_nbytes_per_token / speeds.ssd if speeds.ssd else 0.0
     if speeds.link:
         read_s = max(read_s, plan.link_nbytes_per_token / speeds.link)

@@ -32,8 +32,7 @@ from m2c.model.attention import (
 )
 from m2c.model.checkpoint import Checkpoint
 from m2c.model.config import ModelConfig
-from m2c.model.experts import Router
-from m2c.model.tensors import router_name
+from m2c.model.experts import router_of
 from m2c.model.weights import layer_rows, require_finite, vector_tensors
 from m2c.tally import InputTally, NeuronTally, f32
 
@@ -107,7 +106,7 @@ def _run_layer(
                 states[i] = states[i] + own.down_bias
     neurons: dict[str, np.ndarray] = {}
     if tally is None:
-        router = Router.of(config, vectors[router_name(layer)])
+        router = router_of(config, vectors, layer)
         outs, neurons = run_experts(checkpoint, layer, router, inputs.ffn_inputs, workers)
         for i, out in enumerate(outs):
             states[i] = states[i] + apply_norm(out, own.ffn_out_norm)

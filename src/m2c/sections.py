@@ -5,7 +5,7 @@ Knows nothing about planes or files.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,8 @@ from m2c.encode import F32, Matrix, Opened, Piece, Read
 from m2c.kernels.workers import Workers
 from m2c.model.attention import MATRICES
 from m2c.model.checkpoint import Checkpoint
-from m2c.model.tensors import experts_of, ffn_names
+from m2c.model.experts import SHARED
+from m2c.model.tensors import experts_of, ffn_names, shared_names
 from m2c.model.weights import matrix_name, require_finite
 from m2c.steer import Steering
 from m2c.tiers.store import EMBED, FFN
@@ -99,10 +100,13 @@ def _attention_matrices(
 ) -> list[Matrix]:
     same = Inputs(known.attn_input, known.attn_directions)
     inputs = dict.fromkeys(MATRICES, same) | {"o_proj": Inputs(known.o_input, known.o_directions)}
-    return [
+    matrices = [
         _matrix(checkpoint, matrix_name(layer, short), short, inputs[short], steering, held=True)
         for short in MATRICES
     ]
+    if checkpoint.config.shared_expert_intermediate_size:
+        matrices.append(_shared_neurons(checkpoint, known, layer, steering))
+    return matrices
 
 
 def _matrix(
@@ -133,13 +137,36 @@ def _neurons(
     checkpoint: Checkpoint, known: LayerImportance, layer: int, steering: Steering,
     expert: int | None,
 ) -> Matrix:  # fmt: skip
-    """A layer's neurons, or those of an expert, in importance order. All matrices of the FFN, or of
-    the expert, are read when it is opened."""
-    hidden, size = checkpoint.config.hidden_size, checkpoint.config.intermediate_size
+    """A layer's neurons, or those of an expert, in importance order."""
+    size = checkpoint.config.intermediate_size
     first = size * (expert or 0)
     stored = known.order[first : first + size]  # of the layer's neurons
-    order = stored.astype(np.int64) - first
     names = ffn_names(layer, expert, gated=checkpoint.config.gated)
+    order = stored.astype(np.int64) - first
+    return _ffn(
+        checkpoint, FFN, names, order, known, steering, partial(_down_factors, known, stored)
+    )
+
+
+def _shared_neurons(
+    checkpoint: Checkpoint, known: LayerImportance, layer: int, steering: Steering
+) -> Matrix:
+    """Those of the expert that every token uses, as in the checkpoint: none is read apart from the
+    others. What their down columns meet is not known, so each of these codes is the nearest."""
+    size = checkpoint.config.shared_expert_intermediate_size
+    nothing = Factors(np.zeros((size, 1), np.float32), np.zeros((size, 1), np.float32))
+    return _ffn(
+        checkpoint, SHARED, shared_names(layer), np.arange(size), known, steering, lambda: nothing
+    )
+
+
+def _ffn(
+    checkpoint: Checkpoint, section: str, names: tuple[str, ...], order: npt.NDArray[np.int64],
+    known: LayerImportance, steering: Steering, down_factors: Callable[[], Factors],
+) -> Matrix:  # fmt: skip
+    """Neurons of the matrices `names` in `order`. All of these matrices are read when it is
+    opened."""
+    hidden, size = checkpoint.config.hidden_size, len(order)
     inputs = Inputs(known.ffn_input, known.ffn_directions)
 
     def opened(workers: Workers) -> Read:
@@ -148,7 +175,7 @@ def _neurons(
         factors, down = inputs.factors, None
         if factors is not None:
             columns = matrices[-1].index_select(0, torch.from_numpy(order))
-            down = steering.columns(columns, _down_factors(known, stored), workers)
+            down = steering.columns(columns, down_factors(), workers)
 
         def read(start: int, stop: int) -> Piece:
             rows = _gathered(matrices, torch.from_numpy(order[start:stop]))
@@ -169,7 +196,7 @@ def _neurons(
     weight = np.stack((*[known.ffn_input] * (len(names) - 1), flat))
     layout = RecordLayout(len(names), hidden)
     checks = _checks(checkpoint, names)
-    return Matrix(FFN, layout, size, opened, checks, weight)
+    return Matrix(section, layout, size, opened, checks, weight)
 
 
 def _down_factors(known: LayerImportance, order: npt.NDArray[np.int32]) -> Factors:

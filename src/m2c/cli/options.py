@@ -51,7 +51,8 @@ Drop = Annotated[
 Dense = Annotated[
     str | None,
     typer.Option(
-        help="Precision of attention, embeddings and head: fp16, int8 or int4 [default: by mix]."
+        help="Precision of attention, shared experts, embeddings and head: fp16, int8 or int4 "
+        "[default: by mix]."
     ),
 ]
 CtxSize = Annotated[

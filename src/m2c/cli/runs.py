@@ -113,7 +113,8 @@ def describe_plan(plan: Plan, shape: RunShape, speeds: Speeds | None = None) -> 
         held = "all in memory"
         if (slots := plan.expert_slots) is not None:
             held = f"{slots} of {facts.total} cached in DRAM ({POLICY_WORDS[plan.policy]})"
-        lines.append(f"experts: {facts.active} of {facts.count} a layer and token; {held}")
+        shared = ", and a shared one, placed with attention" if facts.shared else ""
+        lines.append(f"experts: {facts.active} of {facts.count} a layer and token{shared}; {held}")
     lines.append(
         f"bytes per {use}: SSD {format_size(plan.ssd_nbytes_per_token)}, "
         + (f"DRAM to HBM {format_size(plan.link_nbytes_per_token)}, " if plan.budget.hbm else "")

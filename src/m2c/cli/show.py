@@ -140,7 +140,10 @@ def _print_bundle(facts: dict[str, Any]) -> None:
     table = Table(
         title=f"{_letters(facts['name'])}, exact plane {facts['exact_type']}, default mix {mix}"
     )
-    for column in ("plane", "attention, embeddings", "neurons", "both", "bits per weight"):
+    dense = "attention, embeddings"
+    if "shared_expert_intermediate_size" in facts["architecture"]:
+        dense += ", shared experts"
+    for column in ("plane", dense, "neurons", "both", "bits per weight"):
         table.add_column(column, justify="left" if column == "plane" else "right")
     count = sum(facts["weights"].values())
     total = 0

@@ -5,12 +5,14 @@ Rows that carry their exact plane compressed are decoded where they are computed
 must not change a bit of the result.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from m2c.kernels import reference
 from m2c.kernels.native import NativeKernels
-from m2c.kernels.operands import AttentionCall, Norm, Stack
+from m2c.kernels.operands import AttentionCall, Norm, Router, Stack
 from m2c.kernels.rows import PackedRows, Rows, as_exact_tensor
 from m2c.kernels.workers import Kernels, Workers
 
@@ -71,6 +73,32 @@ def gather_ffn(
         reference.gather_ffn(x, rows, act, workers, mask=mask, into=into, bias=bias)
     else:
         native.ffn(x, rows, act, mask=mask, norm=norm, into=into, bias=bias)
+
+
+def route(
+    x: Tensor, router: Router, workers: Workers, *, norm: Norm | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As `reference.route`, of norm(x) [tokens, hidden] f32."""
+    native = workers.native
+    if isinstance(native, NativeKernels) and native.takes(x, router.rows):
+        return native.route(x, router, norm=norm)
+    return reference.route(matmul_rows(x, router.rows, workers, norm=norm), router)
+
+
+def add_experts(
+    x: Tensor, experts: Sequence[Rows], weights: Tensor, act: str, workers: Workers, *,
+    norm: Norm | None, into: Tensor,
+) -> None:  # fmt: skip
+    """Add to `into` [1, hidden], one after the other, what each of the experts gives for norm(x),
+    times its weight. x [1, hidden], weights [1, experts] f32."""
+    native = workers.native
+    if isinstance(native, NativeKernels) and all(native.takes(x, rows) for rows in experts):
+        native.experts(x, experts, weights, act, norm=norm, into=into)
+        return
+    for rows, weight in zip(experts, weights[0], strict=True):
+        part = torch.zeros_like(x)
+        gather_ffn(x, rows, act, workers, norm=norm, into=part)
+        into += part * weight
 
 
 def scored_ffn(

@@ -1,9 +1,10 @@
 """The C kernels: loaded with ctypes, one library, no Python ABI. Built when m2c is installed.
 
-Mirrors the structures of csrc/rows.h; knows nothing about layers or tiers.
+Knows nothing about layers or tiers.
 """
 
 import ctypes
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,58 +13,16 @@ import torch
 from torch import Tensor
 
 from m2c.errors import BadInput, UsageError
-from m2c.kernels.operands import AttentionCall, LayerCall, Norm, Stack, activation_of
+from m2c.kernels import structures as c
+from m2c.kernels.operands import AttentionCall, LayerCall, Norm, Router, Stack, activation_of
 from m2c.kernels.rows import EXACT_DTYPES, ExactFrames, ExactRows, PackedRows, Rows
+from m2c.kernels.structures import POINTER
 
 CHOICES: Final = ("auto", "torch", "scalar", "avx2", "avx512")
 LIBRARY: Final = Path(__file__).parent / "csrc" / "libm2c.so"
-_POINTER = ctypes.c_void_p
 _ACT_KINDS: Final = {"silu": 0, "relu": 1, "fatrelu": 1, "gelu_pytorch_tanh": 2, "gelu": 3}
 _DAMAGED: Final = 2
 _WIDE: Final = (torch.bfloat16, torch.float16)
-
-
-class _Rows(ctypes.Structure):
-    _fields_ = (
-        ("int4", _POINTER), ("int8", _POINTER), ("wide", _POINTER),
-        ("index4", _POINTER), ("index8", _POINTER), ("count", ctypes.c_int64),
-        ("vectors", ctypes.c_int32), ("length", ctypes.c_int32), ("groups", ctypes.c_int32),
-        ("kind", ctypes.c_int32), ("is_bf16", ctypes.c_int32),
-        ("frames", _POINTER), ("frame_at", _POINTER), ("frame_escapes", _POINTER),
-        ("frame_records", ctypes.c_int64),
-    )  # fmt: skip
-
-
-class _Given(ctypes.Structure):
-    _fields_ = (
-        ("x", _POINTER), ("norm", _POINTER), ("norm_bias", _POINTER), ("eps", ctypes.c_float),
-        ("tokens", ctypes.c_int32), ("length", ctypes.c_int32),
-    )  # fmt: skip
-
-
-class _Activation(ctypes.Structure):
-    _fields_ = (("kind", ctypes.c_int32), ("threshold", ctypes.c_float), ("bias", _POINTER))
-
-
-class _Attention(ctypes.Structure):
-    _fields_ = (
-        ("projections", _POINTER * 4), ("biases", _POINTER * 4),
-        ("keys", _POINTER), ("values", _POINTER), ("cosines", _POINTER), ("sines", _POINTER),
-        ("positions", ctypes.c_int64), ("start", ctypes.c_int64),
-        ("heads", ctypes.c_int32), ("kv_heads", ctypes.c_int32), ("dim", ctypes.c_int32),
-        ("is_f16", ctypes.c_int32), ("scale", ctypes.c_float), ("window", ctypes.c_int64),
-        ("head_norms", _POINTER * 2), ("out_norm", _POINTER), ("eps", ctypes.c_float),
-        ("softcap", ctypes.c_float),
-    )  # fmt: skip
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = (
-        ("attention", _POINTER), ("attn_norm", _POINTER), ("attn_norm_bias", _POINTER),
-        ("neurons", _POINTER), ("ffn_norm", _POINTER), ("ffn_norm_bias", _POINTER),
-        ("out_bias", _POINTER), ("attn_eps", ctypes.c_float), ("ffn_eps", ctypes.c_float),
-        ("act", _Activation),
-    )  # fmt: skip
 
 
 def load_native(choice: str, threads: int) -> "NativeKernels | None":
@@ -99,14 +58,14 @@ class NativeKernels:
     def __init__(self, choice: str, threads: int) -> None:
         """Raises UsageError when this machine cannot run `choice`, OSError without the library."""
         self._library = _load(LIBRARY)
-        self._handle = _POINTER(self._library.m2c_open(choice.encode(), threads))
+        self._handle = POINTER(self._library.m2c_open(choice.encode(), threads))
         if not self._handle:
             raise UsageError(f"this processor cannot run {choice} kernels", "use M2C_KERNEL=auto")
         self.name = self._library.m2c_name(self._handle).decode()
 
     def close(self) -> None:
         self._library.m2c_close(self._handle)
-        self._handle = _POINTER(None)
+        self._handle = POINTER(None)
 
     def check(self) -> None:
         """Damage is told where it is found."""
@@ -157,6 +116,39 @@ class NativeKernels:
         how, optional = _act(act, bias), (_maybe(mask), _maybe(kept))
         self._run(self._library.m2c_ffn, _given(x, norm), _rows(rows), how, *optional, _at(into))
 
+    def route(
+        self, x: Tensor, router: Router, *, norm: Norm | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As `dispatch.route`."""
+        facts: c.Router | None = router.__dict__.get("_c_router")
+        if facts is None:
+            facts = router.__dict__["_c_router"] = c.Router(
+                ctypes.addressof(_rows(router.rows)), router.experts, router.active,
+                router.sums_to_one, router.shared,
+            )  # fmt: skip
+        tokens, x = len(x), x.contiguous()
+        logits = torch.empty((tokens, len(router.rows)))
+        chosen = torch.empty((tokens, router.active), dtype=torch.int64)
+        weights = torch.empty((tokens, router.active))
+        share = torch.empty((tokens, 1)) if router.shared else None
+        self._run(
+            self._library.m2c_route, _given(x, norm), facts, _at(logits), _at(chosen),
+            _at(weights), _maybe(share),
+        )  # fmt: skip
+        return chosen, weights, share
+
+    def experts(
+        self, x: Tensor, experts: Sequence[Rows], weights: Tensor, act: str, *, norm: Norm | None,
+        into: Tensor,
+    ) -> None:  # fmt: skip
+        """As `dispatch.add_experts`; every expert has rows."""
+        part = torch.empty_like(x)
+        pointers = (POINTER * len(experts))(*(ctypes.addressof(_rows(rows)) for rows in experts))
+        self._run(
+            self._library.m2c_experts, _given(x, norm), pointers, ctypes.c_int32(len(experts)),
+            _act(act, None), _at(weights), _at(part), _at(into),
+        )  # fmt: skip
+
     def add_normed(self, x: Tensor, norm: Norm, *, into: Tensor) -> None:
         """Add norm(x) to `into`, both [tokens, hidden]."""
         x = x.contiguous()
@@ -195,7 +187,7 @@ class NativeKernels:
         layers = stack.__dict__.get("_c_layers")
         if layers is None:
             made = [_layer(layer) for layer in stack.layers]
-            layers = stack.__dict__["_c_layers"] = (_Layer * len(made))(*made)
+            layers = stack.__dict__["_c_layers"] = (c.Layer * len(made))(*made)
         tokens, hidden = x.shape
         before = torch.empty_like(x) if stack.parallel else None
         self._run(
@@ -239,9 +231,9 @@ def _takes(rows: Rows) -> bool:
     return rows.int4.device.type == "cpu"
 
 
-def _given(x: Tensor, norm: Norm | None) -> _Given:
+def _given(x: Tensor, norm: Norm | None) -> c.Given:
     eps = 0.0 if norm is None else norm.eps
-    return _Given(x.data_ptr(), _weight(norm), _bias(norm), eps, x.shape[0], x.shape[1])
+    return c.Given(x.data_ptr(), _weight(norm), _bias(norm), eps, x.shape[0], x.shape[1])
 
 
 def _weight(norm: Norm | None) -> int | None:
@@ -252,13 +244,13 @@ def _bias(norm: Norm | None) -> int | None:
     return None if norm is None or norm.bias is None else norm.bias.data_ptr()
 
 
-def _act(act: str, bias: Tensor | None) -> _Activation:
+def _act(act: str, bias: Tensor | None) -> c.Activation:
     name, threshold = activation_of(act)
-    return _Activation(_ACT_KINDS[name], threshold, _maybe(bias))
+    return c.Activation(_ACT_KINDS[name], threshold, _maybe(bias))
 
 
-def _layer(layer: LayerCall) -> _Layer:
-    return _Layer(
+def _layer(layer: LayerCall) -> c.Layer:
+    return c.Layer(
         ctypes.addressof(_attention(layer.attention)), _weight(layer.attn_norm),
         _bias(layer.attn_norm), ctypes.addressof(_rows(layer.neurons)), _weight(layer.ffn_norm),
         _bias(layer.ffn_norm), _maybe(layer.down_bias), layer.attn_norm.eps, layer.ffn_norm.eps,
@@ -266,47 +258,49 @@ def _layer(layer: LayerCall) -> _Layer:
     )  # fmt: skip
 
 
-def _attention(call: AttentionCall) -> _Attention:
+def _attention(call: AttentionCall) -> c.Attention:
     """The C structure; kept with the call, which serves a layer for every token."""
-    held: _Attention | None = call.__dict__.get("_c_call")
+    held: c.Attention | None = call.__dict__.get("_c_call")
     if held is None:
         held = call.__dict__["_c_call"] = _make_attention(call)
     return held
 
 
-def _make_attention(call: AttentionCall) -> _Attention:
+def _make_attention(call: AttentionCall) -> c.Attention:
     kv_heads, positions, dim = call.keys.shape
     norms = (norm for norm in (*call.qk_norms, call.out_norm) if norm is not None)
     eps = max((norm.eps for norm in norms), default=0.0)
-    return _Attention(
-        (_POINTER * 4)(*(ctypes.addressof(_rows(rows)) for rows in call.projections)),
-        (_POINTER * 4)(*(None if b is None else b.data_ptr() for b in call.biases)),
+    return c.Attention(
+        (POINTER * 4)(*(ctypes.addressof(_rows(rows)) for rows in call.projections)),
+        (POINTER * 4)(*(None if b is None else b.data_ptr() for b in call.biases)),
         call.keys.data_ptr(), call.values.data_ptr(), _maybe(call.cosines), _maybe(call.sines),
         positions, 0, call.heads, kv_heads, dim,
         call.keys.dtype == torch.float16, call.scale, call.window or positions,
-        (_POINTER * 2)(*(_weight(norm) for norm in call.qk_norms)), _weight(call.out_norm), eps,
+        (POINTER * 2)(*(_weight(norm) for norm in call.qk_norms)), _weight(call.out_norm), eps,
         call.softcap or 0.0,
     )  # fmt: skip
 
 
-def _rows(rows: Rows) -> _Rows:
+def _rows(rows: Rows) -> c.Rows:
     """The C structure; kept with the rows, which the store hands out again for every token."""
-    held: _Rows | None = rows.__dict__.get("_c_rows")
+    held: c.Rows | None = rows.__dict__.get("_c_rows")
     if held is None:
         held = rows.__dict__["_c_rows"] = _make_rows(rows)
     return held
 
 
-def _make_rows(rows: Rows) -> _Rows:
+def _make_rows(rows: Rows) -> c.Rows:
     layout = rows.layout
     shape = (len(rows), layout.vectors, layout.length, layout.groups)
     if isinstance(rows, ExactRows):
         is_bf16 = rows.weights.dtype == torch.bfloat16
-        return _Rows(None, None, _at(rows.weights), None, None, *shape, 16, is_bf16)
+        return c.Rows(None, None, _at(rows.weights), None, None, *shape, 16, is_bf16)
     planes = [_maybe(p) for p in (rows.int4, rows.int8, None, rows.index4, rows.index8)]
     if rows.frames is None:
-        return _Rows(*planes, *shape, 4 if rows.int8 is None else 8, 0)
-    return _Rows(*planes, *shape, 16, rows.frames.exact_type == "bf16", *_frames(rows.frames, rows))
+        return c.Rows(*planes, *shape, 4 if rows.int8 is None else 8, 0)
+    return c.Rows(
+        *planes, *shape, 16, rows.frames.exact_type == "bf16", *_frames(rows.frames, rows)
+    )
 
 
 def _frames(frames: ExactFrames, rows: PackedRows) -> tuple[int, int, int, int]:
@@ -321,19 +315,19 @@ def _frames(frames: ExactFrames, rows: PackedRows) -> tuple[int, int, int, int]:
 
 
 def _maybe(tensor: Tensor | None) -> Any:
-    return _POINTER(None) if tensor is None else _at(tensor)
+    return POINTER(None) if tensor is None else _at(tensor)
 
 
 def _at(tensor: Tensor) -> Any:
     if not tensor.is_contiguous():
         raise ValueError("kernel operands must be contiguous")
-    return _POINTER(tensor.data_ptr())
+    return POINTER(tensor.data_ptr())
 
 
 def _load(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     library.m2c_name.restype = ctypes.c_char_p
-    library.m2c_open.restype = _POINTER
+    library.m2c_open.restype = POINTER
     library.m2c_close.restype = None
     library.m2c_read.restype = ctypes.c_uint64
     return library

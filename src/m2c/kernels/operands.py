@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from m2c.kernels.rows import Rows
+from m2c.kernels.rows import ExactRows, Rows
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,17 @@ class Norm:
     weight: Tensor  # [length] f32
     eps: float
     bias: Tensor | None = None  # [length] f32
+
+
+@dataclass(frozen=True)
+class Router:
+    """Which experts a token goes to, and with what weight."""
+
+    rows: ExactRows  # [parts, experts + shared]: parts that add up
+    experts: int
+    active: int
+    sums_to_one: bool  # the weights of a token's experts
+    shared: bool = False  # the last row of a part is the gate of the shared expert
 
 
 def activation_of(act: str) -> tuple[str, float]:

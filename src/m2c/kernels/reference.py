@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m2c.kernels.operands import AttentionCall, Norm, activation_of
+from m2c.kernels.operands import AttentionCall, Norm, Router, activation_of
 from m2c.kernels.rows import Rows
 from m2c.kernels.workers import Workers
 
@@ -130,6 +130,26 @@ def rank(activations: Tensor, norms: Tensor, best: list[tuple[int, int]]) -> Ten
     for count, level in best:
         levels.scatter_(1, scores.topk(count, dim=1).indices, level)
     return levels
+
+
+def route(logits: Tensor, router: Router) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Experts i64, rising, and their weights, both [tokens, active], and the weight of the shared
+    expert [tokens, 1], if there is one. Of equals the lower expert is chosen.
+
+    logits: products of tokens and the router's rows [tokens, rows].
+    """
+    parts = logits.split(router.experts + router.shared, dim=1)
+    whole, gate = sum(parts[1:], start=parts[0]).split((router.experts, int(router.shared)), 1)
+    best, chosen = whole.softmax(-1).sort(dim=-1, descending=True, stable=True)
+    best, chosen = best[:, : router.active], chosen[:, : router.active]
+    if router.sums_to_one:
+        best = best / best.sum(-1, keepdim=True)
+    chosen, order = chosen.sort(dim=-1)
+    if not router.shared:
+        return chosen, best.gather(1, order), None
+    # torch's own sigmoid may round a number differently when others share the call
+    gate = torch.cat((gate, torch.zeros_like(gate)), dim=1).softmax(-1)[:, :1]
+    return chosen, best.gather(1, order), gate
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -112,6 +112,14 @@ _QWEN3_MOE: Final = {
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
 }
+_QWEN2_MOE: Final = {
+    **_QWEN25,
+    "model_type": "qwen2_moe",
+    "vocab_size": 151936,
+    "norm_topk_prob": False,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
 _MIXTRAL: Final = {
     "model_type": "mixtral",
     "hidden_act": "silu",
@@ -260,6 +268,14 @@ ALIASES: Final[Mapping[str, Alias]] = {
         _model("Qwen/Qwen2.5-Coder-14B-Instruct", _QWEN25, (5120, 13824, 48, 40, 8)),
     "qwen2.5-coder-32b":
         _model("Qwen/Qwen2.5-Coder-32B-Instruct", _QWEN25, (5120, 27648, 64, 40, 8)),
+    "qwen1.5-moe-a2.7b":
+        _model("Qwen/Qwen1.5-MoE-A2.7B-Chat", _QWEN2_MOE, (2048, 5632, 24, 16, 16),
+               moe_intermediate_size=1408, shared_expert_intermediate_size=5632, num_experts=60,
+               num_experts_per_tok=4, max_position_embeddings=8192),
+    "qwen2-57b-a14b":
+        _model("Qwen/Qwen2-57B-A14B-Instruct", _QWEN2_MOE, (3584, 18944, 28, 28, 4),
+               moe_intermediate_size=2560, shared_expert_intermediate_size=20480, num_experts=64,
+               num_experts_per_tok=8),
     "qwen3-0.6b": _model("Qwen/Qwen3-0.6B", _QWEN3_SMALL, (1024, 3072, 28, 16, 8)),
     "qwen3-1.7b": _model("Qwen/Qwen3-1.7B", _QWEN3_SMALL, (2048, 6144, 28, 16, 8)),
     "qwen3-4b": _model("Qwen/Qwen3-4B", _QWEN3_SMALL, (2560, 9728, 36, 32, 8)),

@@ -14,13 +14,13 @@ from m2c.model.families import (
     FAMILIES,
     HIDDEN_ACTS,
     MODEL_TYPES,
-    MOST_EXPERTS,
     ROPE_TYPES,
     SUPPORTED,
     facts_of_hf,
     hf_of_facts,
 )
 from m2c.model.fields import Fields
+from m2c.model.mixture import MOST_EXPERTS, SHARED_SIZE
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,8 @@ class ModelConfig:
     num_experts: int = 0  # of every layer's FFN, each of intermediate_size neurons; 0: it is one
     num_experts_per_tok: int = 0
     norm_topk_prob: bool = False  # the weights of a token's experts add up to 1
+    # neurons of one more expert, which every token uses, weighted by a gate of its own; 0: none
+    shared_expert_intermediate_size: int = 0
 
     @classmethod
     def from_hf(cls, data: Mapping[str, Any], *, file: str = "config.json") -> "ModelConfig":
@@ -163,6 +165,7 @@ class ModelConfig:
             num_experts=experts,
             num_experts_per_tok=active,
             norm_topk_prob=read.flag("norm_topk_prob", False),
+            shared_expert_intermediate_size=_shared_size(read),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -191,6 +194,11 @@ class ModelConfig:
     def neurons(self) -> int:
         """Of a layer, those of all its experts."""
         return self.intermediate_size * max(1, self.num_experts)
+
+    @property
+    def most_at_once(self) -> int:
+        """Neurons that are computed in one go: of an FFN, or of its largest expert."""
+        return max(self.intermediate_size, self.shared_expert_intermediate_size)
 
     def window(self, layer: int) -> int | None:
         """How many positions a token sees in this layer, its own included; None: all."""
@@ -229,7 +237,7 @@ def _parallel_norms(read: Fields) -> int:
 def _experts(read: Fields) -> tuple[int, int]:
     """num_experts and num_experts_per_tok, of the families that have experts and of no other."""
     family = FAMILIES.get(str(read.data.get("model_type")))
-    if family is None or not family.experts_key:
+    if family is None or family.mixture is None:
         if read.data.get("num_experts") or read.data.get("num_experts_per_tok"):
             raise BadInput(f"{read.file}: experts in a model_type that has none")
         return 0, 0
@@ -237,6 +245,16 @@ def _experts(read: Fields) -> tuple[int, int]:
         raise BadInput(f"{read.file}: experts without a gate, or beside attention")
     experts = read.integer("num_experts", 2, MOST_EXPERTS)
     return experts, read.integer("num_experts_per_tok", 1, experts)
+
+
+def _shared_size(read: Fields) -> int:
+    """Of the families with a shared expert and of no other."""
+    family = FAMILIES.get(str(read.data.get("model_type")))
+    if family is not None and family.mixture is not None and family.mixture.shared:
+        return read.integer(SHARED_SIZE, 1, 2**20)
+    if read.data.get(SHARED_SIZE):
+        raise BadInput(f"{read.file}: a shared expert in a model_type that has none")
+    return 0
 
 
 def _sliding(read: Fields, layers: int) -> tuple[int | None, tuple[int, ...]]:

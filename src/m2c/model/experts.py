@@ -1,12 +1,12 @@
 """A mixture of experts: the router chooses, the chosen experts' neurons are added up.
 
 Every token's experts are added in rising order, each by itself, so the result depends neither on
-where an expert lay nor on which other tokens share the call. Knows nothing about tiers: where rows
-come from is the caller's business.
+where an expert lay nor on which other tokens share the call. The shared expert of some families is
+used by every token. Knows nothing about tiers: where rows come from is the caller's business.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -14,45 +14,28 @@ import torch
 from torch import Tensor
 
 from m2c.bundle.planes import RecordLayout
-from m2c.kernels.dispatch import gather_ffn, matmul_rows
-from m2c.kernels.operands import Norm
+from m2c.kernels.dispatch import add_experts, gather_ffn, route
+from m2c.kernels.operands import Norm, Router
 from m2c.kernels.rows import ExactRows, Rows
 from m2c.kernels.workers import Workers
 from m2c.model.config import ModelConfig
 from m2c.model.ffn import begin, end
+from m2c.model.tensors import router_name, shared_gate_name
 
 Ids = npt.NDArray[np.int32]
-ExpertRows = Callable[[Ids], Iterator[Rows]]  # of experts in rising order
+# of experts in rising order; reads begin when it is called
+ExpertRows = Callable[[Ids], Iterator[Rows]]
+SHARED: Final = "shared"  # section of the shards of attention: the shared expert's neurons
 
 
-@dataclass(frozen=True)
-class Router:
-    """Which experts a token goes to, and with what weight."""
-
-    rows: ExactRows  # see `exact_rows`
-    experts: int
-    active: int
-    sums_to_one: bool  # the weights of a token's experts
-
-    @classmethod
-    def of(cls, config: ModelConfig, weights: Tensor) -> "Router":
-        """weights: [experts, hidden] f32."""
-        return cls(
-            exact_rows(weights), config.num_experts, config.num_experts_per_tok,
-            config.norm_topk_prob,
-        )  # fmt: skip
-
-    def __call__(self, x: Tensor, workers: Workers, norm: Norm | None) -> tuple[Tensor, Tensor]:
-        """Of norm(x), x [tokens, hidden] f32: experts, rising, and their weights, both
-        [tokens, active]. Of equals the lower expert is chosen."""
-        parts = matmul_rows(x, self.rows, workers, norm=norm).split(self.experts, dim=1)
-        logits = sum(parts[1:], start=parts[0])
-        best, chosen = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
-        best, chosen = best[:, : self.active], chosen[:, : self.active]
-        if self.sums_to_one:
-            best = best / best.sum(-1, keepdim=True)
-        chosen, order = chosen.sort(dim=-1)
-        return chosen, best.gather(1, order)
+def router_of(config: ModelConfig, tensors: Mapping[str, Tensor], layer: int) -> Router:
+    """tensors: f32, under their Hugging Face names."""
+    weights, gate = tensors[router_name(layer)], tensors.get(shared_gate_name(layer))
+    return Router(
+        exact_rows(weights if gate is None else torch.cat((weights, gate))),
+        config.num_experts, config.num_experts_per_tok, config.norm_topk_prob,
+        shared=gate is not None,
+    )  # fmt: skip
 
 
 def exact_rows(weights: Tensor) -> ExactRows:
@@ -70,19 +53,29 @@ def exact_rows(weights: Tensor) -> ExactRows:
 
 def expert_ffn(
     x: Tensor, router: Router, rows_of: ExpertRows, *, norm: Norm, act: str, workers: Workers,
-    out_norm: Norm | None = None,
+    out_norm: Norm | None = None, shared: Rows | None = None, stay: bool = False,
 ) -> Tensor:  # fmt: skip
-    """x [tokens, hidden] f32 plus the weighted FFN outputs of the experts that norm(x) goes to."""
-    chosen, weights = router(x, workers, norm)
-    out = begin(x, out_norm)
+    """x [tokens, hidden] f32 plus the weighted FFN outputs of the experts that norm(x) goes to.
+
+    shared: the shared expert, if there is one. stay: rows are valid after the next were asked for,
+    so those of one token need not be computed one by one.
+    """
+    chosen, weights, share = route(x, router, workers, norm=norm)
     used = chosen[0] if len(x) == 1 else torch.unique(chosen)
     ids = used.to(torch.int32).cpu().numpy()
-    for i, rows in enumerate(rows_of(ids)):
-        if len(x) == 1:
-            part = torch.zeros_like(x)
-            gather_ffn(x, rows, act, workers, norm=norm, into=part)
-            out += part * weights[:, i, None]
-            continue
+    experts = rows_of(ids)  # what has to be read comes while the shared expert is computed
+    out = begin(x, out_norm)
+    if shared is not None and share is not None:
+        part = torch.zeros_like(x)
+        gather_ffn(x, shared, act, workers, norm=norm, into=part)
+        out += part * share
+    if len(x) == 1:
+        groups = [list(experts)] if stay else ([rows] for rows in experts)
+        own = weights.split(len(ids) if stay else 1, dim=1)
+        for group, some in zip(groups, own, strict=True):
+            add_experts(x, group, some, act, workers, norm=norm, into=out)
+        return end(x, out, out_norm, workers)
+    for i, rows in enumerate(experts):
         tokens, place = (chosen == int(ids[i])).nonzero(as_tuple=True)
         part = torch.zeros((len(tokens), x.shape[1]), device=x.device)
         gather_ffn(x[tokens], rows, act, workers, norm=norm, into=part)

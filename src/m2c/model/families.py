@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from m2c.errors import BadInput, UnsupportedModel
 from m2c.model.fields import Fields
+from m2c.model.mixture import EXPERT_FACTS, Mixture, odd_mixture
 from m2c.model.plain_mlp import FALCON, OPT, OwnKeys
 
 SLIDING: Final = "sliding_attention"
@@ -36,9 +37,7 @@ class Family:
     fused: bool = False  # q, k and v are stored as one matrix, gate and up as another
     grouped: bool = False  # and that of q, k and v head by head, in safetensors files
     own: OwnKeys | None = None  # keys of config.json that llama does not have
-    # of a mixture of experts: the keys for how many there are, and for the size of each
-    experts_key: str = ""
-    expert_size_key: str = "intermediate_size"
+    mixture: Mixture | None = None  # of experts
 
 
 _GEMMA: Final = {
@@ -106,12 +105,20 @@ FAMILIES: Final[Mapping[str, Family]] = {
             "rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_local_experts": 8,
             "num_experts_per_tok": 2,
         },
-        "all", experts_key="num_local_experts",
+        "all", mixture=Mixture("num_local_experts", "intermediate_size"),
     ),
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM", "qwen3moe", {"qk_norm": True},
         {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
-        experts_key="num_experts", expert_size_key="moe_intermediate_size",
+        mixture=Mixture(),
+    ),
+    "qwen2_moe": Family(
+        "Qwen2MoeForCausalLM", "qwen2moe", {"qkv_bias": True, "o_bias": False},
+        {
+            "num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632, "norm_topk_prob": False,
+        },
+        mixture=Mixture(shared=True),
     ),
 }  # fmt: skip
 # facts of a family that have no key in config.json
@@ -129,8 +136,6 @@ _SAID_BY_SOME: Final = (
     "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar",
     "local_rope_theta",
 )  # fmt: skip
-_EXPERTS: Final = ("num_experts", "num_experts_per_tok", "norm_topk_prob")
-MOST_EXPERTS: Final = 2**10
 _OUTER: Final = ("bos_token_id", "eos_token_id", "quantization_config", "tie_word_embeddings")
 MODEL_TYPES: Final = tuple(FAMILIES)
 HIDDEN_ACTS: Final = ("silu", "relu", "gelu", "gelu_pytorch_tanh", "fatrelu")
@@ -151,7 +156,9 @@ def facts_of_hf(data: Mapping[str, Any], file: str) -> dict[str, Any]:
     data = _text_part(data, file)
     _refuse_unsupported(data, file)
     family = FAMILIES[data["model_type"]]
-    data = _gemma3_rope({**family.defaults, **_one_name(data, family), **data}, file)
+    mixture = family.mixture
+    named = mixture.one_name(data) if mixture else {}
+    data = _gemma3_rope({**family.defaults, **named, **data}, file)
     read = Fields(data, file)
     hidden = read.integer("hidden_size", 1, 2**17)
     heads = read.integer("num_attention_heads", 1, 2**12)
@@ -167,7 +174,7 @@ def facts_of_hf(data: Mapping[str, Any], file: str) -> dict[str, Any]:
     return {
         "model_type": data["model_type"],
         "hidden_size": hidden,
-        "intermediate_size": value(family.expert_size_key),
+        "intermediate_size": value(mixture.size_key if mixture else "intermediate_size"),
         "num_hidden_layers": value("num_hidden_layers"),
         "num_attention_heads": heads,
         "num_key_value_heads": value("num_key_value_heads", heads),
@@ -189,26 +196,9 @@ def facts_of_hf(data: Mapping[str, Any], file: str) -> dict[str, Any]:
         "eos_token_ids": eos if isinstance(eos, list) else [eos],
         **_windows(data, read, family),
         **{key: data[key] for key in _SAID_BY_SOME if key in family.defaults},
-        **_experts(data, family),
+        **(mixture.read(data) if mixture else {}),
         **family.facts,
         **(family.own.read(read) if family.own else {}),
-    }
-
-
-def _one_name(data: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """How many experts there are, under the family's own key: transformers writes either."""
-    keys = ("num_experts", "num_local_experts")
-    said = next((data[key] for key in keys if data.get(key) is not None), None)
-    return {family.experts_key: said} if family.experts_key and said is not None else {}
-
-
-def _experts(data: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    if not family.experts_key:
-        return {}
-    return {
-        "num_experts": data[family.experts_key],
-        "num_experts_per_tok": data["num_experts_per_tok"],
-        "norm_topk_prob": data.get("norm_topk_prob", False),
     }
 
 
@@ -223,11 +213,11 @@ def hf_of_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
         data["attention_bias"] = bias
     for name in (*_UNSAID, *(name for name in _SAID_BY_SOME if name not in family.defaults)):
         del data[name]
-    for name in _EXPERTS if not family.experts_key else family.facts.keys() & set(_EXPERTS):
+    for name in EXPERT_FACTS:
         del data[name]
-    if family.experts_key:
-        data[family.experts_key] = data.pop("num_experts")
-        data[family.expert_size_key] = data["intermediate_size"]
+    if family.mixture:
+        written = family.mixture.write(facts)
+        data |= {key: written[key] for key in written if key not in family.facts}
     data[family.act_key] = data["hidden_act"]
     if data["hidden_act_param"] is None:
         del data["hidden_act_param"]
@@ -257,17 +247,10 @@ def _refuse_unsupported(data: Mapping[str, Any], file: str) -> None:
         reason = "mlp_bias"
     elif data.get("use_bidirectional_attention"):
         reason = "use_bidirectional_attention"
-    elif FAMILIES[model_type].experts_key:
-        reason = _odd_mixture(data)
+    elif FAMILIES[model_type].mixture:
+        reason = odd_mixture(data)
     if reason:
         raise UnsupportedModel(f"{file}: {reason} is not supported", SUPPORTED)
-
-
-def _odd_mixture(data: Mapping[str, Any]) -> str:
-    """What a mixture of experts has that is not computed here; "" for nothing."""
-    if data.get("mlp_only_layers") or data.get("decoder_sparse_step") not in (None, 1):
-        return "a mixture of experts in some layers only"
-    return "use_sliding_window" if data.get("use_sliding_window") else ""
 
 
 def _windows(data: Mapping[str, Any], read: Fields, family: Family) -> dict[str, Any]:

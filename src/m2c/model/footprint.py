@@ -71,6 +71,10 @@ class _Sizes:
     weights: int
     records: int
 
+    def __add__(self, other: "_Sizes") -> "_Sizes":
+        planes = {plane: nbytes + other.planes[plane] for plane, nbytes in self.planes.items()}
+        return _Sizes(planes, self.weights + other.weights, self.records + other.records)
+
     def read(self, precision: str, held: int = 0) -> int:
         """Bytes on the SSD, the `held` lowest planes left out."""
         return sum(self.planes[p] for p in PLANES[held : PLANES.index(precision) + 1])
@@ -83,7 +87,7 @@ class _Sizes:
 
 def batch_tokens(config: ModelConfig) -> int:
     """Tokens of a prefill batch: as many as keep its activations within 64 MiB."""
-    per_token = 4 * (8 * config.intermediate_size + 8 * config.hidden_size)  # one expert at a time
+    per_token = 4 * (8 * config.most_at_once + 8 * config.hidden_size)
     return max(8, min(512, _ACTIVATIONS_NBYTES // per_token))
 
 
@@ -122,6 +126,8 @@ def footprint_of_config(config: ModelConfig, shape: RunShape, exact_type: str) -
     matrices = dense_matrices(config)
     first = [m for name, m in matrices.items() if name.startswith("model.layers.0.")]
     dense = _estimate(first, 1, exact_type)
+    if shared := config.shared_expert_intermediate_size:
+        dense += _estimate([(shared, config.hidden_size)], config.vectors, exact_type)
     embed = _estimate([(config.vocab_size, config.hidden_size)], 1, exact_type)
     ffn = _estimate([(config.neurons, config.hidden_size)], config.vectors, exact_type)
     layers = config.num_hidden_layers
@@ -185,7 +191,10 @@ def _experts(config: ModelConfig, shape: RunShape, neurons: list[_Sizes]) -> Exp
     most = max(size.read(shape.mix.floor, shape.drafts) for size in neurons)
     planes = PLANES.index(shape.mix.floor) + 1 - shape.drafts
     nbytes = align(most // config.num_experts, BLOCK) + planes * BLOCK
-    return ExpertFact(len(neurons), config.num_experts, config.num_experts_per_tok, nbytes, nbytes)
+    return ExpertFact(
+        len(neurons), config.num_experts, config.num_experts_per_tok, nbytes, nbytes,
+        shared=config.shared_expert_intermediate_size > 0,
+    )  # fmt: skip
 
 
 def _true_experts(
@@ -259,7 +268,7 @@ def _workspace_nbytes(config: ModelConfig, shape: RunShape) -> int:
     record = config.vectors * config.hidden_size
     width = max(record, config.num_attention_heads * config.head_dim)
     tokens = batch_tokens(config)
-    batch = tokens * 4 * (8 * config.intermediate_size + 8 * config.hidden_size)
+    batch = tokens * 4 * (8 * config.most_at_once + 8 * config.hidden_size)
     attend = 2 * 4 * config.head_dim * shape.ctx_size  # rotary tables
     attend *= 1 if config.local_rope_theta is None else 2
     logits = (4 + shape.at_once + min(LOGITS, shape.at_once)) * 4 * config.vocab_size

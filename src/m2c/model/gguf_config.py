@@ -15,15 +15,14 @@ import numpy as np
 from m2c.errors import BadInput, UnsupportedModel
 from m2c.model.config import ModelConfig
 from m2c.model.families import FAMILIES, MODEL_TYPES, SUPPORTED, Family, by_pattern
+from m2c.model.mixture import SHARED_SIZE
 
 ROPE_DIVISORS: Final = "rope_freqs.weight"
 # the family that an architecture is taken for: the first of those that share it
 ARCHITECTURES: Final = {
     FAMILIES[name].gguf: name for name in reversed(MODEL_TYPES) if FAMILIES[name].gguf
 }
-_WITH_EXPERTS: Final = {
-    family.gguf: name for name, family in FAMILIES.items() if family.experts_key
-}
+_WITH_EXPERTS: Final = {family.gguf: name for name, family in FAMILIES.items() if family.mixture}
 _EOS_KEYS: Final = ("eos", "eot", "eom")  # any of them ends a turn
 
 
@@ -53,11 +52,7 @@ def config_from_metadata(
     data = {
         "model_type": model_type,
         "hidden_size": keys.get("embedding_length"),
-        "intermediate_size": keys.get(
-            "feed_forward_length"
-            if family.expert_size_key == "intermediate_size"
-            else "expert_feed_forward_length"
-        ),
+        "intermediate_size": _ffn_size(keys, family),
         "num_hidden_layers": keys.get("block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": keys.get("attention.head_count_kv", heads),
@@ -111,15 +106,33 @@ def _model_type(keys: _Keys) -> str:
     return _WITH_EXPERTS[keys.arch]
 
 
+def _ffn_size(keys: _Keys, family: Family) -> Any:
+    """Of an FFN or of each expert; files of qwen2moe may leave the latter to be reckoned."""
+    whole = keys.get("feed_forward_length")
+    if family.mixture is None or family.mixture.size_key == "intermediate_size":
+        return whole
+    share = None
+    if family.mixture.shared and type(whole) is int:
+        share = whole // keys.positive("expert_used_count")
+    return keys.get("expert_feed_forward_length", share)
+
+
 def _experts(keys: _Keys, family: Family) -> dict[str, Any]:
-    """Files that do not say how weights add up are of models where they add up to 1."""
-    if not family.experts_key:
+    """Files that do not say how weights add up are of models where they add up to 1, unless their
+    family says otherwise."""
+    if family.mixture is None:
         return {}
-    return {
+    facts = {
         "num_experts": keys.get("expert_count"),
         "num_experts_per_tok": keys.get("expert_used_count"),
-        "norm_topk_prob": keys.get("expert_weights_norm", True),
+        "norm_topk_prob": keys.get(
+            "expert_weights_norm", family.defaults.get("norm_topk_prob", True)
+        ),
     }
+    if family.mixture.shared:
+        whole = keys.get("feed_forward_length")
+        facts[SHARED_SIZE] = keys.get("expert_shared_feed_forward_length", whole)
+    return facts
 
 
 def _heads(keys: _Keys) -> tuple[int, int]:

@@ -7,6 +7,7 @@ Knows nothing about tokenizers: `metadata` is handed on as it is.
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,9 +15,10 @@ import numpy as np
 import torch
 
 from m2c.errors import BadInput, UnsupportedModel
-from m2c.model.families import FAMILIES, MOST_EXPERTS, SUPPORTED
+from m2c.model.families import FAMILIES, SUPPORTED
 from m2c.model.gguf_config import ROPE_DIVISORS, config_from_metadata
 from m2c.model.gguf_header import TensorInfo, read_header
+from m2c.model.mixture import MOST_EXPERTS
 from m2c.model.ranged_file import RangedFile, check_rows
 
 _TOP_NAMES: Final = {
@@ -52,6 +54,12 @@ _EXPERT_NAMES: Final = {
     "ffn_up_exps": "mlp.experts.{}.up_proj",
     "ffn_down_exps": "mlp.experts.{}.down_proj",
 }
+_SHARED_NAMES: Final = {
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+}
 _MIXTRAL_NAMES: Final = {
     "ffn_gate_inp": "block_sparse_moe.gate",
     "ffn_gate_exps": "block_sparse_moe.experts.{}.w1",
@@ -64,6 +72,7 @@ _TWO_NORMS: Final = {"attn_norm": "post_attention_layernorm", _SECOND_NORM: "inp
 _OTHER_NAMES: Final = {
     "phi3": _FUSED_NAMES, "gemma2": _GEMMA_NAMES, "gemma3": _GEMMA_NAMES, "falcon": _QKV_NAMES,
     "llama": _MIXTRAL_NAMES, "qwen3moe": _EXPERT_NAMES,
+    "qwen2moe": _EXPERT_NAMES | _SHARED_NAMES,
 }  # fmt: skip
 _LAYER = re.compile(r"blk\.(0|[1-9]\d{0,3})\.(\w+)\.(weight|bias)", re.ASCII)
 _SPLIT = re.compile(r"-\d{5}-of-(\d{5})\.gguf", re.ASCII)
@@ -157,6 +166,8 @@ def _rename(tensors: Mapping[str, TensorInfo], path: Path, arch: Any) -> dict[st
             )
         if len(info.shape) == 1 and info.type_name not in _STORED:
             raise BadInput(f"{path}: the vector {name[:80]!r} is quantized")
+        if hf_name.endswith(".shared_expert_gate.weight") and len(info.shape) == 1:
+            info = replace(info, shape=(1, *info.shape))  # elsewhere it is a matrix of one row
         found |= _experts(hf_name, info, path) if "{}" in hf_name else {hf_name: info}
     return found
 

@@ -11,6 +11,7 @@ from m2c.model.config import ModelConfig
 
 POSITIONS: Final = "model.embed_positions.weight"
 FIRST_POSITION: Final = 2  # the row of the table that is added to the first token
+_FFN: Final = ("gate_proj", "up_proj", "down_proj")
 
 
 def dense_matrices(config: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -34,8 +35,12 @@ def ffn_names(layer: int, expert: int | None = None, *, gated: bool = True) -> t
     """gate, if there is one, and up [intermediate, hidden], down [hidden, intermediate]; expert:
     None for an FFN that is one."""
     prefix = f"model.layers.{layer}.mlp." + ("" if expert is None else f"experts.{expert}.")
-    names = ("gate_proj", "up_proj", "down_proj")[0 if gated else 1 :]
-    return tuple(f"{prefix}{name}.weight" for name in names)
+    return tuple(f"{prefix}{name}.weight" for name in _FFN[0 if gated else 1 :])
+
+
+def shared_names(layer: int) -> tuple[str, ...]:
+    """As `ffn_names`, of the expert that every token uses."""
+    return tuple(f"model.layers.{layer}.mlp.shared_expert.{name}.weight" for name in _FFN)
 
 
 def up_bias_name(layer: int) -> str:
@@ -52,9 +57,15 @@ def router_name(layer: int) -> str:
     return f"model.layers.{layer}.mlp.gate.weight"
 
 
+def shared_gate_name(layer: int) -> str:
+    """[1, hidden]: how much of the shared expert a token takes, before a sigmoid."""
+    return f"model.layers.{layer}.mlp.shared_expert_gate.weight"
+
+
 def small_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """What is kept in f32, never in planes: norms, biases, routers, learned positions."""
-    matrices = {router_name(layer) for layer in range(config.num_hidden_layers)} | {POSITIONS}
+    layers = range(config.num_hidden_layers)
+    matrices = {POSITIONS, *map(router_name, layers), *map(shared_gate_name, layers)}
     every = expected_tensors(config)
     return {name: size for name, size in every.items() if len(size) == 1 or name in matrices}
 
@@ -70,6 +81,11 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             found[down] = (hidden, ffn)
         if config.num_experts:
             found[router_name(layer)] = (config.num_experts, hidden)
+        if shared := config.shared_expert_intermediate_size:
+            *rows, down = shared_names(layer)
+            found.update(dict.fromkeys(rows, (shared, hidden)))
+            found[down] = (hidden, shared)
+            found[shared_gate_name(layer)] = (1, hidden)
         found.update(_vectors(config, f"model.layers.{layer}."))
     found.update(_norm(config, "model.norm"))
     if config.learned_positions:

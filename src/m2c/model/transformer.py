@@ -29,12 +29,11 @@ from m2c.model.attention import (
     norm_of,
 )
 from m2c.model.config import ModelConfig
-from m2c.model.experts import Router, expert_ffn
+from m2c.model.experts import SHARED, expert_ffn, router_of
 from m2c.model.ffn import mixed_ffn, uniform_ffn
 from m2c.model.footprint import LOGITS
 from m2c.model.kv import KvCache
 from m2c.model.mix import Mix
-from m2c.model.tensors import router_name
 from m2c.tiers.store import FFN
 
 Ids = npt.NDArray[np.int32]
@@ -49,6 +48,9 @@ class Weights(Protocol):
 
     @property
     def holds_all(self) -> bool: ...
+
+    @property
+    def holds_experts(self) -> bool: ...
 
     def uses(self, kind: str, layer: int) -> Iterator[Mapping[str, Rows]]: ...
 
@@ -97,7 +99,7 @@ class Transformer:
         layers = range(config.num_hidden_layers)
         self._layers = [layer_facts(config, vectors, layer) for layer in layers]
         self._routers = [
-            Router.of(config, vectors[router_name(layer)]) for layer in layers if config.num_experts
+            router_of(config, vectors, layer) for layer in layers if config.num_experts
         ]
         # a norm of the FFN's output comes between its sum and what it is added to; experts are
         # chosen between the layers
@@ -185,11 +187,15 @@ class Transformer:
         for rows in self._store.uses("dense", layer):
             call = self._attention_call(layer, rows)
             x = attention(x, call, self.kv.length, self._workers, norm=facts.attn_norm)
+            if self._routers:  # here: a shared expert's rows are valid as long as attention's
+                x = expert_ffn(
+                    x, self._routers[layer], partial(self._store.experts, layer),
+                    norm=facts.ffn_norm, act=act, workers=self._workers,
+                    out_norm=facts.ffn_out_norm, shared=rows.get(SHARED),
+                    stay=self._store.holds_experts,
+                )  # fmt: skip
         if self._routers:
-            return expert_ffn(
-                x, self._routers[layer], partial(self._store.experts, layer), norm=facts.ffn_norm,
-                act=act, workers=self._workers, out_norm=facts.ffn_out_norm,
-            )  # fmt: skip
+            return x
         onto = None
         if self.config.parallel_norms:
             x, onto = given, x

@@ -11,7 +11,7 @@ from m2c.errors import BadInput
 from m2c.kernels.rows import ExactRows
 from m2c.model.attention import MATRICES
 from m2c.model.checkpoint import Checkpoint
-from m2c.model.tensors import experts_of, ffn_names, small_tensors
+from m2c.model.tensors import experts_of, ffn_names, shared_names, small_tensors
 
 
 def neuron_records(checkpoint: Checkpoint, layer: int) -> Tensor:
@@ -34,9 +34,18 @@ def neuron_records(checkpoint: Checkpoint, layer: int) -> Tensor:
 
 def expert_records(checkpoint: Checkpoint, layer: int, expert: int | None) -> Tensor:
     """As `neuron_records`, of one expert; None: of an FFN that is one."""
-    hidden, vectors = checkpoint.config.hidden_size, checkpoint.config.vectors
+    return _records(checkpoint, ffn_names(layer, expert, gated=checkpoint.config.gated))
+
+
+def shared_records(checkpoint: Checkpoint, layer: int) -> Tensor:
+    """As `neuron_records`, of the expert that every token uses."""
+    return _records(checkpoint, shared_names(layer))
+
+
+def _records(checkpoint: Checkpoint, names: tuple[str, ...]) -> Tensor:
+    hidden, vectors = checkpoint.config.hidden_size, len(names)
     records = None
-    for position, name in enumerate(ffn_names(layer, expert, gated=checkpoint.config.gated)):
+    for position, name in enumerate(names):
         matrix = checkpoint.read(name)
         require_finite(matrix, checkpoint, name)
         if position == vectors - 1:

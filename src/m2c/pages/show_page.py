@@ -165,7 +165,9 @@ def _planes(facts: dict[str, Any]) -> str:
     count = sum(facts["weights"].values())
     largest = max(sum(sizes.values()) for sizes in planes.values())
     unit, factor = ("GiB", GiB) if largest >= GiB else ("MiB", MiB)
-    names = {"dense": "attention, embeddings, head", "neurons": "neurons"}
+    architecture = facts.get("architecture", {})
+    shared = ", shared experts" if "shared_expert_intermediate_size" in architecture else ""
+    names = {"dense": f"attention, embeddings, head{shared}", "neurons": "neurons"}
     bars, rows = [], []
     for plane, sizes in planes.items():
         total = sum(sizes.values())

@@ -30,6 +30,7 @@ class DraftPlanes:
     experts: of a layer, if its neurons are in experts. device: that computes."""
 
     holds_all = True
+    holds_experts = True
 
     def __init__(
         self, bundle: Bundle, reader: SsdReader, staging: U8, experts: int = 0,

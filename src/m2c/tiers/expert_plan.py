@@ -22,6 +22,7 @@ class ExpertFact:
     stored_nbytes: int  # that are read for one, average
     # [layers][count] share of the tokens that use it; empty: not known, all the same
     popularity: tuple[tuple[float, ...], ...] = ()
+    shared: bool = False  # besides, one that every token uses is part of the blocks of attention
 
     @property
     def total(self) -> int:

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -80,23 +80,33 @@ class ExpertCache:
 
     def rows(self, layer: int, experts: Ids) -> Iterator[Rows]:
         """Operands of a layer's `experts`, in their order; each is valid until the next is asked
-        for. Raises what a failed read raised."""
+        for. Reads begin now. Raises what a failed read raised."""
+        found = self._one_by_one(layer, experts)
+        next(found)  # a generator that has not begun would not see its end either
+        return found
+
+    def _one_by_one(self, layer: int, experts: Ids) -> Iterator[Any]:
+        """`rows`, behind a None that comes once reads have begun."""
         wanted = self._place[layer * self._facts.count + experts]
         self._cache.touch(np.sort(wanted))
         waiting: deque[_Arriving] = deque()
         left = iter(wanted.tolist())
+
+        def start() -> None:
+            while len(waiting) < self._facts.window and (one := next(left, None)) is not None:
+                waiting.append(self._start(one, [other.expert for other in waiting]))
+
         try:
-            while True:
-                while len(waiting) < self._facts.window and (one := next(left, None)) is not None:
-                    waiting.append(self._start(one, [other.expert for other in waiting]))
-                if not waiting:
-                    return
+            start()
+            yield None
+            while waiting:
                 first = waiting[0]
                 if first.pending is not None:
                     first.pending.wait()
                     first.pending = None
                 yield self._operand(first)
                 self._give_back(waiting.popleft())
+                start()
         finally:
             for one in waiting:
                 self._drop(one)

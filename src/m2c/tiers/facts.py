@@ -10,8 +10,8 @@ from m2c.tiers.expert_plan import ExpertFact
 
 @dataclass(frozen=True)
 class BlockFact:
-    """Weights that every token uses, placed as one: a layer's attention, some of its neurons at the
-    floor, or some rows of the head."""
+    """Weights that every token uses, placed as one: a layer's attention with its shared expert,
+    some of its neurons at the floor, or some rows of the head."""
 
     kind: str  # "dense", "head" or "neurons"
     layer: int  # the head counts as the layer after the last

@@ -57,6 +57,7 @@ class NeuronStore:
         self._uses: dict[tuple[str, int], list[BlockUse]] = {}
         self._pinned_embed: Rows | None = None
         self._experts: ExpertCache | None = None
+        self.holds_experts = plan.expert_slots is None  # then their operands stay valid
         facts = plan.footprint.experts
         self._parts = ExpertParts(facts.count if facts is not None else 0)
         self.draft: DraftPlanes | None = None
@@ -103,10 +104,9 @@ class NeuronStore:
         """Operands of a layer's experts `ids`, in their order; each is valid until the next is
         asked for. Raises what a failed read raised."""
         if self._experts is not None:
-            yield from self._experts.rows(layer, ids)
-            return
-        for rows in self.uses("neurons", layer):
-            yield from self._parts.of(layer, rows[FFN], ids)
+            return self._experts.rows(layer, ids)
+        (rows,) = self.uses("neurons", layer)
+        return self._parts.of(layer, rows[FFN], ids)
 
     def upgrade(self, layer: int, plane: str, ids: Ids, floor: Rows, *, step: bool) -> Rows:
         """Rows of `ids` (ascending) of a layer at `plane`; `floor` is the layer's FFN operand."""

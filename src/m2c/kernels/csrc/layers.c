@@ -7,7 +7,7 @@
 
 #include "rows.h"
 
-/* Mirrored by kernels/native.py. */
+/* Mirrored by kernels/structures.py. */
 struct layer {
     struct attention *attention;
     const float *attn_norm, *attn_norm_bias;

@@ -26,7 +26,7 @@ struct kernels {
 };
 
 /* Rows in memory. kind: 4 or 8 (codes), or 16: `wide`, or codes and frames. Mirrored by
- * kernels/native.py. */
+ * kernels/structures.py. */
 struct rows {
     const uint8_t *int4; /* records: codes of all vectors, then their FP16 scales */
     const uint8_t *int8; /* records: second codes; NULL unless kind is 8 */
@@ -41,7 +41,7 @@ struct rows {
     int64_t frame_records;
 };
 
-/* What rows are to meet. Mirrored by kernels/native.py. */
+/* What rows are to meet. Mirrored by kernels/structures.py. */
 struct given {
     const float *x; /* [tokens, length] */
     const float *norm; /* [length] weights of a norm applied first, or NULL */
@@ -50,7 +50,7 @@ struct given {
     int32_t tokens, length;
 };
 
-/* Mirrored by kernels/native.py. */
+/* Mirrored by kernels/structures.py. */
 struct attention {
     const struct rows *projections[4]; /* q, k, v, o */
     const float *biases[4]; /* or NULL */
@@ -67,7 +67,7 @@ struct attention {
     float softcap; /* the scores are squeezed to within -softcap and softcap; 0: not */
 };
 
-/* What the gate, or without one the up row, goes through. Mirrored by kernels/native.py. */
+/* What the gate, or without one the up row, goes through. Mirrored by kernels/structures.py. */
 struct activation {
     int32_t kind;
     float threshold; /* of ACT_RELU: what is not above it gives zero */
@@ -163,6 +163,7 @@ void product(struct kernels *k, int part, const struct rows *r, const struct inp
              int64_t start, int64_t stop, const float *bias, int add, float *out,
              int64_t out_stride);
 
+int m2c_matmul(struct kernels *k, const struct given *given, const struct rows *rows, float *out);
 int m2c_attention(struct kernels *k, const struct given *given, const struct attention *a, float *x);
 int m2c_ffn(struct kernels *k, const struct given *given, const struct rows *rows,
             const struct activation *act, const float *mask, float *kept, float *out);
