@@ -44,7 +44,8 @@ class Model:
         return 0
 
     def rank(self, neuron: int) -> tuple[float, int]:
-        return self.score(neuron), -neuron
+        # scores are ordered as f32: old uses that this does not tell apart are equal
+        return float(np.float32(self.score(neuron))), -neuron
 
     def wins(self, newcomer: int, victim: int) -> bool:
         if self.policy == "lfu":

@@ -26,6 +26,7 @@ from trials import trials
 from m2c.bundle.shard import PAGE
 from m2c.contents import IMPORTANCE, VECTORS
 
+AHEAD = 8  # blocks that a run may read ahead of its last token
 CODES = (errno.EIO, errno.ENODEV, errno.ESTALE, errno.ETIMEDOUT)
 
 
@@ -112,7 +113,8 @@ def mode_of(subject: Subject, seed: int) -> str:
 def aim(disk: Disk, rng: random.Random, true: Said, reads: int) -> Said:
     """At one of a run's reads, or at that and all that follow; returns `true`."""
     disk.quiet()
-    disk.at, disk.more = rng.randint(1, reads), rng.random() < 0.5
+    # how many are read ahead of a token that nobody asks for depends on the moment it ends
+    disk.at, disk.more = rng.randint(1, max(1, reads - AHEAD)), rng.random() < 0.5
     return true
 
 

@@ -247,3 +247,38 @@ def test_the_terminal_is_as_it_was(
         terminal.require_restored()
         assert "Traceback" not in terminal.text
         require_nothing_left(running, tmp_path)
+
+
+_FINALIZER = """
+import os, signal, sys, time
+from m2c.cli.app import Terminated, _unwind
+
+class Slow:
+    def __del__(self):
+        os.kill(os.getpid(), signal.{name})
+        time.sleep(0.2)
+
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, _unwind)
+begin = time.monotonic()
+try:
+    one = Slow()
+    del one
+    time.sleep(10)
+except (KeyboardInterrupt, Terminated) as error:
+    print(type(error).__name__, time.monotonic() - begin < 1.5, flush=True)
+    os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "raised"), [("SIGINT", "KeyboardInterrupt"), ("SIGTERM", "Terminated")]
+)
+def test_a_signal_where_nothing_can_be_raised_is_raised_later(name: str, raised: str) -> None:
+    """Python drops what a finalizer raises: the process still ends at once, and in silence."""
+    program = _FINALIZER.format(name=name)
+    said = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
+    assert said.stdout == f"{raised} True\n"
+    assert said.stderr == ""

@@ -8,9 +8,10 @@ import importlib
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
-from typing import Final
+from typing import Any, Final
 
 from m2c import __version__
 from m2c.cli.console import exit_in_time, result, say
@@ -27,6 +28,7 @@ EPILOG: Final = (
 _INTERRUPTED: Final = 130
 _TERMINATED: Final = 143
 _PATIENCE_S: Final = 2.0
+_AGAIN_S: Final = 0.05
 
 
 class Terminated(BaseException):
@@ -166,7 +168,26 @@ def _unwind(number: int, _: object) -> None:
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, again)
     exit_in_time(code, "interrupted" if number == signal.SIGINT else "terminated")
+    sys.unraisablehook = _raised_in_vain
     raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+
+
+def _raised_in_vain(lost: Any) -> None:
+    """Where Python was when a signal came, nothing can be raised (a callback of its own, a
+    finalizer): raise it a moment later instead of printing that it was ignored."""
+    kind = lost.exc_type
+    if kind not in (KeyboardInterrupt, Terminated):
+        sys.__unraisablehook__(lost)
+        return
+
+    def once_more(_number: int, _: object) -> None:
+        raise kind
+
+    number = signal.SIGINT if kind is KeyboardInterrupt else signal.SIGTERM
+    signal.signal(number, once_more)
+    later = threading.Timer(_AGAIN_S, os.kill, (os.getpid(), number))
+    later.daemon = True
+    later.start()
 
 
 if __name__ == "__main__":
