@@ -237,6 +237,7 @@ def test_exact_mode_of_a_mixture_gives_the_tokens_of_one_by_one(
 def speculated(engine: Engine, tokens: int) -> list[int]:
     speculator = Speculator(engine.model, engine.draft, Sampler(SamplingParams()))
     ids = PROMPT.tolist()
+    engine.model.kv.truncate(0)
     found = list(speculator.tokens(prefill(engine.model, ids), ids, tokens))
     return found[:tokens]
 

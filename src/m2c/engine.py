@@ -263,7 +263,7 @@ def _plan(
             refused.append(error)
             continue
         # 16-bit weights in memory save their decoding, but only all of them save the reading
-        streams = plan.streamed or plan.expert_slots is not None
+        streams = plan.streamed or plan.expert_slots is not None or plan.link_nbytes_per_token
         if candidate is shapes[-1] or candidate.stored or not streams:
             return candidate, plan
         slow = slow or (candidate, plan)

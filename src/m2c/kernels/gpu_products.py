@@ -114,11 +114,10 @@ class Products:
         if isinstance(rows, ExactRows) or rows.frames is None:
             yield 0, rows
             return
-        unit = int(np.lcm(CHUNK, rows.frames.frame_records))
-        nbytes = unit * rows.layout.vectors * rows.layout.length * 2
-        step = unit * max(1, _DECODED_NBYTES // nbytes)
-        for first in range(0, len(rows), step):
-            part = rows if step >= len(rows) else rows.part(first, min(first + step, len(rows)))
+        parts = rows.__dict__.get("_gpu_parts")
+        if parts is None:  # kept: their tables go to the GPU once
+            parts = rows.__dict__["_gpu_parts"] = _cut(rows)
+        for first, part in parts:
             yield first, ExactRows(rows.layout, self.decode(part))
 
     def prepared(self, x: Tensor, rows: Rows, norm: Norm | None) -> "Prepared":
@@ -207,6 +206,18 @@ class Products:
                 "m2c_add_chunks", -(-size // _TILE), _TILE,
                 (at(partial), _int(parts), _i64(size), at(own)),
             )  # fmt: skip
+
+
+def _cut(rows: PackedRows) -> list[tuple[int, PackedRows]]:
+    """Rows with frames, as many as are decoded at a time: (first row, rows)."""
+    assert rows.frames is not None
+    unit = int(np.lcm(CHUNK, rows.frames.frame_records))
+    nbytes = unit * rows.layout.vectors * rows.layout.length * 2
+    step = unit * max(1, _DECODED_NBYTES // nbytes)
+    if step >= len(rows):
+        return [(0, rows)]
+    starts = range(0, len(rows), step)
+    return [(start, rows.part(start, min(start + step, len(rows)))) for start in starts]
 
 
 def _at_once(tokens: int) -> int:

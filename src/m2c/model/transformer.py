@@ -121,7 +121,7 @@ class Transformer:
         self.kv.require_room(len(ids))
         x = embedded(self.config, self._vectors, self._store.embed(ids), self.kv.length)
         gpu = self._workers.replaying
-        if gpu is not None and len(ids) <= _AT_ONCE and self._steady:
+        if gpu is not None and self._steady(len(ids)):
             run, key = partial(self._pass, all_logits=all_logits), (len(ids), all_logits)
             logits = gpu.replayed(self._replays, key, x, self.kv.length, run)
         else:
@@ -148,12 +148,13 @@ class Transformer:
                 x = self._layer(layer, x)
         return self._logits(x if all_logits else x[-1:])
 
-    @property
-    def _steady(self) -> bool:
-        """Whether every pass uses the same memory, and nobody is told what it chooses."""
-        if self.record is not None or self._routers or self.stop_asked():
+    def _steady(self, tokens: int) -> bool:
+        """Whether every pass of `tokens` uses the same memory, and the host need not know what it
+        chooses: of several tokens together it must."""
+        if tokens > _AT_ONCE or self._routers or self.record is not None or self.stop_asked():
             return False
-        return self._store.holds_all and (self._mix.is_uniform or self._holds_upgrades)
+        chosen = self._mix.is_uniform or (tokens == 1 and self._holds_upgrades)
+        return chosen and self._store.holds_all
 
     @property
     def _holds_upgrades(self) -> bool:

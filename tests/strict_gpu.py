@@ -1,0 +1,217 @@
+"""A GPU that is not there, strict about what a real one is strict about.
+
+Its memory is the host's and its kernels are the emulated ones, but tensors know whether they lie on
+it: mixing them up, looking at them from the host, or waiting for them while launches are recorded
+fails as on a card. Recorded launches are replayed on the memory they were recorded with. Streams
+and events do nothing: what is copied has arrived.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from emulated import Emulator
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from m2c import device as devices
+from m2c.kernels.gpu import GpuKernels
+
+CUDA = torch.device("cuda", 0)
+# what makes the host wait for the GPU
+_WAITS = {
+    "item", "tolist", "numpy", "cpu", "nonzero", "unique", "masked_select", "__bool__", "__int__",
+    "__float__", "__index__", "equal", "is_nonzero",
+}  # fmt: skip
+_MAY_CROSS = {"copy_", "__setitem__", "__getitem__", "to", "cpu", "__get__"}
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    return getattr(tensor, "_on_gpu", False)
+
+
+def _placed(found: Any, there: bool) -> Any:
+    for one in tree_leaves(found):
+        if isinstance(one, Tensor):
+            one._on_gpu = there  # type: ignore[attr-defined]
+    return found
+
+
+class StrictGpu(TorchFunctionMode):
+    """While it is entered, `device="cuda"` means this."""
+
+    def __init__(self, emulator: Emulator) -> None:
+        super().__init__()
+        self.recorded: list[Callable[[], None]] | None = None
+        self._emulator = emulator
+
+    device = CUDA
+
+    def launch(self, kernel: str, grid: int, block: int, arguments: Any) -> None:
+        self._emulator.launch(kernel, grid, block, arguments)
+        if self.recorded is not None:
+            self.recorded.append(lambda: self._emulator.launch(kernel, grid, block, arguments))
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        name = func.__name__
+        tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+        if name == "__get__" and func.__self__.__name__ in ("device", "is_cuda"):
+            there = on_gpu(args[0])
+            if func.__self__.__name__ == "is_cuda":
+                return there
+            return CUDA if there else func(*args)
+        if not tensors:
+            there = _is_gpu(kwargs.get("device"))
+            if there:
+                kwargs["device"] = "cpu"
+            return self._done(func, args, kwargs, there)
+        there = self._required(name, args, tensors)
+        if name == "cpu" or (name == "to" and _names_a_device(args[1:], kwargs)):
+            return self._moved(func, args, kwargs)
+        if _is_gpu(kwargs.get("device")):  # as empty_like has it
+            kwargs["device"], there = "cpu", True
+        return self._done(func, args, kwargs, there)
+
+    def _required(self, name: str, args: Any, tensors: list[Tensor]) -> bool:
+        """Where the result lies; fails where a card would."""
+        places = {on_gpu(one) for one in tensors if one.dim() or len(tensors) == 1}
+        if len(places) > 1:
+            # an index may lie on the host; a slice may be filled from there
+            index_on_gpu = name == "__getitem__" and not on_gpu(args[0])
+            by_index = name == "__setitem__" and any(
+                isinstance(one, Tensor) for one in tree_leaves(args[1])
+            )
+            if name not in _MAY_CROSS or index_on_gpu or by_index:
+                raise RuntimeError(f"{name}: tensors on two devices")
+            if self.recorded is not None:
+                raise RuntimeError(f"{name}: a copy from the host while recording")
+        there = on_gpu(tensors[0]) if name in _MAY_CROSS else True in places
+        if name == "numpy" and there:
+            raise TypeError("numpy of a tensor on a GPU")
+        if there and name in _WAITS and self.recorded is not None:
+            raise RuntimeError(f"{name}: waits for the GPU while recording")
+        return there
+
+    def _moved(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
+        source, rest = args[0], [_on_host(one) for one in args[1:]]
+        target = func.__name__ != "cpu" and any(map(_is_gpu, (*args[1:], kwargs.get("device"))))
+        if target != on_gpu(source) and self.recorded is not None:
+            raise RuntimeError("a copy between host and GPU while recording")
+        found = func(source, *rest, **{key: _on_host(value) for key, value in kwargs.items()})
+        if target != on_gpu(source):
+            found = found.clone()
+        return self._kept(func, (source, *rest), {}, _placed(found, target))
+
+    def _done(self, func: Any, args: Any, kwargs: dict[str, Any], there: bool) -> Any:
+        return self._kept(func, args, kwargs, _placed(func(*args, **kwargs), there))
+
+    def _kept(self, func: Any, args: Any, kwargs: dict[str, Any], found: Any) -> Any:
+        """While recording: what will be done again, into the same memory."""
+        outs = [one for one in tree_leaves(found) if isinstance(one, Tensor)]
+        writes = outs or func.__name__ == "__setitem__"
+        if self.recorded is not None and func.__name__.startswith("empty"):
+            self.recorded.append(lambda: outs and None)  # memory stays with the recording
+        elif self.recorded is not None and writes:
+
+            def again() -> None:
+                new = [one for one in tree_leaves(func(*args, **kwargs)) if isinstance(one, Tensor)]
+                for old, one in zip(outs, new, strict=True):
+                    if old.data_ptr() != one.data_ptr():
+                        old.copy_(one)
+
+            self.recorded.append(again)
+        return found
+
+
+class Graph:
+    """`torch.cuda.CUDAGraph`."""
+
+    def __init__(self, gpu: StrictGpu) -> None:
+        self._gpu = gpu
+        self._launches: list[Callable[[], None]] = []
+
+    @contextmanager
+    def record(self) -> Iterator[None]:
+        self._gpu.recorded = self._launches
+        try:
+            yield
+        finally:
+            self._gpu.recorded = None
+
+    def replay(self) -> None:
+        with torch._C.DisableTorchFunction():
+            for launch in self._launches:
+                launch()
+
+
+class Event:
+    def __init__(self, **_: object) -> None: ...
+
+    def record(self, *_: object) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, _: object) -> float:
+        return 0.001
+
+
+class Stream:
+    def __init__(self, *_: object) -> None: ...
+
+    def wait_event(self, _: object) -> None: ...
+
+
+class Runtime:
+    """`torch.cuda.cudart()`: counts what is pinned."""
+
+    def __init__(self) -> None:
+        self.pinned: set[int] = set()
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:  # noqa: N802
+        assert nbytes > 0
+        self.pinned.add(address)
+        return flags
+
+    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
+        self.pinned.remove(address)
+        return 0
+
+
+def install(monkeypatch: pytest.MonkeyPatch, emulator: Emulator) -> tuple[StrictGpu, Runtime]:
+    """torch.cuda and m2c as if there were such a GPU; enter the first to compute on it."""
+    gpu, runtime = StrictGpu(emulator), Runtime()
+    fakes: dict[str, Any] = {
+        "is_available": lambda: True, "device_count": lambda: 1, "cudart": lambda: runtime,
+        "mem_get_info": lambda device: (1 << 33, 1 << 33), "synchronize": lambda *_: None,
+        "current_stream": Stream, "Stream": Stream, "Event": Event, "stream": nullcontext,
+        "CUDAGraph": lambda: Graph(gpu), "graph": lambda graph: graph.record(),
+        "get_device_name": lambda *_: "an emulated GPU",
+    }  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(devices, "CudaDriver", lambda device, cache: gpu)
+    return gpu, runtime
+
+
+def _is_gpu(one: Any) -> bool:
+    return (isinstance(one, torch.device) and one.type == "cuda") or (
+        isinstance(one, str) and one.startswith("cuda")
+    )
+
+
+def _names_a_device(args: Any, kwargs: dict[str, Any]) -> bool:
+    return any(isinstance(one, torch.device | str) for one in (*args, kwargs.get("device")))
+
+
+def _on_host(one: Any) -> Any:
+    return "cpu" if _is_gpu(one) else one
+
+
+def computes_on(kernels: GpuKernels) -> bool:
+    return kernels.device == CUDA

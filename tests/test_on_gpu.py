@@ -1,0 +1,181 @@
+"""Whole models on a GPU that is strict about where tensors lie (strict_gpu.py).
+
+What they give must be, to the bit, what the same kernels give without one.
+"""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from emulated import Emulator
+from running import PROMPT, decode, options_for, same
+from strict_gpu import CUDA, StrictGpu, install, on_gpu
+from test_experts import SHARED
+from test_gpu import smallest_hbm, speculated
+from tiny_models import pack_folder, write_checkpoint
+
+from m2c import engine as engines
+from m2c.bundle.bundle import Bundle
+from m2c.contents import config_of, importance_of
+from m2c.engine import Engine, RunOptions
+from m2c.errors import DoesNotFit
+from m2c.evaluate import perplexity
+from m2c.kernels import gpu_products
+from m2c.kernels.gpu import GpuKernels
+from m2c.kernels.workers import Workers
+from m2c.model.mix import Mix
+from m2c.predict import expected_tps
+from m2c.speed import SpeedJob, measure_speed
+
+HBM = 1 << 30
+
+
+@pytest.fixture
+def gpu(emulated: GpuKernels, monkeypatch: pytest.MonkeyPatch) -> Iterator[StrictGpu]:
+    launcher = emulated._launch.__self__  # type: ignore[attr-defined]
+    assert isinstance(launcher, Emulator)
+    strict, _ = install(monkeypatch, launcher)
+    with strict:
+        yield strict
+
+
+def without(bundle: Bundle, options: RunOptions, kernels: GpuKernels) -> tuple[object, ...]:
+    """Tokens and logits of the kernels alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines, "workers_of", lambda *_: Workers(1, gpu=kernels))
+        with Engine(bundle, replace(options, device="cpu")) as engine:
+            return decode(engine)
+
+
+MIXES = ("0/0/100", "0/25/75", "10/20/70", "0/100/0", "100/0/0")
+
+
+@pytest.mark.parametrize("hbm", ["all", "least"])
+@pytest.mark.parametrize("mix", MIXES)
+def test_tokens_are_those_of_the_kernels(
+    tiny_bundle: Bundle, emulated: GpuKernels, gpu: StrictGpu, mix: str, hbm: str
+) -> None:
+    options = options_for(Mix.parse(mix), hbm=HBM, device="cuda")
+    with torch._C.DisableTorchFunction():
+        expected = without(tiny_bundle, options, emulated)
+    if hbm == "least":
+        options = smallest_hbm(tiny_bundle, options)
+    with Engine(tiny_bundle, options) as engine:
+        assert engine.store.device == CUDA
+        assert engine.workers.kernel == "cuda"
+        ids, logits = decode(engine)
+        assert on_gpu(logits)
+        again = decode(engine)
+        steady = engine.model._steady(1)
+    assert same((ids, logits.cpu()), expected)
+    assert same((again[0], again[1].cpu()), expected)
+    if hbm == "all":
+        assert steady == (mix in ("0/0/100", "0/25/75", "0/100/0", "100/0/0"))
+
+
+@pytest.mark.parametrize("hbm", ["all", "least"])
+@pytest.mark.parametrize("precision", ["100/0/0", "0/100/0", "0/0/100"])
+def test_exact_mode(
+    tiny_bundle: Bundle, emulated: GpuKernels, gpu: StrictGpu, precision: str, hbm: str
+) -> None:
+    options = options_for(Mix.parse(precision), hbm=HBM, device="cuda")
+    with torch._C.DisableTorchFunction():
+        ids, _ = without(tiny_bundle, options, emulated)
+    options = replace(options, speculate=True)
+    if hbm == "least":
+        options = smallest_hbm(tiny_bundle, options)
+    with Engine(tiny_bundle, options) as engine:
+        assert speculated(engine, len(ids)) == ids
+
+
+def test_passes_are_recorded_once_and_replayed(tiny_bundle: Bundle, gpu: StrictGpu) -> None:
+    with Engine(tiny_bundle, options_for(Mix.parse("0/25/75"), hbm=HBM, device="cuda")) as engine:
+        decode(engine)
+        kept = dict(engine.model._replays)
+        assert any(replay is not None for replay in kept.values())
+        decode(engine)
+        assert {key: engine.model._replays[key] for key in kept if kept[key]} == {
+            key: replay for key, replay in kept.items() if replay
+        }
+
+
+def test_speeds_and_quality(tiny_bundle: Bundle, gpu: StrictGpu) -> None:
+    options = smallest_hbm(
+        tiny_bundle, options_for(Mix.parse("0/25/75"), hbm=HBM, device="cuda", ctx_size=64)
+    )
+    with Engine(tiny_bundle, options) as engine:
+        assert engine.plan.link_nbytes_per_token
+        assert expected_tps(engine) > 0
+        figures = list(measure_speed(engine, SpeedJob(prompt=8, generate=4, repetitions=1)))
+        assert [figure.tokens for figure in figures] == [8, 4]
+        stats = engine.store.stats
+        assert stats.link.nbytes > 0
+        assert stats.link.busy_s > 0
+        ids = (PROMPT.tolist() * 40)[:96]
+        assert perplexity(engine, ids, window=32).value > 1
+
+
+@pytest.mark.parametrize("hbm", ["all", "least"])
+def test_what_is_pinned_is_given_back(
+    tiny_bundle: Bundle, emulated: GpuKernels, monkeypatch: pytest.MonkeyPatch, hbm: str
+) -> None:
+    launcher = emulated._launch.__self__  # type: ignore[attr-defined]
+    strict, runtime = install(monkeypatch, launcher)
+    options = options_for(Mix.parse("0/0/100"), hbm=HBM, device="cuda")
+    with strict:
+        if hbm == "least":
+            options = smallest_hbm(tiny_bundle, options)
+        with Engine(tiny_bundle, options):
+            assert bool(runtime.pinned) == (hbm == "least")
+    assert not runtime.pinned
+
+
+def test_weights_as_stored_are_decoded_some_at_a_time(
+    tmp_path: Path, emulated: GpuKernels, gpu: StrictGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All in HBM with their frames; passes are recorded all the same."""
+    monkeypatch.setattr(gpu_products, "_DECODED_NBYTES", 1)
+    with torch._C.DisableTorchFunction():
+        checkpoint = write_checkpoint(tmp_path / "checkpoint", {"intermediate_size": 700})
+        bundle = pack_folder(checkpoint, tmp_path / "bundle.m2c")
+        options = options_for(Mix.parse("100/0/0"), hbm=HBM, device="cuda")
+        ids, _ = without(bundle, options, emulated)
+        options = stored_in_hbm(bundle, replace(options, speculate=True))
+    with Engine(bundle, options) as engine:
+        assert engine.shape.stored
+        assert not engine.plan.link_nbytes_per_token
+        assert speculated(engine, len(ids)) == ids
+        assert speculated(engine, len(ids)) == ids
+        assert any(engine.model._replays.values())
+
+
+def stored_in_hbm(bundle: Bundle, options: RunOptions) -> RunOptions:
+    """The least HBM that holds everything as it is stored."""
+    config = config_of(bundle)
+    for hbm in range(1 << 22, HBM, 1 << 18):
+        trial = replace(options, hbm=hbm)
+        with suppress(DoesNotFit):
+            shape = engines.run_shape(bundle, config, trial)
+            shape, plan = engines.plan_for(bundle, config, shape, importance_of(bundle), trial)
+            if shape.stored and shape.drafts and len(plan.in_hbm) == len(plan.footprint.blocks):
+                return trial
+    raise AssertionError("weights are never kept as stored")
+
+
+@pytest.mark.parametrize(("precision", "hbm"), [("100/0/0", "least"), ("0/0/100", "all")])
+def test_experts(
+    tmp_path: Path, emulated: GpuKernels, gpu: StrictGpu, precision: str, hbm: str
+) -> None:
+    """With a shared one."""
+    options = options_for(Mix.parse(precision), hbm=HBM, device="cuda")
+    with torch._C.DisableTorchFunction():
+        bundle = pack_folder(write_checkpoint(tmp_path / "checkpoint", SHARED), tmp_path / "b.m2c")
+        expected = without(bundle, options, emulated)
+    if hbm == "least":
+        options = smallest_hbm(bundle, options)
+    with Engine(bundle, options) as engine:
+        ids, logits = decode(engine)
+    assert same((ids, logits.cpu()), expected)
