@@ -302,7 +302,7 @@ RUNS: Final = (
         "    _require_room(opened, [full, *asked])\n", "", "tests/test_smallest.py",
     ),
     Guard(
-        "a plan stays within its budget", "tiers/plan.py",
+        "a plan stays within its budget", "tiers/placement.py",
         "        if tier.fixed + nbytes <= tier.capacity:", "        if True:",
         "tests/test_plan_command.py tests/test_store.py tests/test_plan.py",
     ),

@@ -16,14 +16,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
-import numpy as np
-import numpy.typing as npt
-
 from m2c.bundle.shard import BLOCK
 from m2c.errors import DoesNotFit
 from m2c.tiers.expert_plan import ExpertFact
 from m2c.tiers.facts import Budget, Footprint, UpgradeFact
-from m2c.units import format_size
+from m2c.tiers.placement import Placement, Tier, place, too_small
 
 # blocks read ahead: enough that reads go on while attention is computed
 DEPTH: Final = 3
@@ -164,7 +161,7 @@ def _two_tiers(f: Footprint, budget: Budget, policy: str, depth: int) -> Plan:
     fixed = f.staging_nbytes + _working(f)
     if f.experts is not None:
         return _two_tiers_of_experts(f, f.experts, budget, policy, depth)
-    placement = _place(f, _Tier(budget.dram, fixed, "--dram", raw=False), depth, _by_value(f))
+    placement = place(f, Tier(budget.dram, fixed, "--dram", raw=False), depth, _by_value(f))
     room = budget.dram - fixed - placement.nbytes
     # decoded FP16 neurons save their decoding, so they get slots before raw bytes get pinned
     slabs = {u.plane: 0 for u in f.upgrades}
@@ -181,28 +178,40 @@ def _two_tiers_of_experts(
     """Everything in memory, or what is no expert first."""
     fixed = f.staging_nbytes + _working(f)
     with suppress(DoesNotFit):
-        tier = _Tier(budget.dram, fixed, "--dram", raw=False)
-        placement = _place(f, tier, depth, _by_value(f))
+        tier = Tier(budget.dram, fixed, "--dram", raw=False)
+        placement = place(f, tier, depth, _by_value(f))
         if not placement.streamed:
             room = budget.dram - fixed - placement.nbytes
             return _plan(f, budget, policy, (), placement, 0, {}, room)
     fixed += experts.window_nbytes
-    tier = _Tier(budget.dram, fixed, "--dram", raw=False)
-    placement = _place(f, tier, depth, [i for i in _by_value(f) if f.blocks[i].kind != "neurons"])
+    tier = Tier(budget.dram, fixed, "--dram", raw=False)
+    placement = place(f, tier, depth, [i for i in _by_value(f) if f.blocks[i].kind != "neurons"])
     room = budget.dram - fixed - placement.nbytes
     slots = min(experts.total, room // experts.slot_nbytes)
     return _plan(f, budget, policy, (), placement, 0, {}, room - slots * experts.slot_nbytes, slots)
 
 
 def _three_tiers(f: Footprint, budget: Budget, policy: str, depth: int) -> Plan:
+    """Slabs for the active sets first, as in the paper, or blocks first, which every token uses:
+    whichever way fewer bytes cross the link."""
+    shares = (0.5, 0.0) if f.upgrades else (0.0,)
+    plans = [_three_tiers_with(f, budget, policy, depth, share) for share in shares]
+    return min(plans, key=lambda plan: plan.link_nbytes_per_token)
+
+
+def _three_tiers_with(
+    f: Footprint, budget: Budget, policy: str, depth: int, slab_share: float
+) -> Plan:
+    """slab_share: of HBM, at most, for the slabs of active sets before any block; what blocks leave
+    widens them."""
     staging = 2 * f.largest_moved
     room = budget.hbm - _working(f) - staging
     if room < 0:
-        raise _too_small("--hbm", budget.hbm, budget.hbm - room)
-    # slabs for the active sets first, as in the paper; then whole blocks; the rest widens the slabs
+        raise too_small("--hbm", budget.hbm, budget.hbm - room)
     slabs = {}
     for u in f.upgrades:
-        slabs[u.plane] = min(f.neurons, u.active, room // 2 // (f.layers * u.slot_nbytes))
+        most = int(room * slab_share) // (f.layers * u.slot_nbytes)
+        slabs[u.plane] = min(f.neurons, u.active, most)
         room -= slabs[u.plane] * f.layers * u.slot_nbytes
     in_hbm = []
     for i in _by_value(f):
@@ -225,8 +234,8 @@ def _three_tiers(f: Footprint, budget: Budget, policy: str, depth: int) -> Plan:
         for i in _by_value(f)
         if i not in set(in_hbm) and (slots is None or f.blocks[i].kind != "neurons")
     ]
-    tier = _Tier(budget.dram, fixed, "--dram", raw=True)
-    placement = _place(f, tier, depth, rest)
+    tier = Tier(budget.dram, fixed, "--dram", raw=True)
+    placement = place(f, tier, depth, rest)
     room = budget.dram - fixed - placement.nbytes
     if f.experts is not None and slots is not None:
         slots = min(f.experts.total, room // f.experts.slot_nbytes)
@@ -235,7 +244,7 @@ def _three_tiers(f: Footprint, budget: Budget, policy: str, depth: int) -> Plan:
 
 
 def _plan(
-    f: Footprint, budget: Budget, policy: str, in_hbm: tuple[int, ...], placement: "_Placement",
+    f: Footprint, budget: Budget, policy: str, in_hbm: tuple[int, ...], placement: "Placement",
     staging: int, slabs: dict[str, int], room: int, expert_slots: int | None = None,
 ) -> Plan:  # fmt: skip
     prefix = _prefixes(f, room)
@@ -247,60 +256,6 @@ def _plan(
         budget, f, policy, in_hbm, placement.resident, placement.streamed, placement.ring_nbytes,
         staging, slabs, prefix, holds_embed, expert_slots,
     )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Tier:
-    capacity: int
-    fixed: int  # bytes already spoken for
-    flag: str
-    raw: bool  # blocks lie here as stored, not as the kernels want them
-
-
-@dataclass(frozen=True)
-class _Placement:
-    resident: tuple[int, ...]
-    streamed: tuple[int, ...]
-    ring_nbytes: int
-    nbytes: int  # resident blocks and ring
-
-
-def _place(f: Footprint, tier: _Tier, depth: int, order: list[int]) -> _Placement:
-    """The most blocks, in `order`, that can be resident beside the ring the others need.
-
-    The ring shrinks as blocks become resident, so every number of resident blocks is tried.
-    Raises DoesNotFit naming the smallest capacity that works.
-    """
-    sizes = np.array([block.streamed_nbytes for block in f.blocks], np.int64)
-    kept = [f.blocks[i].streamed_nbytes if tier.raw else f.blocks[i].resident_nbytes for i in order]
-    used = np.concatenate(([0], np.cumsum(np.array(kept, np.int64))))
-    positions = np.array(order, np.int64)
-
-    def ring_nbytes(count: int) -> int:
-        streams = np.zeros(len(sizes), np.bool_)
-        streams[positions[count:]] = True
-        return _ring_nbytes(sizes[streams], depth)
-
-    for count in np.flatnonzero(tier.fixed + used <= tier.capacity)[::-1].tolist():
-        ring = ring_nbytes(count)
-        nbytes = int(used[count]) + ring
-        if tier.fixed + nbytes <= tier.capacity:
-            resident, streamed = sorted(order[:count]), sorted(order[count:])
-            return _Placement(tuple(resident), tuple(streamed), ring, nbytes)
-    smallest = ring_nbytes(0)
-    # with more in memory than that, no ring is small enough
-    for count in np.flatnonzero(used < smallest).tolist():
-        smallest = min(smallest, int(used[count]) + ring_nbytes(count))
-    raise _too_small(tier.flag, tier.capacity, tier.fixed + smallest)
-
-
-def _ring_nbytes(sizes: npt.NDArray[np.int64], depth: int) -> int:
-    """Room for any block and the `depth` blocks after it, over and over; at most for all."""
-    total = int(sizes.sum())
-    if len(sizes) <= depth + 1:
-        return total
-    around = np.concatenate(([0], np.cumsum(np.concatenate((sizes, sizes[:depth])))))
-    return min(total, int((around[depth + 1 :] - around[: -depth - 1]).max()))
 
 
 def _by_value(f: Footprint) -> list[int]:
@@ -336,13 +291,3 @@ def _per_layer(f: Footprint, neurons: dict[str, int], size: str) -> int:
 
 def _working(f: Footprint) -> int:
     return f.kv_nbytes + f.fixed_nbytes + f.workspace_nbytes + f.draft_nbytes
-
-
-def _too_small(flag: str, given: int, smallest: int) -> DoesNotFit:
-    # rounded up to what can be typed; the printed figure must work
-    shown = -(-smallest // (1 << 20))
-    return DoesNotFit(
-        f"{flag} {format_size(given)} is too small for this model",
-        f"the smallest that works is {flag} {shown}MiB (a shorter --ctx-size needs less)",
-        smallest,
-    )
