@@ -199,6 +199,8 @@ class RandomWeights:
 
     holds_upgrades = True
 
+    def served_again(self) -> None: ...
+
     def upgrade(self, layer: int, plane: str, ids: np.ndarray, floor: Rows, *, step: bool) -> Rows:
         return self.chosen(layer, plane, torch.from_numpy(ids).to(self.device), floor)
 

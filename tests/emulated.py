@@ -1,7 +1,6 @@
 """The CUDA kernels on a CPU: `cuda_on_cpu.h` compiled with them, as a launcher."""
 
 import ctypes
-import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from m2c.kernels.cuda_driver import source
+from m2c.kernels.cuda_driver import kernel_names, source
 from m2c.kernels.gpu import GpuKernels
 
 HEADER = Path(__file__).parent / "cuda_on_cpu.h"
@@ -37,22 +36,6 @@ class Emulator:
         assert grid > 0
         assert 0 < block <= 1024
         assert not self._library.emu_launch(kernel.encode(), grid, block, pointers), kernel
-
-
-def kernel_names() -> list[str]:
-    """As the compiled module has them."""
-    text = source()
-    plain = re.findall(r'extern "C" __global__ void (m2c_\w+)\(', text)
-    tokens = re.findall(r"^    ROW_KERNELS\(KIND, (\d+),", text, re.MULTILINE)
-    rows = [
-        (k, t) for k in re.findall(r"^ROW_KERNELS_OF_CODES\((\d+)\)", text, re.M) for t in tokens
-    ]
-    rows += re.findall(r"^ROW_KERNELS\((\d+), (\d+),", text, re.MULTILINE)
-    columns = re.findall(r"^    COLUMN_KERNEL\(KIND, (\d+)\)", text, re.MULTILINE)
-    kinds = re.findall(r"^COLUMN_KERNELS_OF\((\d+)\)", text, re.MULTILINE)
-    made = [f"m2c_{stem}_{k}_{t}" for k, t in rows for stem in ("product", "gate_up")]
-    made += [f"m2c_columns_{k}_{t}" for k in kinds for t in columns]
-    return [name for name in plain if not name.endswith("_")] + made
 
 
 @cache

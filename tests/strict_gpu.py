@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from m2c import device as devices
+from m2c.kernels import cuda_driver
 from m2c.kernels.gpu import GpuKernels
 
 CUDA = torch.device("cuda", 0)
@@ -164,39 +165,41 @@ class Event:
 class Stream:
     def __init__(self, *_: object) -> None: ...
 
+    def wait_stream(self, _: object) -> None: ...
+
     def wait_event(self, _: object) -> None: ...
 
 
-class Runtime:
-    """`torch.cuda.cudart()`: counts what is pinned."""
+class Pinned(set[int]):
+    """Addresses of what is pinned."""
 
-    def __init__(self) -> None:
-        self.pinned: set[int] = set()
+    refuses = False
 
-    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:  # noqa: N802
+    def pin(self, address: int, nbytes: int) -> bool:
         assert nbytes > 0
-        self.pinned.add(address)
-        return flags
-
-    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
-        self.pinned.remove(address)
-        return 0
+        if not self.refuses:
+            self.add(address)
+        return not self.refuses
 
 
-def install(monkeypatch: pytest.MonkeyPatch, emulator: Emulator) -> tuple[StrictGpu, Runtime]:
+def install(monkeypatch: pytest.MonkeyPatch, emulator: Emulator) -> tuple[StrictGpu, Pinned]:
     """torch.cuda and m2c as if there were such a GPU; enter the first to compute on it."""
-    gpu, runtime = StrictGpu(emulator), Runtime()
+    gpu, pinned = StrictGpu(emulator), Pinned()
     fakes: dict[str, Any] = {
-        "is_available": lambda: True, "device_count": lambda: 1, "cudart": lambda: runtime,
+        "is_available": lambda: True, "device_count": lambda: 1, 
+        "set_device": lambda device: None, "empty_cache": lambda: None,
         "mem_get_info": lambda device: (1 << 33, 1 << 33), "synchronize": lambda *_: None,
         "current_stream": Stream, "Stream": Stream, "Event": Event, "stream": nullcontext,
-        "CUDAGraph": lambda: Graph(gpu), "graph": lambda graph: graph.record(),
+        "CUDAGraph": lambda: Graph(gpu), "graph": lambda graph, pool: graph.record(),
+        "graph_pool_handle": lambda: (0, 1),
         "get_device_name": lambda *_: "an emulated GPU",
     }  # fmt: skip
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(devices, "CudaDriver", lambda device, cache: gpu)
-    return gpu, runtime
+    monkeypatch.setattr(cuda_driver, "pin", pinned.pin)
+    monkeypatch.setattr(cuda_driver, "unpin", pinned.remove)
+    return gpu, pinned
 
 
 def _is_gpu(one: Any) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from emulated import Emulator, kernel_names
+from emulated import Emulator
 from running import PROMPT, decode, inputs, options_for, same
 from test_native import EXTRAS, KINDS, as_calls, gather, make_rows, relative
 from tiny_models import pack_folder, write_checkpoint
@@ -25,7 +25,7 @@ from m2c.engine import Engine, RunOptions
 from m2c.errors import DoesNotFit, UsageError
 from m2c.generate import prefill
 from m2c.kernels import cuda_driver, dispatch, reference
-from m2c.kernels.cuda_driver import NoKernels, Nvrtc
+from m2c.kernels.cuda_driver import NoKernels, Nvrtc, kernel_names
 from m2c.kernels.gpu import GpuKernels
 from m2c.kernels.operands import AttentionCall, LayerCall, Norm, Stack
 from m2c.kernels.rows import ExactRows
@@ -270,6 +270,7 @@ def test_where_kernels_cannot_be_compiled_torch_must_be_asked_for(
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(devices, "CudaDriver", refuse)
     with pytest.raises(UsageError, match="NVRTC is not there; add --kernel torch"):
         workers_of("cuda", "auto", 1)

@@ -96,7 +96,11 @@ def test_passes_are_recorded_once_and_replayed(tiny_bundle: Bundle, gpu: StrictG
         decode(engine)
         kept = dict(engine.model._replays)
         assert any(replay is not None for replay in kept.values())
-        decode(engine)
+        engine.store.reset_stats()
+        ids, _ = decode(engine)
+        counts = Mix.parse("0/25/75").counts(engine.config.intermediate_size)
+        hits = engine.store.stats.upgrades["int8"]
+        assert hits.compute >= len(ids) * engine.config.num_hidden_layers * counts["int8"]
         assert {key: engine.model._replays[key] for key in kept if kept[key]} == {
             key: replay for key, replay in kept.items() if replay
         }
@@ -118,19 +122,23 @@ def test_speeds_and_quality(tiny_bundle: Bundle, gpu: StrictGpu) -> None:
         assert perplexity(engine, ids, window=32).value > 1
 
 
+@pytest.mark.parametrize("refuses", [False, True])
 @pytest.mark.parametrize("hbm", ["all", "least"])
 def test_what_is_pinned_is_given_back(
-    tiny_bundle: Bundle, emulated: GpuKernels, monkeypatch: pytest.MonkeyPatch, hbm: str
-) -> None:
+    tiny_bundle: Bundle, emulated: GpuKernels, monkeypatch: pytest.MonkeyPatch, hbm: str,
+    refuses: bool,
+) -> None:  # fmt: skip
     launcher = emulated._launch.__self__  # type: ignore[attr-defined]
-    strict, runtime = install(monkeypatch, launcher)
+    strict, pinned = install(monkeypatch, launcher)
+    pinned.refuses = refuses
     options = options_for(Mix.parse("0/0/100"), hbm=HBM, device="cuda")
     with strict:
         if hbm == "least":
             options = smallest_hbm(tiny_bundle, options)
-        with Engine(tiny_bundle, options):
-            assert bool(runtime.pinned) == (hbm == "least")
-    assert not runtime.pinned
+        with Engine(tiny_bundle, options) as engine:
+            assert bool(pinned) == (hbm == "least" and not refuses)
+            assert decode(engine)[0]
+    assert not pinned
 
 
 def test_weights_as_stored_are_decoded_some_at_a_time(

@@ -49,6 +49,7 @@ def workers_of(name: str, kernel: str, threads: int) -> Workers:
     device = device_of(name)
     if device.type == "cpu":
         return Workers(threads, kernel=kernel)
+    torch.cuda.set_device(device)
     gpu = None
     if kernel_of(name, kernel) == "auto":
         try:

@@ -79,7 +79,7 @@ class Engine:
     ) -> None:  # fmt: skip
         """tokenizer: the bundle's own, for whoever has made it already. workers: of another engine,
         which closes them."""
-        device = device_of(options.device)
+        device_of(options.device)  # it must be there before anything is planned
         self.bundle = bundle
         self.closing = ExitStack()  # what else ends with this engine
         self.config = config_of(bundle)
@@ -88,6 +88,18 @@ class Engine:
         self.shape, self.plan = plan_for(bundle, self.config, shape, importance, options)
         self.speculates = options.speculate
         self.tokenizer = tokenizer or tokenizer_of(bundle)
+        try:
+            self._open(options, workers, importance, progress, record)
+        except BaseException:
+            self.closing.close()
+            raise
+
+    def _open(
+        self, options: RunOptions, workers: Workers | None, importance: Importance,
+        progress: Callable[[int], None], record: Callable[[int, str, Any], None] | None,
+    ) -> None:  # fmt: skip
+        """Everything that must be closed again."""
+        bundle, device = self.bundle, device_of(options.device)
         threads = self.shape.threads
         self.workers = workers or workers_of(options.device, options.kernel, threads)
         if workers is None:
@@ -99,6 +111,7 @@ class Engine:
             io_threads=self.disk.depth, request_blocks=self.disk.request_nbytes // BLOCK,
             decode=partial(exact_weights, workers=self.workers),
         )  # fmt: skip
+        self.closing.callback(self.store.close)
         vectors = in_shard_order(vectors_of(bundle, self.config), importance)
         vectors = {k: v.to(device) for k, v in vectors.items()}
         # needed to choose neurons, of which no expert's is chosen
@@ -150,7 +163,6 @@ class Engine:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.store.close()
         self.closing.close()
 
 
@@ -190,7 +202,9 @@ def budget_for(options: RunOptions) -> Budget:
     hbm = options.hbm
     if options.device != "cpu":
         if hbm is None:
-            hbm = torch.cuda.mem_get_info(device_of(options.device))[0] * 9 // 10
+            device = device_of(options.device)
+            torch.cuda.empty_cache()  # what torch keeps of an engine that was closed is free
+            hbm = torch.cuda.mem_get_info(device)[0] * 9 // 10
         if not hbm:
             raise UsageError("--hbm 0 leaves a GPU nothing to compute on", "use --device cpu")
     dram = auto_dram() if options.dram is None else options.dram

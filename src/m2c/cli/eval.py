@@ -1,5 +1,6 @@
 """`m2c eval`: perplexity of a bundle, and how far its mixes are from the checkpoint's weights."""
 
+import gc
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -143,6 +144,8 @@ def _evaluate(
     with reference:
         yield {**facts, "reference": True, **_figure("ppl", reference.predictions.perplexity)}
         for one in asked:
+            del engine  # the memory of one before the other is planned
+            gc.collect()
             with _open_engine(bundle, one, quiet) as engine:
                 facts = _facts(engine)
                 with progress(facts["mix"], total, unit="tok", quiet=quiet) as advance:

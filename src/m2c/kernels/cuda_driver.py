@@ -6,6 +6,7 @@ out is kept on disk. The driver's own library launches. Knows nothing about what
 
 import ctypes
 import hashlib
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -33,6 +34,21 @@ def source() -> str:
     return "\n".join((FOLDER / name).read_text() for name in SOURCES)
 
 
+def kernel_names() -> list[str]:
+    """As the compiled module has them."""
+    text = source()
+    plain = re.findall(r'extern "C" __global__ void (m2c_\w+)\(', text)
+    tokens = re.findall(r"^    ROW_KERNELS\(KIND, (\d+),", text, re.MULTILINE)
+    coded = re.findall(r"^ROW_KERNELS_OF_CODES\((\d+)\)", text, re.MULTILINE)
+    rows = [(kind, count) for kind in coded for count in tokens]
+    rows += re.findall(r"^ROW_KERNELS\((\d+), (\d+),", text, re.MULTILINE)
+    columns = re.findall(r"^    COLUMN_KERNEL\(KIND, (\d+)\)", text, re.MULTILINE)
+    kinds = re.findall(r"^COLUMN_KERNELS_OF\((\d+)\)", text, re.MULTILINE)
+    made = [f"m2c_{stem}_{k}_{t}" for k, t in rows for stem in ("product", "gate_up")]
+    made += [f"m2c_columns_{k}_{t}" for k in kinds for t in columns]
+    return [name for name in plain if not name.endswith("_")] + made
+
+
 class CudaDriver:
     """Launches the kernels on one GPU, in torch's current stream."""
 
@@ -45,19 +61,17 @@ class CudaDriver:
         self._driver = _library("libcuda.so.1")
         capability = "".join(map(str, torch.cuda.get_device_capability(device)))
         self._module = self._load(capability, cache)
-        self._functions: dict[str, Any] = {}
+        # all of them now: none may be loaded while launches are recorded
+        self._functions = {name: self._function(name) for name in kernel_names()}
 
     def launch(self, kernel: str, grid: int, block: int, arguments: Sequence[Any]) -> None:
         """arguments: ctypes values, as the kernel's parameters."""
-        function = self._functions.get(kernel)
-        if function is None:
-            function = self._functions[kernel] = self._function(kernel)
         addresses = (_POINTER * len(arguments))(*map(ctypes.addressof, arguments))
         # what torch.cuda.current_stream asks, without the object it makes around the answer
         stream = _POINTER(torch._C._cuda_getCurrentRawStream(self._index))
         self._check(
             self._driver.cuLaunchKernel(
-                function, grid, 1, 1, block, 1, 1, 0, stream, addresses, None
+                self._functions[kernel], grid, 1, 1, block, 1, 1, 0, stream, addresses, None
             ),
             kernel,
         )
@@ -89,6 +103,17 @@ class CudaDriver:
             self._driver.cuGetErrorName(failed, ctypes.byref(name))
             word = name.value.decode() if name.value else str(failed)
             raise NoKernels(f"CUDA: {what} failed with {word}")
+
+
+def pin(address: int, nbytes: int) -> bool:
+    """Tell the driver that host memory stays where it is; whether it agrees. Not by the runtime: it
+    would remember a refusal, and torch would take it for an error of its next kernel."""
+    driver = _library("libcuda.so.1")
+    return not driver.cuMemHostRegister_v2(_POINTER(address), ctypes.c_size_t(nbytes), 0)
+
+
+def unpin(address: int) -> None:
+    _library("libcuda.so.1").cuMemHostUnregister(_POINTER(address))
 
 
 def _kept(path: Path) -> bytes | None:

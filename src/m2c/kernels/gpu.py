@@ -6,7 +6,7 @@ GPU's driver, or in tests an emulation on the CPU.
 
 import ctypes
 from collections.abc import Callable, Hashable
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from m2c.bundle.planes import GROUP
 from m2c.kernels.gpu_products import (
     BLOCK,
     PARTIAL_NBYTES,
+    SPAN,
     Launcher,
     Prepared,
     Products,
@@ -24,7 +25,6 @@ from m2c.kernels.gpu_structs import Attention, at, attention_of, given_of
 from m2c.kernels.operands import AttentionCall, Norm
 from m2c.kernels.rows import ExactRows, PackedRows, Rows
 
-_SPAN: Final = 64  # positions whose softmax is taken by itself: as in attention.cu
 _QUERIES: Final = 4  # that share what is read of keys and values
 _int = ctypes.c_int
 Replays = dict[Hashable, "Replay | None"]
@@ -46,6 +46,7 @@ class GpuKernels:
         self._start = torch.zeros(1, dtype=torch.int64, device=self.device)
         self._started = 0  # what `_start` holds
         self._recording = False
+        self._pool: Any = None
         self._do = Products(launcher)
 
     def close(self) -> None:
@@ -139,7 +140,7 @@ class GpuKernels:
         self._set_start(start)
         # what is recorded serves later positions too
         stop = call.keys.shape[1] if self._recording else start + len(x)
-        self._attention(x, call, norm, spans=-(-stop // _SPAN))
+        self._attention(x, call, norm, spans=-(-stop // SPAN))
 
     def _set_start(self, start: int) -> None:
         if start != self._started:
@@ -211,13 +212,16 @@ class GpuKernels:
         """
         self._set_start(start)
         if key not in held:
-            held[key] = None  # the first time it runs as it is: what is made once gets made
-            return run(x)
+            out = run(x)
+            held[key] = None  # only now is made what is made once: no call may fail before
+            return out
         replay = held[key]
         if replay is None:
             self._recording = True
             try:
-                replay = held[key] = Replay(x, run)
+                # one pool for all: none is replayed while another's memory is in use
+                self._pool = self._pool or torch.cuda.graph_pool_handle()
+                replay = held[key] = Replay(x, run, self._pool)
             finally:
                 self._recording = False
         return replay(x)
@@ -230,10 +234,10 @@ class GpuKernels:
 class Replay:
     """Launches recorded once, for an `x` of one shape."""
 
-    def __init__(self, x: Tensor, run: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, x: Tensor, run: Callable[[Tensor], Tensor], pool: Any) -> None:
         self._x = x.clone()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, pool=pool):
             self._out = run(self._x)
 
     def __call__(self, x: Tensor) -> Tensor:

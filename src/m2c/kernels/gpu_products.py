@@ -28,6 +28,7 @@ from m2c.kernels.operands import Norm, activation_of
 from m2c.kernels.rows import EXACT_DTYPES, ExactRows, PackedRows, Rows
 
 CHUNK: Final = 256  # neurons, and positions, whose sum is taken by itself: as in base.cu
+SPAN: Final = 64  # positions whose softmax is taken by itself: as in attention.cu
 BLOCK: Final = 128  # threads
 PARTIAL_NBYTES: Final = 16 << 20  # sums of chunks at a time
 _ACT_KINDS: Final = {"silu": 0, "relu": 1, "fatrelu": 1, "gelu_pytorch_tanh": 2, "gelu": 3}
@@ -117,7 +118,7 @@ class Products:
         parts = rows.__dict__.get("_gpu_parts")
         if parts is None:  # kept: their tables go to the GPU once
             parts = rows.__dict__["_gpu_parts"] = _cut(rows)
-        for first, part in parts:
+        for first, part in parts or [(0, rows)]:
             yield first, ExactRows(rows.layout, self.decode(part))
 
     def prepared(self, x: Tensor, rows: Rows, norm: Norm | None) -> "Prepared":
@@ -209,13 +210,13 @@ class Products:
 
 
 def _cut(rows: PackedRows) -> list[tuple[int, PackedRows]]:
-    """Rows with frames, as many as are decoded at a time: (first row, rows)."""
+    """Rows with frames, as many as are decoded at a time: (first row, rows); none: all."""
     assert rows.frames is not None
     unit = int(np.lcm(CHUNK, rows.frames.frame_records))
     nbytes = unit * rows.layout.vectors * rows.layout.length * 2
     step = unit * max(1, _DECODED_NBYTES // nbytes)
     if step >= len(rows):
-        return [(0, rows)]
+        return []  # rows that hold themselves would be freed late
     starts = range(0, len(rows), step)
     return [(start, rows.part(start, min(start + step, len(rows)))) for start in starts]
 

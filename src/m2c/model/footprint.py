@@ -14,6 +14,7 @@ import numpy.typing as npt
 from m2c.bundle.bundle import Bundle
 from m2c.bundle.planes import RecordLayout
 from m2c.bundle.shard import BLOCK, PLANES, align
+from m2c.kernels.gpu_products import PARTIAL_NBYTES, SPAN
 from m2c.kernels.reference import CHUNK
 from m2c.model.config import ModelConfig
 from m2c.model.ffn import FETCH
@@ -273,7 +274,10 @@ def _workspace_nbytes(config: ModelConfig, shape: RunShape) -> int:
     attend *= 1 if config.local_rope_theta is None else 2
     logits = (4 + shape.at_once + min(LOGITS, shape.at_once)) * 4 * config.vocab_size
     if shape.kernels == "cuda":
-        kernels = CUDA_NBYTES
+        # one token's parts of attention may be more than what is taken of many tokens
+        spans = -(-shape.ctx_size // SPAN)
+        parts = 4 * config.num_attention_heads * spans * (config.head_dim + 2)
+        kernels = CUDA_NBYTES + max(0, parts - PARTIAL_NBYTES)
         # passes of 1 to 8 tokens are recorded with the memory of what they give, drafts' besides
         logits += 2 * 36 * 4 * config.vocab_size
     elif shape.kernels == "c":

@@ -69,6 +69,8 @@ class Upgrades(Protocol):
 
     def chosen(self, layer: int, plane: str, index: Tensor, floor: Rows) -> Rows | None: ...
 
+    def served_again(self) -> None: ...
+
 
 class Stopped(Exception):
     """A pass was broken off as somebody asked for it; the KV cache is as long as before."""
@@ -123,7 +125,10 @@ class Transformer:
         gpu = self._workers.replaying
         if gpu is not None and self._steady(len(ids)):
             run, key = partial(self._pass, all_logits=all_logits), (len(ids), all_logits)
+            known = self._replays.get(key) is not None
             logits = gpu.replayed(self._replays, key, x, self.kv.length, run)
+            if known and self._upgrades is not None:
+                self._upgrades.served_again()
         else:
             logits = self._pass(x, all_logits=all_logits)
         self.kv.advance(len(ids))

@@ -5,6 +5,7 @@ them. Knows nothing about drafts being right or wrong.
 """
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +16,8 @@ from m2c.kernels.rows import PackedRows, Rows
 from m2c.tiers.blocks import Block, block_of
 from m2c.tiers.experts import ExpertParts
 from m2c.tiers.fetch import PlaneSource, RowSource
-from m2c.tiers.memory import aligned_buffer
-from m2c.tiers.ssd import Pending, SsdReader
+from m2c.tiers.loading import Loading
+from m2c.tiers.ssd import SsdReader
 
 EMBED = "embed_tokens"
 _PLANE = "int4"
@@ -55,15 +56,16 @@ class DraftPlanes:
         wanted: list[tuple[str, int, int | str, str]] = [("head", layers, head, "dense")]
         for layer in range(layers):
             wanted += [("dense", layer, layer, "dense"), ("neurons", layer, layer, "neurons")]
-        started: list[tuple[tuple[str, int], Block, U8, Pending]] = []
+        loading, loaded = Loading(self.device), 0
         for kind, layer, name, shards in wanted:
             block = block_of(self._bundle, shards, name, _PLANE)
-            raw = aligned_buffer(block.streamed_nbytes)
-            started.append(((kind, layer), block, raw, block.read(self._reader, raw)))
-        for key, block, raw, pending in started:
-            pending.wait()
-            self._operands[key] = block.rows(torch.from_numpy(raw).to(self.device))
-        return sum(block.streamed_nbytes for _, block, _, _ in started)
+            loaded += block.streamed_nbytes
+            loading.start(self._reader, block, partial(self._put, (kind, layer), block))
+        loading.finish()
+        return loaded
+
+    def _put(self, key: tuple[str, int], block: Block, raw: U8) -> None:
+        self._operands[key] = block.rows(torch.from_numpy(raw).to(self.device))
 
     def operands(self, kind: str, layer: int) -> Mapping[str, PackedRows]:
         """All rows of a layer's `kind` by section name."""

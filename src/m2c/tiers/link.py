@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from m2c.kernels import cuda_driver
 from m2c.tiers.ssd import LinkStats
 
 U8 = npt.NDArray[np.uint8]
@@ -31,6 +32,8 @@ class Link:
         self._on_gpu = device.type == "cuda"
         if self._on_gpu:
             self._copies = torch.cuda.Stream(device)
+            # the slots' memory may have been somebody's whose kernels still run
+            self._copies.wait_stream(torch.cuda.current_stream(device))
             self._used = [torch.cuda.Event() for _ in range(2)]  # kernels of a slot's last content
             self._timed: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -44,10 +47,7 @@ class Link:
 
         Where it cannot be, copies are slower and still right.
         """
-        if not self._on_gpu:
-            return
-        failed = torch.cuda.cudart().cudaHostRegister(buffer.ctypes.data, buffer.nbytes, 0)
-        if int(failed) == 0:
+        if self._on_gpu and cuda_driver.pin(buffer.ctypes.data, buffer.nbytes):
             self._pinned.append(buffer.ctypes.data)
 
     def move(self, payload: U8) -> Tensor:
@@ -107,10 +107,10 @@ class Link:
 
     def close(self) -> None:
         """Before the buffers that were pinned are given back."""
-        if self._pinned:
+        if self._on_gpu:
             torch.cuda.synchronize(self._device)
         for address in self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(address)
+            cuda_driver.unpin(address)
         self._pinned.clear()
 
     def _add_up(self, first: "list[tuple[torch.cuda.Event, torch.cuda.Event]]") -> None:

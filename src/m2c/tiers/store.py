@@ -4,14 +4,16 @@ It carries out a plan: loads what is resident, streams the rest through the ring
 upgrades on demand. It knows bytes and tiers; which neurons a token needs is decided in `model`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from m2c.bundle.bundle import Bundle
+from m2c.bundle.shard import ShardIndex
 from m2c.kernels.dispatch import exact_weights
 from m2c.kernels.rows import EXACT_DTYPES, ExactRows, PackedRows, Rows
 from m2c.tiers.blocks import Block, BlockUse, Precisions, block_of, head_name, planes_of
@@ -20,11 +22,12 @@ from m2c.tiers.experts import ExpertCache, ExpertParts
 from m2c.tiers.facts import BlockFact
 from m2c.tiers.fetch import Decode, PlaneSource, RowSource
 from m2c.tiers.link import Link
+from m2c.tiers.loading import Loading
 from m2c.tiers.memory import aligned_buffer
 from m2c.tiers.neighbours import runs
 from m2c.tiers.plan import Plan
 from m2c.tiers.ring import BlockRing
-from m2c.tiers.ssd import REQUEST_BLOCKS, THREADS, Pending, SsdReader
+from m2c.tiers.ssd import REQUEST_BLOCKS, THREADS, SsdReader
 from m2c.tiers.traffic import StoreStats
 from m2c.tiers.upgrades import HitStats, UpgradePlane
 
@@ -132,6 +135,11 @@ class NeuronStore:
         upgrade.served(len(index))
         return PackedRows(floor.layout, floor.int4, upgrade.whole, index4=index, index8=index)
 
+    def served_again(self) -> None:
+        """A pass like the last one was made without asking for its rows."""
+        for upgrade in self._upgrades.values():
+            upgrade.served(upgrade.last_served)
+
     @property
     def holds_upgrades(self) -> bool:
         """Whether `chosen` serves all that is above the floor."""
@@ -187,8 +195,6 @@ class NeuronStore:
         if self._experts is not None:
             self._experts.stats = HitStats()
 
-    # -- loading -----------------------------------------------------------------------------------
-
     def _load(self) -> None:
         plan = self.plan
         if self._precisions.drafts:
@@ -215,14 +221,11 @@ class NeuronStore:
             self._link.pin(self._ring.buffer)
 
     def _place(self) -> dict[tuple[str, int], list[BlockUse]]:
-        """Read what is resident. Neighbours that are ready for the kernels become one.
-
-        All reads are started before the first is waited for: the disk is never idle.
-        """
+        """Read what is resident. Neighbours that are ready for the kernels become one."""
         plan, found = self.plan, dict[tuple[str, int], list[BlockUse]]()
         ready = set(plan.in_hbm if plan.budget.hbm else plan.in_dram)
         waiting, ring = set(plan.in_dram) - ready, 0
-        started: list[tuple[BlockUse, U8, Pending]] = []
+        loading = Loading(self.device)
         for kind, layer, run in runs(plan, ready):
             first, last = plan.footprint.blocks[run[0]], plan.footprint.blocks[run[-1]]
             below = None if self.draft is None else self.draft.operands(kind, layer)
@@ -233,19 +236,20 @@ class NeuronStore:
             elif run[0] in ready and use.block.is_exact and not use.block.stored:
                 use.rows = {n: self._load_exact(use.block, n) for n in use.block.sections}
             else:
-                raw = aligned_buffer(use.block.streamed_nbytes)
-                started.append((use, raw, use.block.read(self.reader, raw)))
-                if run[0] in waiting:
-                    use.raw = raw
-                    self._link.pin(raw)
+                stays = run[0] in waiting
+                loading.start(self.reader, use.block, partial(self._put, use, stays))
             found.setdefault((kind, layer), []).append(use)
-        for use, raw, pending in started:
-            pending.wait()
-            self._progress(use.block.streamed_nbytes)
-            if use.raw is None:
-                flat = torch.from_numpy(raw).to(self.device)
-                use.rows = dict(use.block.rows(flat, use.below))
+        loading.finish()
         return found
+
+    def _put(self, use: BlockUse, stays: bool, raw: U8) -> None:
+        """A block that has arrived: kept as it is in DRAM, or given to the compute tier."""
+        self._progress(use.block.streamed_nbytes)
+        if stays:
+            use.raw = raw
+            self._link.pin(raw)
+        else:
+            use.rows = dict(use.block.rows(torch.from_numpy(raw).to(self.device), use.below))
 
     def _expert_cache(self, slots: int) -> ExpertCache:
         plan, facts = self.plan, self.plan.footprint.experts
@@ -270,9 +274,7 @@ class NeuronStore:
     def _load_exact(self, block: Block, name: str) -> Rows:
         """Piece by piece through the staging buffer, so that loading needs no extra memory."""
         section = block.shards[0].header.section(name)
-        planes = [
-            PlaneSource(self.reader, s, s.header.section(name), self._staging) for s in block.shards
-        ]
+        planes = self._sources(block.shards, name)
         source = RowSource(planes, section, block.exact_type, self._decode)
         rows = source.load(block.start, block.start + block.count(section), self.device)
         self._progress(block.streamed_nbytes)
@@ -305,8 +307,6 @@ class NeuronStore:
             self._progress(upgrade.load_whole())
         return upgrade
 
-    # -- small helpers -----------------------------------------------------------------------------
-
     @property
     def _resident_embedding(self) -> Rows | None:
         """The embedding, where it was pinned or a tied head has it in the compute tier, whole."""
@@ -329,16 +329,15 @@ class NeuronStore:
         return replace(whole, start=fact.start, end=fact.end, held=held, stored=stored)
 
     def _plane_source(self, layer: int, plane: str) -> PlaneSource:
-        index = self._bundle.shard("neurons", layer, plane)
-        return PlaneSource(self.reader, index, index.header.section(FFN), self._staging)
+        return self._sources([self._bundle.shard("neurons", layer, plane)], FFN)[0]
 
     def _row_source(self, name: str, section: str, precision: str) -> RowSource:
         shards = [self._bundle.shard("dense", name, plane) for plane in planes_of(precision)]
-        sources = [
-            PlaneSource(self.reader, s, s.header.section(section), self._staging) for s in shards
-        ]
-        facts = shards[0].header.section(section)
-        return RowSource(sources, facts, self._bundle.manifest.exact_type, self._decode)
+        facts, exact_type = shards[0].header.section(section), self._bundle.manifest.exact_type
+        return RowSource(self._sources(shards, section), facts, exact_type, self._decode)
+
+    def _sources(self, shards: Sequence[ShardIndex], name: str) -> list[PlaneSource]:
+        return [PlaneSource(self.reader, s, s.header.section(name), self._staging) for s in shards]
 
     def _to_compute(self, use: BlockUse, payload: U8) -> dict[str, Rows]:
         """Operands of a payload that lies in DRAM, copied to HBM if that is where we compute."""

@@ -63,6 +63,7 @@ class UpgradePlane:
         self._copied = copied
         self._decode = decode
         self._whole: Tensor | None = None
+        self.last_served = 0
         self.cache: NeuronCache | None = None
         if slab is not None:
             self.cache = NeuronCache(neurons, slab.shape[0], policy=policy)
@@ -89,6 +90,7 @@ class UpgradePlane:
 
     def served(self, count: int) -> None:
         """Count neurons that were taken from `whole`."""
+        self.last_served = count
         if self._whole is not None:
             self.stats.compute += count
         else:
