@@ -176,7 +176,7 @@ def _serve(listener: int, folder: str, decide: Decide, pid: int | None) -> None:
         if not ready & select.POLLIN:
             return
         buffer = bytearray(_NOTIFICATION.size)
-        with suppress(FileNotFoundError):  # the asker died meanwhile
+        with suppress(FileNotFoundError, ProcessLookupError):  # the asker died meanwhile
             fcntl.ioctl(listener, _RECEIVE, buffer)
             asked, thread, _, number, _, _, *words = _NOTIFICATION.unpack(buffer)
             event = _event(thread, CALLS[number], words, folder)

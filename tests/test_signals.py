@@ -282,3 +282,28 @@ def test_a_signal_where_nothing_can_be_raised_is_raised_later(name: str, raised:
     )
     assert said.stdout == f"{raised} True\n"
     assert said.stderr == ""
+
+
+_WRITING = """
+import sys, threading, time
+from pathlib import Path
+from m2c.bundle.files import atomic_file
+from m2c.cli.console import end_now
+
+def write():
+    with atomic_file(Path(sys.argv[1]) / "a") as file:
+        file.write(b"half")
+        begun.set()
+        time.sleep(60)
+
+begun = threading.Event()
+threading.Thread(target=write, daemon=True).start()
+begun.wait()
+end_now(3)
+"""
+
+
+def test_a_process_that_ends_leaves_nothing_that_its_threads_were_writing(tmp_path: Path) -> None:
+    said = subprocess.run([sys.executable, "-c", _WRITING, str(tmp_path)], timeout=60, check=False)
+    assert said.returncode == 3
+    assert list(tmp_path.iterdir()) == []

@@ -7,7 +7,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -15,6 +15,7 @@ from m2c.errors import BadInput, NoSpace, StorageError, UsageError
 
 TEMPORARY_PREFIX = ".m2c-tmp-"
 MEND: Final = "mend it: m2c pack MODEL --ssd DIR --repair"  # what to type where a file is damaged
+_unfinished: set[Path] = set()  # temporary files that somebody is writing
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -49,6 +50,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         raise UsageError(f"{path} is not a regular file", "give another name")
     temporary = temporary_name(path)
     with disk_errors(path):
+        _unfinished.add(temporary)
         try:
             with open(temporary, "xb") as file:
                 yield file
@@ -58,6 +60,15 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+        finally:
+            _unfinished.discard(temporary)
+
+
+def remove_unfinished() -> None:
+    """For a process that ends at once: what its threads were writing goes, as if that had failed."""
+    for temporary in list(_unfinished):
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_atomic(path: Path, data: bytes) -> None:

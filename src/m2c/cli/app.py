@@ -14,7 +14,7 @@ import traceback
 from typing import Any, Final
 
 from m2c import __version__
-from m2c.cli.console import exit_in_time, result, say
+from m2c.cli.console import end_now, exit_in_time, result, say
 from m2c.errors import DoesNotFit, M2CError, UsageError
 
 COMMANDS: Final = (
@@ -48,7 +48,7 @@ def main() -> None:
         code, text = _explain(error)
         say(f"m2c: {text}")
     # reads ahead and worker threads would keep the shell waiting
-    os._exit(code)
+    end_now(code)
 
 
 def call(words: list[str]) -> int:
@@ -163,7 +163,7 @@ def _unwind(number: int, _: object) -> None:
     def again(_number: int, _: object) -> None:
         # an impatient second must not stop the tidying up, but a hang must have an end
         if time.monotonic() - begun > _PATIENCE_S:
-            os._exit(code)
+            end_now(code)
 
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, again)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 _PART_NBYTES = 1 << 20
 _PATIENCE_S = 10.0
+_TIDY_S = 0.5
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -104,13 +105,23 @@ def progress(label: str, total: int, *, unit: str, quiet: bool) -> Iterator[Call
         yield lambda amount: bar.update(amount) and None
 
 
+def end_now(code: int) -> None:
+    """End the process without waiting for anybody, least of all for a disk."""
+    from m2c.bundle.files import remove_unfinished
+
+    tidy = threading.Thread(target=remove_unfinished, daemon=True)
+    tidy.start()
+    tidy.join(_TIDY_S)
+    os._exit(code)
+
+
 def exit_in_time(code: int, reason: str) -> None:
     """End the process with `code` in a while, come what may: tidying up can wait for a disk that
     does not answer. Whoever ends earlier is not affected."""
 
     def end() -> None:
         say(f"m2c: {reason}")
-        os._exit(code)
+        end_now(code)
 
     watchdog = threading.Timer(_PATIENCE_S, end)
     watchdog.daemon = True
