@@ -75,7 +75,7 @@ WRITES: Final = (
     ),
     _never(
         "devices and links are not replaced", "bundle/files.py",
-        "path.is_symlink() or (path.exists() and not path.is_file())", "tests/test_cli_errors.py",
+        "path.is_symlink() or (path.exists() and not path.is_file())", "tests/test_files.py",
     ),
     _never("a full disk is told from a broken one", "bundle/files.py", "error.errno in _FULL",
            "tests/test_pack.py tests/test_cli_errors.py"),
@@ -85,7 +85,7 @@ WRITES: Final = (
         "tests/test_manifest.py tests/test_bundle_contents.py",
     ),
     _never("small files are small", "bundle/files.py", "len(data) > limit",
-           "tests/test_manifest.py tests/test_bundle_contents.py"),
+           "tests/test_files.py"),
     Guard(
         "one pack at a time", "bundle/claim.py",
         "        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)", "        pass",
@@ -313,7 +313,7 @@ RUNS: Final = (
     ),
     _never("logits are finite", "model/transformer.py",
            "not all(math.isfinite(end) for end in logits.aminmax())",
-           "tests/test_model.py tests/test_families.py"),
+           "tests/test_not_finite.py"),
     Guard(
         "drafts leave the KV cache before they are verified", "speculate.py",
         "            self._model.kv.truncate(start)\n", "", "tests/test_speculate.py",

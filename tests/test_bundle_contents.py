@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import job_for, pack_folder, run_pack, write_checkpoint
 
-from m2c.bundle.bundle import Bundle
+from m2c.bundle.bundle import Bundle, open_bundle
 from m2c.check import check_bundle, compare_with_source
 from m2c.errors import BadInput
 from m2c.model.checkpoint import open_checkpoint
@@ -101,3 +101,15 @@ def test_damages_are_all_named(tiny_bundle: Bundle, tmp_path: Path) -> None:
     assert all(sum(name in sentence for sentence in found) == 1 for name in names)
     quick = list(check_bundle(out, read_data=False))
     assert len(quick) == len(names) - 2  # damages inside payloads take reading them
+
+
+def test_a_shard_of_another_bundle_is_not_taken_for_one_of_this(tmp_path: Path) -> None:
+    """The same shape, recipe and length, sound in itself."""
+    one, other = (
+        pack_folder(write_checkpoint(tmp_path / f"source{seed}", seed=seed), tmp_path / f"b{seed}")
+        for seed in (0, 1)
+    )
+    name = "neurons/00001.int4"
+    shutil.copyfile(other.path / name, one.path / name)
+    with pytest.raises(BadInput, match="not the shard that the manifest names"):
+        open_bundle(one.path)

@@ -65,7 +65,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def remove_unfinished() -> None:
-    """For a process that ends at once: what its threads were writing goes, as if that had failed."""
+    """For a process that ends at once: what its threads were writing goes, as if it had failed."""
     for temporary in list(_unfinished):
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
