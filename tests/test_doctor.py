@@ -157,11 +157,15 @@ def test_a_library_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 def test_a_gpu_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = gpus.Gpu("Tesla P40", 24 * GiB, (6, 1), False, "no code for 6.1", gpus.OLD_WHEEL)
-    monkeypatch.setattr(gpus, "find_gpus", lambda _: [gpu, replace(gpu, name="New", usable=True)])
+    new = replace(gpu, name="New", usable=True, compiler="13.0")
+    bare = replace(new, name="Bare", compiler="")
+    monkeypatch.setattr(gpus, "find_gpus", lambda _: [gpu, new, bare])
     page = " ".join(m2c_ok("doctor", "--no-disk").split())
     assert "Tesla P40, 24.00 GiB, compute capability 6.1, torch cannot use it" in page
     assert "New, 24.00 GiB, compute capability 6.1, torch can use it" in page
     assert f"! Tesla P40: no code for 6.1 next: {gpus.OLD_WHEEL}" in page
+    assert "kernels compiled by NVRTC 13.0" in page
+    assert "! Bare: NVRTC, which compiles the CUDA kernels, is not there" in page
 
 
 def test_folders_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

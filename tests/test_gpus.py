@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from m2c import gpus
 from m2c.gpus import NEW_WHEEL, OLD_WHEEL, computes, find_gpus, wheel_for
 
 CU126 = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")
@@ -55,7 +56,9 @@ def torch_of(cuda: str | None, devices: list[Any], architectures: tuple[str, ...
     )  # fmt: skip
 
 
-def test_what_torch_sees_is_judged() -> None:
+@pytest.mark.parametrize("version", ["13.0", ""])
+def test_what_torch_sees_is_judged(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    monkeypatch.setattr(gpus, "_compiler", lambda: version)
     p40 = SimpleNamespace(name="Tesla P40", total_memory=24 << 30, major=6, minor=1)
     h100 = SimpleNamespace(name="H100", total_memory=80 << 30, major=9, minor=0)
     old, new = find_gpus(torch_of("13.2", [p40, h100]))
@@ -63,6 +66,7 @@ def test_what_torch_sees_is_judged() -> None:
     assert not old.usable
     assert old.why == "torch 2.15.0 has no code for compute capability 6.1"
     assert old.fix == OLD_WHEEL
+    assert (new.compiler, old.compiler) == (version, None)
 
 
 @pytest.fixture

@@ -270,6 +270,10 @@ def problems_of(report: Report, asked_for_probe: bool) -> list[Problem]:
     for gpu in report.gpus:
         if not gpu.usable:
             found.append(Problem("gpus", f"{gpu.name}: {gpu.why}", gpu.fix))
+        elif gpu.compiler == "":
+            what = f"{gpu.name}: NVRTC, which compiles the CUDA kernels, is not there"
+            fix = "pip install nvidia-cuda-nvrtc-cu12  (-cu13 for a torch of CUDA 13)"
+            found.append(Problem("gpus", what, fix))
     for folder in report.folders:
         if not folder.writable:
             found.append(_closed(folder))

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from m2c.units import MiB
@@ -42,6 +42,7 @@ class Gpu:
     usable: bool = True
     why: str = ""  # it is not usable
     fix: str = ""  # what to type next; empty where nothing helps
+    compiler: str | None = None  # of the kernels: NVRTC's version, "" where it is not there
 
 
 def torch_build(torch: Any) -> TorchBuild:
@@ -57,7 +58,9 @@ def find_gpus(torch: Any | None) -> list[Gpu]:
         warnings.simplefilter("ignore")  # torch warns of what is reported here
         if build is not None and torch is not None and torch.cuda.is_available():
             seen = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-            return [_judged(Gpu(p.name, p.total_memory, (p.major, p.minor)), build) for p in seen]
+            found = [_judged(Gpu(p.name, p.total_memory, (p.major, p.minor)), build) for p in seen]
+            version = _compiler() if build.cuda else None
+            return [replace(gpu, compiler=version) if gpu.usable else gpu for gpu in found]
     return [_unseen(gpu, driver, build) for gpu, driver in _by_driver()]
 
 
@@ -88,6 +91,15 @@ def wheel_for(capability: Capability | None) -> str:
     if capability is None or capability >= _OLDEST_IN_NEW:
         return NEW_WHEEL
     return OLD_WHEEL if capability >= _OLDEST else ""
+
+
+def _compiler() -> str:
+    from m2c.kernels.cuda_driver import NoKernels, Nvrtc
+
+    try:
+        return Nvrtc().version
+    except NoKernels:
+        return ""
 
 
 def _judged(gpu: Gpu, build: TorchBuild) -> Gpu:

@@ -109,6 +109,8 @@ def _gpu(gpu: Gpu) -> str:
     if gpu.capability:
         parts.append(f"compute capability {gpu.capability[0]}.{gpu.capability[1]}")
     parts.append("torch can use it" if gpu.usable else "torch cannot use it")
+    if gpu.compiler:
+        parts.append(f"kernels compiled by NVRTC {gpu.compiler}")
     return ", ".join(parts)
 
 
