@@ -256,7 +256,7 @@ RUNS: Final = (
         "tests/test_disk_fails.py",
     ),
     _never("norms are finite", "contents.py", "not np.isfinite(array).all()",
-           "tests/test_not_finite.py"),
+           "tests/test_model.py"),
     Guard(
         "NaN is above all products (AVX-512)", "kernels/csrc/columns512.inc.c",
         "top = _mm512_max_epu32(top, _mm512_castps_si512(_mm512_abs_ps(products[n])));",
@@ -313,7 +313,7 @@ RUNS: Final = (
     ),
     _never("logits are finite", "model/transformer.py",
            "not all(math.isfinite(end) for end in logits.aminmax())",
-           "tests/test_not_finite.py"),
+           "tests/test_model.py"),
     Guard(
         "drafts leave the KV cache before they are verified", "speculate.py",
         "            self._model.kv.truncate(start)\n", "", "tests/test_speculate.py",

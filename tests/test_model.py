@@ -236,3 +236,16 @@ def test_streamed_layers_are_not_taken_for_resident(deep_bundle: Bundle) -> None
     )  # fmt: skip
     with Engine(deep_bundle, replace(resident, dram=streaming)) as engine:
         assert not engine.store.holds_all
+
+
+def test_an_output_that_is_not_finite_is_refused_by_the_model_itself(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anybody samples from it: eval and drafts do not."""
+    with Engine(tiny_bundle, options_for(Mix(0, 0, 100))) as engine:
+        hidden = engine.config.hidden_size
+        monkeypatch.setattr(
+            engine.store, "embed", lambda ids: torch.full((len(ids), hidden), float("nan"))
+        )
+        with pytest.raises(BadInput, match="the model's output is not finite"):
+            engine.model.forward(PROMPT)
