@@ -307,3 +307,22 @@ def test_a_process_that_ends_leaves_nothing_that_its_threads_were_writing(tmp_pa
     said = subprocess.run([sys.executable, "-c", _WRITING, str(tmp_path)], timeout=60, check=False)
     assert said.returncode == 3
     assert list(tmp_path.iterdir()) == []
+
+
+_ENDING = """
+import os, signal
+from m2c.bundle import files
+from m2c.cli import app, console
+
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, app._unwind)
+files.remove_unfinished = lambda: os.kill(os.getpid(), signal.SIGTERM)
+console.end_now(3)
+"""
+
+
+def test_a_signal_while_a_process_ends_changes_nothing() -> None:
+    said = subprocess.run(
+        [sys.executable, "-c", _ENDING], capture_output=True, text=True, timeout=60
+    )
+    assert (said.returncode, said.stdout, said.stderr) == (3, "", "")

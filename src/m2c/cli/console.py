@@ -107,12 +107,14 @@ def progress(label: str, total: int, *, unit: str, quiet: bool) -> Iterator[Call
 
 def end_now(code: int) -> None:
     """End the process without waiting for anybody, least of all for a disk."""
-    from m2c.bundle.files import remove_unfinished
+    try:
+        from m2c.bundle.files import remove_unfinished
 
-    tidy = threading.Thread(target=remove_unfinished, daemon=True)
-    tidy.start()
-    tidy.join(_TIDY_S)
-    os._exit(code)
+        tidy = threading.Thread(target=remove_unfinished, daemon=True)
+        tidy.start()
+        tidy.join(_TIDY_S)
+    finally:  # a signal may come here too
+        os._exit(code)
 
 
 def exit_in_time(code: int, reason: str) -> None:
