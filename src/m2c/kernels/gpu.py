@@ -1,7 +1,7 @@
 """The CUDA kernels as `dispatch` calls them: rows and activations are torch tensors on a GPU.
 
-Mirrors the structures of cuda/*.cu; knows nothing about layers or tiers. What launches is given: a
-GPU's driver, or in tests an emulation on the CPU.
+Knows nothing about layers or tiers. What launches is given: a GPU's driver, or in tests an
+emulation on the CPU.
 """
 
 import ctypes

@@ -27,7 +27,7 @@ from m2c.kernels.gpu_structs import (
 from m2c.kernels.operands import Norm, activation_of
 from m2c.kernels.rows import EXACT_DTYPES, ExactRows, PackedRows, Rows
 
-CHUNK: Final = 256  # neurons, and positions, whose sum is taken by itself: as in base.cu
+CHUNK: Final = 256  # rows: a call of a multiple, continued by another, gives the bits of one
 SPAN: Final = 64  # positions whose softmax is taken by itself: as in attention.cu
 BLOCK: Final = 128  # threads
 PARTIAL_NBYTES: Final = 16 << 20  # sums of chunks at a time

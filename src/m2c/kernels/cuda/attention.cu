@@ -1,7 +1,7 @@
 /* Softmax attention over the KV cache. Positions are cut into spans at multiples of SPAN, whatever
  * the tokens of the call; the spans of a head are put together in order. */
 
-/* Mirrored by kernels/gpu.py. */
+/* Mirrored by kernels/gpu_structs.py. */
 struct Attention {
     void *keys, *values; /* [kv_heads, positions, dim] */
     const float *cosines, *sines; /* [positions, dim / 2], or null: nothing is turned */

@@ -13,13 +13,12 @@ typedef unsigned long long u64;
 typedef long long i64;
 
 #define GROUP 32
-#define CHUNK 256 /* neurons, and positions, whose sum is taken by itself */
 #define WARP 32
 #define ALL 0xffffffffu
 #define NOT_A_NUMBER __int_as_float(0x7fc00000)
 #define MINUS_INFINITY __int_as_float(0xff800000)
 
-/* Rows in memory. kind: 4 or 8 (codes) or 16: `wide`. Mirrored by kernels/gpu.py. */
+/* Rows in memory. kind: 4 or 8 (codes) or 16: `wide`. Mirrored by kernels/gpu_structs.py. */
 struct Rows {
     const u8 *int4; /* records: codes of all vectors, then their FP16 scales */
     const u8 *int8; /* records: second codes */
@@ -36,7 +35,7 @@ struct __align__(8) Scale {
     int bias; /* the sum of the codes times what is added to stored codes */
 };
 
-/* Activations made ready for rows. Mirrored by kernels/gpu.py. */
+/* Activations made ready for rows. Mirrored by kernels/gpu_structs.py. */
 struct Inputs {
     const float *values; /* [tokens, length] */
     const i8 *codes; /* [tokens, 2, groups, GROUP / 2]: the first halves of groups, then the others */
@@ -44,7 +43,7 @@ struct Inputs {
     int tokens, length;
 };
 
-/* Mirrored by kernels/gpu.py. */
+/* Mirrored by kernels/gpu_structs.py. */
 struct Activation {
     int kind;
     float threshold; /* of ACT_RELU: what is not above it gives zero */
@@ -201,20 +200,5 @@ __device__ __forceinline__ float block_sum(float value)
     value = 0;
     for (int i = 0; i < warps; i++)
         value += of_warp[i];
-    return value;
-}
-
-__device__ __forceinline__ float block_max(float value)
-{
-    __shared__ float of_warp[WARP];
-    int warps = blockDim.x / WARP;
-    value = warp_max(value, WARP);
-    __syncthreads();
-    if (threadIdx.x % WARP == 0)
-        of_warp[threadIdx.x / WARP] = value;
-    __syncthreads();
-    value = of_warp[0];
-    for (int i = 1; i < warps; i++)
-        value = fmaxf(value, of_warp[i]);
     return value;
 }

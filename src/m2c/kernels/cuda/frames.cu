@@ -1,7 +1,7 @@
 /* The exact plane: weights from their codes and the bit-planes of their offsets. docs/FORMAT.md, "The
  * exact plane"; csrc/exact.h is the same for a CPU. All products are exact in f32. */
 
-/* Frames of consecutive rows. Mirrored by kernels/gpu.py. */
+/* Frames of consecutive rows. Mirrored by kernels/gpu_structs.py. */
 struct Frames {
     const u8 *data;
     const i64 *at; /* [frames + 1]: where each begins */

@@ -1,6 +1,6 @@
 /* Activations made ready for rows: a norm, and rounding to int8 with a scale per group. */
 
-/* Mirrored by kernels/gpu.py. */
+/* Mirrored by kernels/gpu_structs.py. */
 struct Given {
     const float *x; /* [tokens, length] */
     const float *norm; /* [length] weights of a norm applied first, or null */
