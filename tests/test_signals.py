@@ -26,7 +26,7 @@ from tiny_models import digest, pack_folder, write_checkpoint
 from trials import trials
 
 from m2c.bundle.files import TEMPORARY_PREFIX
-from m2c.cli.app import Terminated
+from m2c.cli.app import Terminated, _explain
 from m2c.errors import BadInput
 from m2c.tokenizer import _engine_errors
 
@@ -251,7 +251,7 @@ def test_the_terminal_is_as_it_was(
 
 _FINALIZER = """
 import os, signal, sys, time
-from m2c.cli.app import Terminated, _unwind
+from m2c.cli.app import Terminated, _explain, _unwind
 
 class Slow:
     def __del__(self):
@@ -326,3 +326,16 @@ def test_a_signal_while_a_process_ends_changes_nothing() -> None:
         [sys.executable, "-c", _ENDING], capture_output=True, text=True, timeout=60
     )
     assert (said.returncode, said.stdout, said.stderr) == (3, "", "")
+
+
+@pytest.mark.parametrize(("raised", "code"), [(KeyboardInterrupt, 130), (Terminated, 143)])
+def test_a_signal_while_a_class_is_made(raised: type[BaseException], code: int) -> None:
+    """Python makes a RuntimeError of it, as of anything that __set_name__ raises."""
+
+    class Named:
+        def __set_name__(self, owner: type, name: str) -> None:
+            raise raised
+
+    with pytest.raises((RuntimeError, raised)) as caught:
+        type("Made", (), {"named": Named()})
+    assert _explain(caught.value)[0] == code

@@ -109,6 +109,11 @@ def _dispatch(words: list[str]) -> int:
 
 def _explain(error: BaseException) -> tuple[int, str]:
     """(exit code, one line or nothing) for any way a command can end."""
+    # Python wraps what is raised where a class is made, in a RuntimeError
+    if isinstance(error, RuntimeError) and isinstance(
+        error.__cause__, KeyboardInterrupt | Terminated
+    ):
+        error = error.__cause__
     if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):
         error = error.__context__  # typer and rich turn the one into the other
     if isinstance(error, BrokenPipeError):
