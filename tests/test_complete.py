@@ -82,7 +82,8 @@ def test_bash_itself_completes(ssd: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_it_is_installed_in_the_home_folder(shell: str, tmp_path: Path) -> None:
-    env = {**os.environ, "HOME": str(tmp_path)}
+    # the shell that is asked for, not the one that tests were started from
+    env = {**os.environ, "HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
     command = [*COMMAND, "--install-completion", shell]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
