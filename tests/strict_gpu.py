@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_leaves
 
 from m2c import device as devices
 from m2c.kernels import cuda_driver
-from m2c.kernels.gpu import GpuKernels
 
 CUDA = torch.device("cuda", 0)
 # what makes the host wait for the GPU
@@ -214,7 +213,3 @@ def _names_a_device(args: Any, kwargs: dict[str, Any]) -> bool:
 
 def _on_host(one: Any) -> Any:
     return "cpu" if _is_gpu(one) else one
-
-
-def computes_on(kernels: GpuKernels) -> bool:
-    return kernels.device == CUDA

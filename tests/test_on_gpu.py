@@ -19,14 +19,16 @@ from tiny_models import pack_folder, write_checkpoint
 
 from m2c import engine as engines
 from m2c.bundle.bundle import Bundle
+from m2c.cli.app import _explain
 from m2c.contents import config_of, importance_of
 from m2c.engine import Engine, RunOptions
-from m2c.errors import DoesNotFit
+from m2c.errors import DoesNotFit, UsageError
 from m2c.evaluate import perplexity
 from m2c.kernels import gpu_products
 from m2c.kernels.gpu import GpuKernels
 from m2c.kernels.workers import Workers
 from m2c.model.mix import Mix
+from m2c.modes import kernel_name
 from m2c.predict import expected_tps
 from m2c.speed import SpeedJob, measure_speed
 
@@ -187,3 +189,20 @@ def test_experts(
     with Engine(bundle, options) as engine:
         ids, logits = decode(engine)
     assert same((ids, logits.cpu()), expected)
+
+
+def test_exact_mode_needs_sums_that_do_not_depend_on_the_pass(
+    tiny_bundle: Bundle, gpu: StrictGpu
+) -> None:
+    options = options_for(Mix.parse("100/0/0"), hbm=HBM, device="cuda", kernel="torch")
+    with pytest.raises(UsageError, match="needs the CUDA kernels"):
+        Engine(tiny_bundle, replace(options, speculate=True))
+    assert kernel_name(options) == "torch"
+    assert kernel_name(replace(options, kernel="auto")) == "cuda"
+
+
+def test_a_gpu_without_memory_is_told_as_such() -> None:
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    code, said = _explain(error)
+    assert code == DoesNotFit.exit_code
+    assert "--hbm" in said

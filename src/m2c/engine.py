@@ -258,6 +258,9 @@ def _plan(
     budget = budget_for(options)
     shapes, draft = [shape], None
     if options.speculate:
+        if options.device != "cpu" and shape.kernels == "torch":
+            # its sums depend on how many tokens share a pass
+            raise UsageError("exact mode on a GPU needs the CUDA kernels", "leave out --kernel")
         shapes = speculative_shapes(shape, budget, own=options.draft is not None)
         draft = options.draft and _draft_fact(options.draft, shape.ctx_size, options)
 

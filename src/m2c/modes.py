@@ -11,7 +11,7 @@ from typing import Final
 
 from m2c.bundle.bundle import Bundle
 from m2c.contents import config_of, importance_of
-from m2c.device import workers_of
+from m2c.device import family_of, workers_of
 from m2c.disk import disk_profile
 from m2c.engine import RunOptions, plan_for, plan_without_weights, run_shape
 from m2c.errors import DoesNotFit
@@ -72,7 +72,7 @@ def kernel_name(options: RunOptions) -> str:
     """Of the kernels that the options mean on this machine; a GPU need not be there to be planned
     for."""
     if options.device != "cpu":
-        return "cuda"
+        return family_of(options.device, options.kernel)
     with closing(workers_of(options.device, options.kernel, 1)) as workers:
         return workers.kernel
 

@@ -126,6 +126,8 @@ def _explain(error: BaseException) -> tuple[int, str]:
         return error.exit_code, str(error)
     if isinstance(error, MemoryError):
         return DoesNotFit.exit_code, str(error) or "out of memory; give a smaller --dram"
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
+        return DoesNotFit.exit_code, "the GPU is out of memory; give a smaller --hbm"
     if isinstance(error, KeyboardInterrupt):
         return _INTERRUPTED, "interrupted"
     if isinstance(error, Terminated):

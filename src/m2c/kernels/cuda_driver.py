@@ -26,7 +26,7 @@ _POINTER: Final = ctypes.c_void_p
 
 
 class NoKernels(M2CError):
-    """The kernels cannot be compiled or loaded here; torch computes instead."""
+    """The kernels cannot be compiled, loaded or launched here."""
 
 
 def source() -> str:
@@ -102,7 +102,8 @@ class CudaDriver:
             name = ctypes.c_char_p()
             self._driver.cuGetErrorName(failed, ctypes.byref(name))
             word = name.value.decode() if name.value else str(failed)
-            raise NoKernels(f"CUDA: {what} failed with {word}")
+            hint = "--kernel torch computes without our kernels"
+            raise NoKernels(f"CUDA: {what} failed with {word}", hint)
 
 
 def pin(address: int, nbytes: int) -> bool:
