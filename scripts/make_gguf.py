@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import gguf
 import numpy as np
@@ -24,8 +24,9 @@ from m2c.errors import BadInput, M2CError, UnsupportedModel
 from m2c.model.checkpoint import Checkpoint, open_checkpoint, read_stored
 from m2c.model.config import ModelConfig
 from m2c.model.families import FAMILIES, by_pattern
-from m2c.model.gguf_config import ROPE_DIVISORS, llama3_divisors
+from m2c.model.gguf_config import LONG_FACTORS, ROPE_DIVISORS, SHORT_FACTORS, llama3_divisors
 from m2c.model.places import file_name, stored_tensors
+from m2c.model.rope import LONGROPE
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def add_metadata(writer: gguf.GGUFWriter, config: ModelConfig, name: str, kind: 
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_dimension_count(config.rotary_dim or config.head_dim)
     if config.layer_norms:
         writer.add_layer_norm_eps(config.rms_norm_eps)
     else:
@@ -182,6 +183,8 @@ def add_metadata(writer: gguf.GGUFWriter, config: ModelConfig, name: str, kind: 
         writer.add_rope_scaling_factor(scaling.factor)
     elif scaling:
         writer.add_rope_scaling_orig_ctx_len(scaling.original_max_position_embeddings)
+        if scaling.rope_type == LONGROPE:
+            writer.add_rope_scaling_attn_factors(scaling.attention_factor)
 
 
 def copy_tokenizer(writer: gguf.GGUFWriter, source: Path) -> None:
@@ -201,9 +204,8 @@ def add_tensor_infos(
     arch = _ARCHITECTURES[FAMILIES[config.model_type].gguf]
     known = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     f32, f16 = np.dtype(np.float32), np.dtype(np.float16)
-    divisors = rope_divisors(config)
-    if divisors is not None:
-        writer.add_tensor_info(ROPE_DIVISORS, divisors.shape, f32, divisors.nbytes)
+    for table, values in rope_tables(config).items():
+        writer.add_tensor_info(table, values.shape, f32, values.nbytes)
     for name, stored in names.items():
         renamed = known.get_name(file_name(config, name), try_suffixes=(".weight", ".bias"))
         if renamed is None:
@@ -228,9 +230,7 @@ def arrays(
 ) -> Iterator[np.ndarray]:
     """The tensors announced by `add_tensor_infos`, in that order; 16-bit ones as bytes."""
     config = checkpoint.config
-    divisors = rope_divisors(config)
-    if divisors is not None:
-        yield divisors
+    yield from rope_tables(config).values()
     for name, stored in names.items():
         parts = [read_stored(checkpoint, part, gguf=True) for part in stored]
         tensor = parts[0] if len(parts) == 1 else torch.stack(parts)
@@ -260,13 +260,15 @@ def permute(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
     return halves.transpose(1, 2).reshape(rows.shape)
 
 
-def rope_divisors(config: ModelConfig) -> np.ndarray | None:
-    """[head_dim / 2] f32, which GGUF has in place of the llama3 parameters."""
-    scaling = config.rope_scaling
-    if scaling is None or scaling.rope_type != "llama3":
-        return None
-    divisors = llama3_divisors(scaling.to_dict(), config.head_dim, config.rope_theta)
-    return divisors.astype(np.float32)
+def rope_tables(config: ModelConfig) -> dict[str, np.ndarray]:
+    """[rotary / 2] f32 each, which GGUF has in place of the parameters of llama3 and longrope."""
+    scaling, found = config.rope_scaling, dict[str, Any]()
+    if scaling and scaling.rope_type == "llama3":
+        turned = config.rotary_dim or config.head_dim
+        found[ROPE_DIVISORS] = llama3_divisors(scaling.to_dict(), turned, config.rope_theta)
+    elif scaling and scaling.rope_type == LONGROPE:
+        found = {SHORT_FACTORS: scaling.short_factor, LONG_FACTORS: scaling.long_factor}
+    return {name: np.array(table, np.float32) for name, table in found.items()}
 
 
 def main() -> None:

@@ -55,6 +55,11 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 FAT = 0.3
 SLIDING, FULL = "sliding_attention", "full_attention"
+FACTORS = {
+    "short_factor": [1.0, 1.1, 1.25, 1.5, 1.9, 2.5, 2.0, 3.0],
+    "long_factor": [1.08, 1.5, 2, 4.25, 9.0, 20.5, 33.1, 64.0],
+}
+SIX = [1.25, 2.0, 3.5, 6.0, 17.0, 40.5]  # of three quarters of a head of 16
 MODELS: dict[str, dict[str, Any]] = {
     "qwen2-windows": {
         "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 5,
@@ -69,6 +74,23 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "phi3": {"model_type": "phi3", "tie_word_embeddings": False},
     "phi3-windows": {"model_type": "phi3", "sliding_window": 5, "num_key_value_heads": 1},
+    # of contexts above 16 tokens, and of those up to 600, which IDS and calibration stay below
+    "phi3-long": {"model_type": "phi3", "original_max_position_embeddings": 16,
+        "rope_parameters": {"rope_type": "longrope", **FACTORS}},
+    "phi3-short": {"model_type": "phi3", "original_max_position_embeddings": 600,
+        "max_position_embeddings": 4000, "sliding_window": 5,
+        "rope_scaling": {
+            "type": "su", "original_max_position_embeddings": 600, **FACTORS}},
+    "phi3-partial": {"model_type": "phi3", "partial_rotary_factor": 0.5},
+    "phi4-mini": {"model_type": "phi3", "original_max_position_embeddings": 16,
+        "partial_rotary_factor": 0.75, "tie_word_embeddings": True, "rope_scaling": {
+            "type": "longrope", "short_factor": SIX[::-1], "long_factor": SIX}},
+    "phi3-factor": {"model_type": "phi3", "original_max_position_embeddings": 16,
+        "rope_scaling": {"type": "longrope", "factor": 3.0, **FACTORS}},
+    "phi3-odd": {"model_type": "phi3", "original_max_position_embeddings": 16,
+        "rope_parameters": {"rope_type": "yarn", "partial_rotary_factor": 0.75, "factor": 5.0,
+            "short_factor": SIX[::-1], "long_factor": SIX, "attention_factor": 1.3,
+            "short_mscale": 1.2, "long_mscale": 1.3, "rope_theta": 500.0}},
     "sparsellama": {"model_type": "llama", "hidden_act": "relu"},
     "gemma2": {"model_type": "gemma2", "head_dim": 16, "query_pre_attn_scalar": 16,
         "sliding_window": 5, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
@@ -105,7 +127,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True, "tie_word_embeddings": True},
 }  # fmt: skip
 IN_GGUF = [
-    "mistral", "qwen3", "phi3", "phi3-windows", "gemma2", "gemma3", "falcon-7b", "falcon-40b",
+    "mistral", "qwen3", "phi3", "phi3-windows", "phi3-long", "phi3-short", "phi3-partial",
+    "phi4-mini", "phi3-factor", "phi3-odd", "gemma2", "gemma3", "falcon-7b", "falcon-40b",
     "mixtral", "qwen3-moe", "qwen2-moe",
 ]  # fmt: skip
 WITHOUT_GGUF = [
@@ -170,13 +193,13 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 every_model = pytest.mark.parametrize("made", MODELS, indirect=True)
 
 
-def logits_of(bundle: Bundle, at_once: int, **changes: Any) -> torch.Tensor:
-    """Of IDS, `at_once` tokens at a time."""
+def logits_of(bundle: Bundle, at_once: int, *, ids: Ids = IDS, **changes: Any) -> torch.Tensor:
+    """`at_once` tokens at a time."""
     options = replace(options_for(EXACT, kv_type="f32"), **changes)
     with Engine(bundle, options) as engine:
-        parts = range(0, len(IDS), at_once)
+        parts = range(0, len(ids), at_once)
         return torch.cat(
-            [engine.model.forward(IDS[i : i + at_once], all_logits=True) for i in parts]
+            [engine.model.forward(ids[i : i + at_once], all_logits=True) for i in parts]
         )
 
 
@@ -189,6 +212,24 @@ def test_exact_planes_give_the_logits_of_transformers(
     """Measured: at most 6e-7 of the largest logit, the rounding of float32 sums."""
     got = logits_of(made.bundle, at_once, kernel=kernel)
     assert (got - made.logits).abs().max() < 3e-6 * made.logits.abs().max()
+
+
+@pytest.mark.parametrize("made", ["phi3-long", "phi4-mini"], indirect=True)
+def test_the_context_size_chooses_the_factors_of_longrope(made: Made) -> None:
+    """transformers asks for the length of the text; at that length both choose alike."""
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        made.checkpoint, dtype=torch.float32, attn_implementation="eager"
+    )
+    ids = IDS[:16]
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(ids.astype(np.int64))[None]).logits[0]
+    short, long = (
+        logits_of(made.bundle, 16, ids=ids, ctx_size=size) for size in (len(ids), len(ids) + 1)
+    )
+    assert (short - expected).abs().max() < 3e-6 * expected.abs().max()
+    assert (long - short).abs().max() > 0.1 * expected.abs().max()
+    # a longer text changes nothing of what was said before it
+    assert (long - made.logits[:16]).abs().max() < 3e-6 * expected.abs().max()
 
 
 @every_model
@@ -316,9 +357,21 @@ def test_our_config_json_is_theirs(made: Made) -> None:
         pytest.skip("transformers does not have it")
     written = config.to_hf()
     theirs = transformers.AutoConfig.for_model(**written)
-    for key in ("sliding_window", "layer_types", "head_dim", "rope_parameters"):
+    for key in ("sliding_window", "layer_types", "head_dim"):
         if hasattr(made.facts, key):
             assert getattr(theirs, key) == getattr(made.facts, key), key
+    assert turns(theirs) == turns(made.facts)
+
+
+def turns(facts: Any) -> Any:
+    """What transformers makes of the rope of its config."""
+    rope = getattr(facts, "rope_parameters", None)
+    if not rope or rope.get("rope_type") != "longrope":
+        return rope
+    made = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["longrope"]
+    found = [made(facts, "cpu", seq_len=length) for length in (1, facts.max_position_embeddings)]
+    share = rope["partial_rotary_factor"]
+    return share, [(frequencies.tolist(), factor) for frequencies, factor in found]
 
 
 @pytest.mark.parametrize("made", IN_GGUF, indirect=True)

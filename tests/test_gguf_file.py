@@ -144,10 +144,81 @@ def test_linear_rope(tmp_path: Path) -> None:
     assert GgufFile(path).config.rope_scaling is None
 
 
+ORIGINAL = "rope.scaling.original_context_length"
+SHORT, LONG = "rope_factors_short.weight", "rope_factors_long.weight"
+
+
+def factors(pairs: int, largest: float = 64.0) -> dict[str, np.ndarray]:
+    long = np.linspace(1.08, 64, pairs, dtype=np.float32)
+    long[-1] = largest
+    return {SHORT: np.full(pairs, 1.1, np.float32), LONG: long}
+
+
+@pytest.mark.parametrize("turned", [HEAD_DIM, 48])
+def test_longrope_is_recovered(tmp_path: Path, turned: int) -> None:
+    """As llama.cpp's converter writes it, and as its older versions did: without the factor."""
+    path, more = tmp_path / "x.gguf", factors(turned // 2)
+    usual = (1 + 2 / 7) ** 0.5
+    meta = {ORIGINAL: 128, "rope.dimension_count": turned, "attention.sliding_window": 0}
+    for said, factor in (({"rope.scaling.attn_factor": usual}, usual), ({}, 1.0)):
+        write(path, "phi3", meta=meta | said, more=more)
+        config = GgufFile(path).config
+        scaling = config.rope_scaling
+        assert scaling is not None
+        assert (scaling.rope_type, scaling.original_max_position_embeddings) == ("longrope", 128)
+        assert scaling.attention_factor == pytest.approx(factor, abs=1e-15)
+        assert scaling.short_factor == (1.1,) * (turned // 2)  # not 1.10000002384
+        assert np.array_equal(np.float32(scaling.long_factor), more[LONG])
+        assert config.rotary_dim == (None if turned == HEAD_DIM else turned)
+        assert config.sliding_window is None
+    write(path, "phi3", meta={"rope.dimension_count": 48})
+    assert (GgufFile(path).config.rope_scaling, GgufFile(path).config.rotary_dim) == (None, 48)
+    write(path, "phi3", more=factors(HEAD_DIM // 2))  # the original context is the whole one
+    scaling = GgufFile(path).config.rope_scaling
+    assert scaling is not None
+    assert scaling.original_max_position_embeddings == 512
+
+
+@pytest.mark.parametrize(
+    ("meta", "more"),
+    [
+        ({"rope.dimension_count": 47}, {}),
+        ({"rope.dimension_count": 0}, {}),
+        ({"rope.dimension_count": 66}, {}),
+        ({"rope.dimension_count": 48.0}, {}),
+        ({ORIGINAL: 128}, factors(31)),
+        ({ORIGINAL: 128}, factors(32, -1.0)),
+        ({ORIGINAL: 128}, factors(32, float("inf"))),
+        ({ORIGINAL: 128}, factors(32, float("nan"))),
+        ({ORIGINAL: 128}, factors(32, 1e30)),
+        ({ORIGINAL: 128, "rope.dimension_count": 48}, factors(32)),
+        ({ORIGINAL: 128}, factors(32) | {SHORT: np.ones((1, 32), np.float32)}),
+        ({ORIGINAL: 128}, factors(32) | {LONG: np.ones(32, np.float16)}),
+        ({ORIGINAL: 1}, factors(32)),
+        ({ORIGINAL: "128"}, factors(32)),
+        ({ORIGINAL: 128, "rope.scaling.attn_factor": 0.0}, factors(32)),
+        ({ORIGINAL: 128, "rope.scaling.attn_factor": float("inf")}, factors(32)),
+        ({ORIGINAL: 128, "rope.scaling.attn_factor": "1"}, factors(32)),
+    ],
+)
+def test_lying_factors(tmp_path: Path, meta: dict[str, Any], more: dict[str, np.ndarray]) -> None:
+    path = tmp_path / "x.gguf"
+    write(path, "phi3", meta=meta, more=more)
+    with pytest.raises(BadInput, match=r"x\.gguf") as caught:
+        GgufFile(path)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("arch", "meta", "more"),
     [
         ("mistral", {}, {}),
+        ("llama", {ORIGINAL: 128}, factors(32)),
+        ("phi3", {ORIGINAL: 128}, {LONG: factors(32)[LONG]}),
+        ("phi3", {ORIGINAL: 128}, factors(32) | {"rope_freqs.weight": llama3()}),
+        ("phi3", {ORIGINAL: 128, "rope.scaling.type": "yarn"}, factors(32)),
+        ("phi3", {ORIGINAL: 128, "rope.scaling.factor": 4.0}, factors(32)),
+        ("phi3", {"attention.value_length": 32}, {}),
         ("llama", {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, {}),
         ("llama", {"rope.freq_base": 5e5}, {"rope_freqs.weight": llama3(low=2.0)}),
         ("llama", {"rope.freq_base": 5e5}, {"rope_freqs.weight": 1 / llama3()}),

@@ -305,6 +305,11 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "window": {"window": 3},
     "softcap": {"softcap": 1.0},
     "out norm": {"out_norm": UNIT},
+    "half turned": {"rotary": 10},
+    "little turned, head norms": {
+        "rotary": 2,
+        "qk_norms": (Norm(torch.linspace(0.5, 2, 20), 1e-5), Norm(torch.linspace(-1, 1, 20), 1e-5)),
+    },
     "no rotation": {"cosines": None, "sines": None},
     "head norms": {
         "qk_norms": (Norm(torch.linspace(0.5, 2, 20), 1e-5), Norm(torch.linspace(-1, 1, 20), 1e-5))
@@ -319,9 +324,10 @@ def as_calls(kind: str, *, kv: torch.dtype, bias: bool, extras: str = "") -> Att
     q, k, v = (make_rows(kind, count, 1, hidden) for count in counts)
     generator = torch.Generator().manual_seed(3)
     biases = [torch.randn(n, generator=generator) if bias else None for n in (*counts, hidden)]
-    angles = torch.rand(positions, dim // 2, generator=generator)
+    extra = dict(EXTRAS[extras])
+    angles = torch.rand(positions, extra.pop("rotary", dim) // 2, generator=generator)
     keys, values = torch.zeros((2, kv_heads, positions, dim), dtype=kv)
-    more = {"cosines": angles.cos(), "sines": angles.sin()} | EXTRAS[extras]
+    more = {"cosines": angles.cos(), "sines": angles.sin()} | extra
     return AttentionCall(
         projections=(q, k, v, make_rows(kind, hidden, 1, heads * dim)), biases=tuple(biases),
         keys=keys, values=values, heads=heads, scale=0.005, **more,

@@ -55,8 +55,8 @@ def profile(
             f"{config.vocab_size} tokens", "fetch the tokenizer that belongs to this model",
         )  # fmt: skip
     vectors = vector_tensors(checkpoint)
-    rotary = Rotary(config, SEQUENCE, torch.device("cpu"))
     length = min(SEQUENCE, config.max_position_embeddings)
+    rotary = Rotary(config, length, torch.device("cpu"))
     parts = (ids[start : start + length] for start in range(0, len(ids), length))
     states = [_embed(checkpoint, vectors, part) for part in parts]
     layers = []

@@ -61,7 +61,7 @@ class Attention(ctypes.Structure):
     _fields_ = (
         ("keys", _POINTER), ("values", _POINTER), ("cosines", _POINTER), ("sines", _POINTER),
         ("head_norms", _POINTER * 2), ("start", _POINTER), ("positions", _I64), ("window", _I64),
-        ("heads", _INT), ("kv_heads", _INT), ("dim", _INT), ("is_f16", _INT),
+        ("heads", _INT), ("kv_heads", _INT), ("dim", _INT), ("rotary", _INT), ("is_f16", _INT),
         ("scale", _FLOAT), ("eps", _FLOAT), ("softcap", _FLOAT),
     )  # fmt: skip
 
@@ -125,8 +125,8 @@ def _make_attention(call: AttentionCall, start: Tensor) -> Attention:
     return Attention(
         *(None if one is None else one.data_ptr() for one in pointers),
         (_POINTER * 2)(*head_norms), start.data_ptr(), positions, call.window or positions,
-        call.heads, kv_heads, dim, call.keys.dtype == torch.float16, call.scale, eps,
-        call.softcap or 0.0,
+        call.heads, kv_heads, dim, call.rotary, call.keys.dtype == torch.float16, call.scale,
+        eps, call.softcap or 0.0,
     )  # fmt: skip
 
 

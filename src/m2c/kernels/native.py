@@ -277,7 +277,7 @@ def _make_attention(call: AttentionCall) -> c.Attention:
         positions, 0, call.heads, kv_heads, dim,
         call.keys.dtype == torch.float16, call.scale, call.window or positions,
         (POINTER * 2)(*(_weight(norm) for norm in call.qk_norms)), _weight(call.out_norm), eps,
-        call.softcap or 0.0,
+        call.softcap or 0.0, call.rotary,
     )  # fmt: skip
 
 

@@ -41,14 +41,15 @@ def activation_of(act: str) -> tuple[str, float]:
 class AttentionCall:
     """One layer's attention, whatever the tokens. Tensors are f32 unless said.
 
-    Rotary positions turn pairs (i, i + dim / 2) of a head, as Hugging Face models do.
+    Rotary positions turn pairs (i, i + rotary / 2) of the first `rotary` values of a head, as
+    Hugging Face models do.
     """
 
     projections: tuple[Rows, Rows, Rows, Rows]  # q, k, v, o
     biases: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
     keys: Tensor  # [kv_heads, positions, dim] f16 or f32; written where the new tokens are
     values: Tensor
-    cosines: Tensor | None  # [positions, dim / 2]; None: nothing is turned
+    cosines: Tensor | None  # [positions, rotary / 2]; None: nothing is turned
     sines: Tensor | None
     heads: int
     scale: float  # of the scores
@@ -56,6 +57,11 @@ class AttentionCall:
     out_norm: Norm | None = None  # of what is added to the residual stream
     softcap: float | None = None  # scores s become softcap * tanh(s / softcap)
     window: int | None = None  # how many positions a token sees, its own included; None: all
+
+    @property
+    def rotary(self) -> int:
+        """How many values of a head are turned."""
+        return 0 if self.cosines is None else 2 * self.cosines.shape[1]
 
 
 @dataclass(frozen=True)

@@ -174,8 +174,9 @@ def rotate(x: Tensor, call: AttentionCall, start: int) -> Tensor:
         return x
     own = slice(start, start + len(x))
     cosines, sines = call.cosines[own, None], call.sines[own, None]
-    low, high = x.chunk(2, dim=-1)
-    return torch.cat((low * cosines - high * sines, high * cosines + low * sines), dim=-1)
+    turned, rest = x[..., : call.rotary], x[..., call.rotary :]
+    low, high = turned.chunk(2, dim=-1)
+    return torch.cat((low * cosines - high * sines, high * cosines + low * sines, rest), dim=-1)
 
 
 def attention(

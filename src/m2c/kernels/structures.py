@@ -36,7 +36,7 @@ class Attention(ctypes.Structure):
         ("heads", ctypes.c_int32), ("kv_heads", ctypes.c_int32), ("dim", ctypes.c_int32),
         ("is_f16", ctypes.c_int32), ("scale", ctypes.c_float), ("window", ctypes.c_int64),
         ("head_norms", POINTER * 2), ("out_norm", POINTER), ("eps", ctypes.c_float),
-        ("softcap", ctypes.c_float),
+        ("softcap", ctypes.c_float), ("rotary", ctypes.c_int32),
     )  # fmt: skip
 
 

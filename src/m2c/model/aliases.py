@@ -160,6 +160,30 @@ _PHI3: Final = {
     "bos_token_id": 1,
     "eos_token_id": 32000,
 }
+# A plan needs no factors of longrope: 96 numbers each, which the files have
+_PHI3_LONG: Final = {
+    **_PHI3,
+    "max_position_embeddings": 131072,
+    "original_max_position_embeddings": 4096,
+    "sliding_window": 262144,
+}
+_PHI4: Final = {
+    **_PHI3,
+    "vocab_size": 100352,
+    "rope_theta": 250000.0,
+    "max_position_embeddings": 16384,
+    "sliding_window": None,
+    "bos_token_id": 100257,
+    "eos_token_id": 100265,
+}
+_PHI4_MINI: Final = {
+    **_PHI3_LONG,
+    "vocab_size": 200064,
+    "partial_rotary_factor": 0.75,
+    "tie_word_embeddings": True,
+    "bos_token_id": 199999,
+    "eos_token_id": 199999,
+}
 # Gemma's repositories differ in which ids end a text, and a plan needs none
 _GEMMA2: Final = {
     "model_type": "gemma2",
@@ -292,6 +316,12 @@ ALIASES: Final[Mapping[str, Alias]] = {
         _model("mistralai/Mistral-Small-24B-Instruct-2501", _MISTRAL_SMALL,
                (5120, 32768, 40, 32, 8)),
     "phi3-mini-4k": _model("microsoft/Phi-3-mini-4k-instruct", _PHI3, (3072, 8192, 32, 32, 32)),
+    "phi3-mini-128k":
+        _model("microsoft/Phi-3-mini-128k-instruct", _PHI3_LONG, (3072, 8192, 32, 32, 32)),
+    "phi3.5-mini":
+        _model("microsoft/Phi-3.5-mini-instruct", _PHI3_LONG, (3072, 8192, 32, 32, 32)),
+    "phi4": _model("microsoft/phi-4", _PHI4, (5120, 17920, 40, 40, 10)),
+    "phi4-mini": _model("microsoft/Phi-4-mini-instruct", _PHI4_MINI, (3072, 8192, 32, 24, 8)),
     "gemma2-2b": _model("google/gemma-2-2b-it", _GEMMA2, (2304, 9216, 26, 8, 4)),
     "gemma2-9b": _model("google/gemma-2-9b-it", _GEMMA2, (3584, 14336, 42, 16, 8)),
     "gemma2-27b": _model("google/gemma-2-27b-it", _GEMMA2, (4608, 36864, 46, 32, 16),

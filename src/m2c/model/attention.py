@@ -14,6 +14,7 @@ from torch import Tensor
 from m2c.kernels.operands import AttentionCall, Norm
 from m2c.kernels.rows import Rows
 from m2c.model.config import ModelConfig
+from m2c.model.rope import LONGROPE
 from m2c.model.tensors import FIRST_POSITION, POSITIONS, up_bias_name
 
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -79,13 +80,20 @@ def embedded(
 
 
 class Rotary:
-    """cos and sin tables [positions, head_dim / 2] f32; none where positions are learned."""
+    """cos and sin tables [positions, rotary / 2] f32; none where positions are learned.
+
+    positions: of the whole context. Their number chooses longrope's factors, once, as in
+    llama.cpp: a key in the cache and a query that comes thousands of tokens later must be turned
+    by the same ones, whoever drafts and however many tokens share a pass. transformers asks for
+    the length of the text in every pass, and computes all keys again where the answer changes.
+    """
 
     def __init__(self, config: ModelConfig, positions: int, device: torch.device) -> None:
         self._at = torch.arange(positions, device=device, dtype=torch.float32)
         self._tables: tuple[Tensor | None, Tensor | None] = (None, None)
         if not config.learned_positions:
-            self._tables = self._made(rope_frequencies(config))
+            factor = 1.0 if config.rope_scaling is None else config.rope_scaling.attention_factor
+            self._tables = self._made(rope_frequencies(config, positions), factor)
         if config.local_rope_theta is not None:
             self._local = self._made(_frequencies(config.local_rope_theta, config.head_dim))
 
@@ -93,22 +101,27 @@ class Rotary:
         """cosines and sines; local: of layers that slide, where they have their own."""
         return self._local if local else self._tables
 
-    def _made(self, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    def _made(self, frequencies: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
         angles = self._at[:, None] * frequencies.to(self._at.device)
-        return angles.cos(), angles.sin()
+        return angles.cos().mul_(factor), angles.sin().mul_(factor)
 
 
-def _frequencies(theta: float, head_dim: int) -> Tensor:
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    return 1.0 / theta**exponent
+def _frequencies(theta: float, rotary: int, divisors: Tensor | float = 1.0) -> Tensor:
+    exponent = torch.arange(0, rotary, 2, dtype=torch.float32) / rotary
+    return 1.0 / (divisors * theta**exponent)
 
 
-def rope_frequencies(config: ModelConfig) -> Tensor:
-    """Radians per position [head_dim / 2] f32, stretched as the config says (Llama 3: by band)."""
-    plain = _frequencies(config.rope_theta, config.head_dim)
-    scaling = config.rope_scaling
+def rope_frequencies(config: ModelConfig, positions: int) -> Tensor:
+    """Radians per position [rotary / 2] f32 in a context of `positions`, stretched as the config
+    says (Llama 3: by band; longrope: each by its own factor)."""
+    rotary, scaling = config.rotary_dim or config.head_dim, config.rope_scaling
+    plain = _frequencies(config.rope_theta, rotary)
     if scaling is None:
         return plain
+    if scaling.rope_type == LONGROPE:
+        is_long = positions > scaling.original_max_position_embeddings
+        factors = scaling.long_factor if is_long else scaling.short_factor
+        return _frequencies(config.rope_theta, rotary, torch.tensor(factors))
     if scaling.rope_type == "linear":
         return plain / scaling.factor
     # long wavelengths are stretched, short ones are not, those between are blended

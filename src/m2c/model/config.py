@@ -14,44 +14,13 @@ from m2c.model.families import (
     FAMILIES,
     HIDDEN_ACTS,
     MODEL_TYPES,
-    ROPE_TYPES,
     SUPPORTED,
     facts_of_hf,
     hf_of_facts,
 )
 from m2c.model.fields import Fields
 from m2c.model.mixture import MOST_EXPERTS, SHARED_SIZE
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies are stretched. Only llama3 uses the last three fields."""
-
-    rope_type: str
-    factor: float
-    low_freq_factor: float = 0.0
-    high_freq_factor: float = 0.0
-    original_max_position_embeddings: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        if self.rope_type == "linear":
-            return {"rope_type": self.rope_type, "factor": self.factor}
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any], *, file: str) -> "RopeScaling":
-        """Raises UnsupportedModel for another rope_type, BadInput for a wrong number."""
-        read = Fields(data, file, where="rope_scaling.")
-        rope_type = read.choice("rope_type", ROPE_TYPES, SUPPORTED)
-        factor = read.number("factor", 1.0, 1e6)
-        if rope_type == "linear":
-            return cls(rope_type, factor)
-        low = read.number("low_freq_factor", 1e-6, 1e6)
-        high = read.number("high_freq_factor", 1e-6, 1e6)
-        if low >= high:
-            raise BadInput(f"{file}: rope_scaling.low_freq_factor is not below high_freq_factor")
-        original = read.integer("original_max_position_embeddings", 1, 2**31 - 1)
-        return cls(rope_type, factor, low, high, original)
+from m2c.model.rope import PARTIAL, RopeScaling, rotary_of
 
 
 @dataclass(frozen=True)
@@ -97,6 +66,7 @@ class ModelConfig:
     norm_topk_prob: bool = False  # the weights of a token's experts add up to 1
     # neurons of one more expert, which every token uses, weighted by a gate of its own; 0: none
     shared_expert_intermediate_size: int = 0
+    rotary_dim: int | None = None  # how many values of a head are rotated, the first; None: all
 
     @classmethod
     def from_hf(cls, data: Mapping[str, Any], *, file: str = "config.json") -> "ModelConfig":
@@ -127,7 +97,7 @@ class ModelConfig:
         layers = read.integer("num_hidden_layers", 1, 4096)
         window, sliding = _sliding(read, layers)
         experts, active = _experts(read)
-        scaling = read.mapping("rope_scaling")
+        rotary, scaling = _rope(read, head_dim)
         return cls(
             model_type=read.choice("model_type", MODEL_TYPES, SUPPORTED),
             hidden_size=read.integer("hidden_size", 1, 2**17),
@@ -140,7 +110,7 @@ class ModelConfig:
             hidden_act=read.choice("hidden_act", HIDDEN_ACTS, SUPPORTED),
             rms_norm_eps=read.number("rms_norm_eps", 1e-12, 1.0),
             rope_theta=read.number("rope_theta", 1.0, 1e12),
-            rope_scaling=None if scaling is None else RopeScaling.from_dict(scaling, file=file),
+            rope_scaling=scaling,
             max_position_embeddings=read.integer("max_position_embeddings", 1, 2**31 - 1),
             tie_word_embeddings=read.flag("tie_word_embeddings"),
             qkv_bias=read.flag("qkv_bias"),
@@ -166,6 +136,7 @@ class ModelConfig:
             num_experts_per_tok=active,
             norm_topk_prob=read.flag("norm_topk_prob", False),
             shared_expert_intermediate_size=_shared_size(read),
+            rotary_dim=rotary,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -255,6 +226,19 @@ def _shared_size(read: Fields) -> int:
     if read.data.get(SHARED_SIZE):
         raise BadInput(f"{read.file}: a shared expert in a model_type that has none")
     return 0
+
+
+def _rope(read: Fields, head_dim: int) -> tuple[int | None, RopeScaling | None]:
+    """rotary_dim and rope_scaling, as the family has them."""
+    family = FAMILIES.get(str(read.data.get("model_type")))
+    own = family is not None and PARTIAL in family.defaults
+    rotary = rotary_of(read, head_dim, partial=own)
+    scaling = read.mapping("rope_scaling")
+    if scaling is None:
+        return rotary, None
+    pairs = (rotary or head_dim) // 2 if own else 0
+    found = RopeScaling.from_dict(scaling, file=read.file, supported=SUPPORTED, long_pairs=pairs)
+    return rotary, found
 
 
 def _sliding(read: Fields, layers: int) -> tuple[int | None, tuple[int, ...]]:

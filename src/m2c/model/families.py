@@ -12,6 +12,7 @@ from m2c.errors import BadInput, UnsupportedModel
 from m2c.model.fields import Fields
 from m2c.model.mixture import EXPERT_FACTS, Mixture, odd_mixture
 from m2c.model.plain_mlp import FALCON, OPT, OwnKeys
+from m2c.model.rope import ORIGINAL, PARTIAL, hf_of_rope, rope_of_hf
 
 SLIDING: Final = "sliding_attention"
 LAYER_TYPES: Final = ("full_attention", SLIDING)
@@ -60,8 +61,8 @@ FAMILIES: Final[Mapping[str, Family]] = {
         {"head_dim": 128, "sliding_window": 4096, "max_window_layers": 28}, "listed",
     ),
     "phi3": Family(
-        "Phi3ForCausalLM", "phi3", {"qkv_bias": False, "o_bias": False}, {"rms_norm_eps": 1e-5},
-        "all", fused=True,
+        "Phi3ForCausalLM", "phi3", {"qkv_bias": False, "o_bias": False},
+        {"rms_norm_eps": 1e-5, PARTIAL: 1.0, ORIGINAL: 4096}, "all", fused=True,
     ),
     "gemma2": Family(
         "Gemma2ForCausalLM", "gemma2", {"post_norms": True, "scale_embeddings": True},
@@ -139,11 +140,10 @@ _SAID_BY_SOME: Final = (
 _OUTER: Final = ("bos_token_id", "eos_token_id", "quantization_config", "tie_word_embeddings")
 MODEL_TYPES: Final = tuple(FAMILIES)
 HIDDEN_ACTS: Final = ("silu", "relu", "gelu", "gelu_pytorch_tanh", "fatrelu")
-ROPE_TYPES: Final = ("linear", "llama3")
 SUPPORTED: Final = (
     f"this version runs {', '.join(MODEL_TYPES[:-1])} and {MODEL_TYPES[-1]} models with "
     f"{', '.join(HIDDEN_ACTS[:-1])} or {HIDDEN_ACTS[-1]} activation and default, linear or llama3 "
-    "rope"
+    "rope, phi3 also with longrope"
 )
 
 
@@ -165,12 +165,12 @@ def facts_of_hf(data: Mapping[str, Any], file: str) -> dict[str, Any]:
     if data.get("head_dim") is None and hidden % heads:
         raise BadInput(f"{file}: hidden_size {hidden} is not a multiple of {heads} heads")
     bias = read.flag("attention_bias", False)
-    theta, scaling = _rope(data, file)
 
     def value(key: str, default: Any = None) -> Any:
         return default if data.get(key) is None else data[key]
 
     eos = value("eos_token_id", [])
+    head_dim = value("head_dim", hidden // heads)
     return {
         "model_type": data["model_type"],
         "hidden_size": hidden,
@@ -178,7 +178,8 @@ def facts_of_hf(data: Mapping[str, Any], file: str) -> dict[str, Any]:
         "num_hidden_layers": value("num_hidden_layers"),
         "num_attention_heads": heads,
         "num_key_value_heads": value("num_key_value_heads", heads),
-        "head_dim": value("head_dim", hidden // heads),
+        "head_dim": head_dim,
+        **rope_of_hf(data, family.defaults, file, SUPPORTED, head_dim=head_dim),
         "vocab_size": value("vocab_size"),
         "hidden_act": value(family.act_key, "silu"),
         # the threshold of fatrelu; other activations have none, whatever the file says
@@ -186,8 +187,6 @@ def facts_of_hf(data: Mapping[str, Any], file: str) -> dict[str, Any]:
         if data.get(family.act_key) == "fatrelu"
         else None,
         "rms_norm_eps": value("rms_norm_eps", 1e-6),
-        "rope_theta": theta,
-        "rope_scaling": scaling,
         "max_position_embeddings": value("max_position_embeddings"),
         "tie_word_embeddings": value("tie_word_embeddings", False),
         "qkv_bias": bias,
@@ -218,6 +217,8 @@ def hf_of_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     if family.mixture:
         written = family.mixture.write(facts)
         data |= {key: written[key] for key in written if key not in family.facts}
+    data |= hf_of_rope(facts)
+    del data["rotary_dim"]
     data[family.act_key] = data["hidden_act"]
     if data["hidden_act_param"] is None:
         del data["hidden_act_param"]
@@ -306,20 +307,3 @@ def _gemma3_rope(data: dict[str, Any], file: str) -> dict[str, Any]:
     if local.get("rope_theta") is not None:
         data["local_rope_theta"] = local["rope_theta"]
     return data
-
-
-def _rope(data: Mapping[str, Any], file: str) -> tuple[Any, dict[str, Any] | None]:
-    """rope_theta and rope_scaling, from either the old pair of keys or `rope_parameters`."""
-    read = Fields(data, file)
-    new = read.mapping("rope_parameters")
-    rope = dict(new if new is not None else read.mapping("rope_scaling") or {})
-    theta = rope.pop("rope_theta", None)
-    if theta is None:
-        theta = data.get("rope_theta")
-    partial = rope.get("partial_rotary_factor", data.get("partial_rotary_factor"))
-    nested = any(isinstance(value, dict) for value in rope.values())
-    if nested or partial not in (None, 1.0):
-        raise UnsupportedModel(f"{file}: partial or per-layer rope is not supported", SUPPORTED)
-    rope_type = rope.get("rope_type", rope.get("type", "default"))  # "type" until mid 2024
-    scaling = None if rope_type == "default" else {**rope, "rope_type": rope_type}
-    return (10000.0 if theta is None else theta), scaling

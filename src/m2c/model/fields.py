@@ -88,6 +88,14 @@ class Fields:
             self._refuse(key, value, "a rising list of integers")
         return tuple(found)
 
+    def numbers(self, key: str, low: float, high: float, count: int) -> tuple[float, ...]:
+        """A list of `count` floats in [low, high]. Raises BadInput."""
+        value = self.data.get(key)
+        if not isinstance(value, list | tuple) or len(value) != count:
+            self._refuse(key, value, f"a list of {count} numbers")
+        one = (Fields({key: item}, self.file, self.where) for item in value)
+        return tuple(item.number(key, low, high) for item in one)
+
     def token(self, key: str, vocab_size: int) -> int | None:
         """A token id, or None when absent. Raises BadInput."""
         return self.maybe_integer(key, 0, vocab_size - 1)

@@ -15,9 +15,16 @@ import numpy as np
 from m2c.errors import BadInput, UnsupportedModel
 from m2c.model.config import ModelConfig
 from m2c.model.families import FAMILIES, MODEL_TYPES, SUPPORTED, Family, by_pattern
+from m2c.model.fields import Fields
 from m2c.model.mixture import SHARED_SIZE
+from m2c.model.rope import LONGROPE, ORIGINAL, PARTIAL, attention_factor
 
 ROPE_DIVISORS: Final = "rope_freqs.weight"
+SHORT_FACTORS: Final = "rope_factors_short.weight"
+LONG_FACTORS: Final = "rope_factors_long.weight"
+_LONGEST: Final = "context_length"
+_ORIGINAL: Final = "rope.scaling.original_context_length"
+ROPE_TABLES: Final = (ROPE_DIVISORS, SHORT_FACTORS, LONG_FACTORS)
 # the family that an architecture is taken for: the first of those that share it
 ARCHITECTURES: Final = {
     FAMILIES[name].gguf: name for name in reversed(MODEL_TYPES) if FAMILIES[name].gguf
@@ -29,11 +36,12 @@ _EOS_KEYS: Final = ("eos", "eot", "eom")  # any of them ends a turn
 def config_from_metadata(
     metadata: Mapping[str, Any],
     names: Collection[str],
-    rope_divisors: np.ndarray | None,
+    tables: Mapping[str, np.ndarray],
     *,
     file: str,
 ) -> ModelConfig:
-    """`names`: Hugging Face names of the tensors there are. rope_divisors: [head_dim / 2] f32.
+    """`names`: Hugging Face names of the tensors there are. tables: those of ROPE_TABLES that there
+    are, vectors of f32.
 
     Raises UnsupportedModel for another architecture or rope, BadInput for wrong values.
     """
@@ -44,7 +52,7 @@ def config_from_metadata(
     keys = _Keys(metadata, arch, file)
     model_type = _model_type(keys)
     family = FAMILIES[model_type]
-    heads, head_dim = _heads(keys)
+    heads, head_dim, rotary = _heads(keys, family)
     theta = _shortest(keys.get("rope.freq_base", family.defaults.get("rope_theta", 10000.0)))
     tokens = metadata.get("tokenizer.ggml.tokens")
     vocab = len(tokens) if isinstance(tokens, list) else keys.get("vocab_size")
@@ -61,7 +69,8 @@ def config_from_metadata(
         "hidden_act": family.defaults.get(family.act_key, "silu"),
         "rms_norm_eps": _shortest(keys.get(_eps_key(family))),
         "rope_theta": theta,
-        "rope_scaling": _scaling(keys, rope_divisors, head_dim, theta),
+        "rope_scaling": _rope(keys, family, tables, rotary or head_dim, theta),
+        "rotary_dim": rotary,
         "max_position_embeddings": keys.get("context_length"),
         "tie_word_embeddings": "lm_head.weight" not in names,
         # as config.json can say it: all four biases or none, or what the family always has
@@ -135,16 +144,18 @@ def _experts(keys: _Keys, family: Family) -> dict[str, Any]:
     return facts
 
 
-def _heads(keys: _Keys) -> tuple[int, int]:
-    """How many attention heads, and the size of each."""
+def _heads(keys: _Keys, family: Family) -> tuple[int, int, int | None]:
+    """How many attention heads, the size of each, and how much of it turns; None: all."""
     heads = keys.positive("attention.head_count")
     default = keys.positive("embedding_length") // heads
     head_dim = keys.positive("attention.key_length", default)
+    turned = keys.get("rope.dimension_count", head_dim)
+    partial = PARTIAL in family.defaults and turned != head_dim
     for key in ("attention.value_length", "rope.dimension_count"):
-        if keys.get(key, head_dim) != head_dim:
+        if keys.get(key, head_dim) != head_dim and not (partial and key.startswith("rope")):
             message = f"{keys.file}: {keys.arch}.{key} differs from the head size {head_dim}"
             raise UnsupportedModel(message, SUPPORTED)
-    return heads, head_dim
+    return heads, head_dim, turned if partial else None
 
 
 def _windows(keys: _Keys, family: Family) -> dict[str, Any]:
@@ -199,6 +210,45 @@ def _shortest(value: Any) -> Any:
         return float(str(np.float32(value)))
 
 
+def _rope(
+    keys: _Keys, family: Family, tables: Mapping[str, np.ndarray], rotary: int, theta: Any
+) -> dict[str, Any] | None:
+    """rope_scaling: by tables of factors, of the families that have longrope, or as others do."""
+    if tables.keys() <= {ROPE_DIVISORS}:
+        return _scaling(keys, tables.get(ROPE_DIVISORS), rotary, theta)
+    known = ORIGINAL in family.defaults and tables.keys() == {SHORT_FACTORS, LONG_FACTORS}
+    plain = keys.get("rope.scaling.type", LONGROPE) == LONGROPE and _stretch(keys) in (0, 1)
+    if not known or not plain:
+        message = f"{keys.file}: {keys.arch} with {', '.join(sorted(tables))} is not supported"
+        raise UnsupportedModel(message, SUPPORTED)
+    return _longrope(keys, tables)
+
+
+def _longrope(keys: _Keys, tables: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """rope_scaling of what llama.cpp computes: where an old file does not say it, the factor of
+    cosines and sines is 1, and the original context the whole one."""
+    lengths = {
+        _LONGEST: keys.get(_LONGEST),
+        _ORIGINAL: keys.get(_ORIGINAL, keys.get(_LONGEST)),
+    }
+    read = Fields(lengths, keys.file, f"{keys.arch}.")
+    longest, original = (read.integer(key, 2, 2**31 - 1) for key in lengths)
+    usual = attention_factor(longest, original)
+    factor = _shortest(keys.get("rope.scaling.attn_factor", 1.0))
+    return {
+        "rope_type": LONGROPE,
+        ORIGINAL: original,
+        "attention_factor": usual if factor == _shortest(usual) else factor,
+        "short_factor": [_shortest(value) for value in tables[SHORT_FACTORS].tolist()],
+        "long_factor": [_shortest(value) for value in tables[LONG_FACTORS].tolist()],
+    }
+
+
+def _stretch(keys: _Keys) -> Any:
+    """By how much all frequencies are divided; 0 and 1: they are not."""
+    return _shortest(keys.get("rope.scaling.factor", keys.get("rope.scale_linear", 1.0)))
+
+
 def _scaling(
     keys: _Keys, divisors: np.ndarray | None, head_dim: int, theta: Any
 ) -> dict[str, Any] | None:
@@ -206,7 +256,7 @@ def _scaling(
     if kind not in ("none", "linear"):
         message = f"{keys.file}: {str(kind)[:40]!r} rope scaling is not supported"
         raise UnsupportedModel(message, SUPPORTED)
-    factor = _shortest(keys.get("rope.scaling.factor", keys.get("rope.scale_linear", 1.0)))
+    factor = _stretch(keys)
     linear = kind == "linear" and factor not in (0, 1)
     if divisors is None or bool((divisors == 1).all()):
         return {"rope_type": "linear", "factor": factor} if linear else None
@@ -216,7 +266,7 @@ def _scaling(
         # GGUF does not keep the next two; every published llama3 checkpoint has them so
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
-        "original_max_position_embeddings": keys.get("rope.scaling.original_context_length", 8192),
+        ORIGINAL: keys.get(_ORIGINAL, 8192),
     }
     if linear or not _matches(divisors, scaling, head_dim, theta):
         raise UnsupportedModel(f"{keys.file}: {ROPE_DIVISORS} is not llama3 rope", SUPPORTED)

@@ -16,7 +16,7 @@ import torch
 
 from m2c.errors import BadInput, UnsupportedModel
 from m2c.model.families import FAMILIES, SUPPORTED
-from m2c.model.gguf_config import ROPE_DIVISORS, config_from_metadata
+from m2c.model.gguf_config import ROPE_TABLES, config_from_metadata
 from m2c.model.gguf_header import TensorInfo, read_header
 from m2c.model.mixture import MOST_EXPERTS
 from m2c.model.ranged_file import RangedFile, check_rows
@@ -95,7 +95,7 @@ class GgufFile:
         self.config = config_from_metadata(
             header.metadata,
             self.tensors.keys(),
-            self._rope_divisors(header.tensors.get(ROPE_DIVISORS)),
+            self._rope_tables(header.tensors),
             file=str(path),
         )
 
@@ -116,13 +116,16 @@ class GgufFile:
         rows = unpermute(self._read(info, first, last), size)
         return rows[start - first : end - first].clone()
 
-    def _rope_divisors(self, info: TensorInfo | None) -> np.ndarray | None:
-        """[head_dim / 2] f32, of which llama3 models have a table."""
-        if info is None:
-            return None
-        if info.type_name != "F32" or len(info.shape) != 1 or info.shape[0] > 2**12:
-            raise BadInput(f"{self.path}: {ROPE_DIVISORS} is not a short vector of F32")
-        return self._read(info, 0, info.shape[0]).numpy()
+    def _rope_tables(self, tensors: Mapping[str, TensorInfo]) -> dict[str, np.ndarray]:
+        """[rotary / 2] f32 each: llama3 models have one table, those with longrope two."""
+        found = {}
+        for name in ROPE_TABLES:
+            if (info := tensors.get(name)) is None:
+                continue
+            if info.type_name != "F32" or len(info.shape) != 1 or info.shape[0] > 2**12:
+                raise BadInput(f"{self.path}: {name} is not a short vector of F32")
+            found[name] = self._read(info, 0, info.shape[0]).numpy()
+        return found
 
     def _read(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) in the order of the file."""
@@ -156,7 +159,7 @@ def _rename(tensors: Mapping[str, TensorInfo], path: Path, arch: Any) -> dict[st
     found = dict[str, TensorInfo]()
     two_norms = f"blk.0.{_SECOND_NORM}.weight" in tensors
     for name, info in tensors.items():
-        if name == ROPE_DIVISORS:
+        if name in ROPE_TABLES:
             continue
         hf_name = hf_tensor_name(name, arch, two_norms=two_norms)
         if hf_name is None:

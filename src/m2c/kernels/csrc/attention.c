@@ -42,24 +42,24 @@ static void project_part(void *context, int part, int parts)
     }
 }
 
-static void rotate(float *x, const float *cosines, const float *sines, int dim)
+static void rotate(float *x, const float *cosines, const float *sines, int half)
 {
-    for (int i = 0; i < dim / 2; i++) {
-        float low = x[i], high = x[i + dim / 2];
+    for (int i = 0; i < half; i++) {
+        float low = x[i], high = x[i + half];
         x[i] = low * cosines[i] - high * sines[i];
-        x[i + dim / 2] = high * cosines[i] + low * sines[i];
+        x[i + half] = high * cosines[i] + low * sines[i];
     }
 }
 
 /* heads of q (which = 0) or k made ready: normed, then turned */
 static void turn(const struct attention *a, int which, float *heads, int count, int64_t position)
 {
-    int64_t at = position * (a->dim / 2);
+    int64_t at = position * (a->rotary / 2);
     for (float *x = heads; x < heads + (size_t)count * a->dim; x += a->dim) {
         if (a->head_norms[which])
             rms_norm(x, a->head_norms[which], a->eps, a->dim, x);
         if (a->cosines)
-            rotate(x, a->cosines + at, a->sines + at, a->dim);
+            rotate(x, a->cosines + at, a->sines + at, a->rotary / 2);
     }
 }
 

@@ -55,7 +55,7 @@ struct attention {
     const struct rows *projections[4]; /* q, k, v, o */
     const float *biases[4]; /* or NULL */
     void *keys, *values; /* this layer's [kv_heads, positions, dim] */
-    const float *cosines, *sines; /* [positions, dim / 2], or NULL: nothing is turned */
+    const float *cosines, *sines; /* [positions, rotary / 2], or NULL: nothing is turned */
     int64_t positions; /* that the cache has room for */
     int64_t start; /* position of the first token */
     int32_t heads, kv_heads, dim, is_f16;
@@ -65,6 +65,7 @@ struct attention {
     const float *out_norm; /* [hidden]: RMS norm of what is added to the residual stream, or NULL */
     float eps; /* of these norms */
     float softcap; /* the scores are squeezed to within -softcap and softcap; 0: not */
+    int32_t rotary; /* how many values of a head are turned, the first ones */
 };
 
 /* What the gate, or without one the up row, goes through. Mirrored by kernels/structures.py. */

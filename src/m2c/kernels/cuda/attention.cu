@@ -4,12 +4,14 @@
 /* Mirrored by kernels/gpu_structs.py. */
 struct Attention {
     void *keys, *values; /* [kv_heads, positions, dim] */
-    const float *cosines, *sines; /* [positions, dim / 2], or null: nothing is turned */
+    const float *cosines, *sines; /* [positions, rotary / 2], or null: nothing is turned */
     const float *head_norms[2]; /* [dim]: RMS norms of every head of q and of k, or null */
     const i64 *start; /* position of the first token: in memory, so that launches can be replayed */
     i64 positions; /* that the cache has room for */
     i64 window; /* how many positions a token sees, its own included */
-    int heads, kv_heads, dim, is_f16;
+    int heads, kv_heads, dim;
+    int rotary; /* how many values of a head are turned, the first ones; 0 without cosines */
+    int is_f16;
     float scale, eps, softcap; /* softcap 0: none */
 };
 
@@ -45,26 +47,28 @@ extern "C" __global__ void m2c_place(Attention a, float *q, const float *k, cons
             sum = fmaf(from[i], from[i], sum);
         scale = 1.0f / sqrtf(block_sum(sum) / (float)a.dim + a.eps);
     }
-    int half = a.dim / 2;
-    for (int i = threadIdx.x; i < half; i += blockDim.x) {
-        float low = from[i], high = from[i + half];
+    int turning = a.rotary / 2;
+    for (int i = threadIdx.x; i < a.dim / 2; i += blockDim.x) {
+        /* pairs that are turned, then neighbours that are not */
+        int one = i < turning ? i : 2 * i, two = i < turning ? i + turning : 2 * i + 1;
+        float low = from[one], high = from[two];
         if (norm) {
-            low = low * scale * norm[i];
-            high = high * scale * norm[i + half];
+            low = low * scale * norm[one];
+            high = high * scale * norm[two];
         }
-        if (which < 2 && a.cosines) {
-            float c = a.cosines[position * half + i], s = a.sines[position * half + i];
+        if (which < 2 && i < turning) {
+            float c = a.cosines[position * turning + i], s = a.sines[position * turning + i];
             float turned = low * c - high * s;
             high = high * c + low * s;
             low = turned;
         }
         if (which == 0) {
             float *to = q + (token * a.heads + own) * a.dim;
-            to[i] = low;
-            to[i + half] = high;
+            to[one] = low;
+            to[two] = high;
         } else {
-            keep(which == 1 ? a.keys : a.values, at + i, a.is_f16, low);
-            keep(which == 1 ? a.keys : a.values, at + i + half, a.is_f16, high);
+            keep(which == 1 ? a.keys : a.values, at + one, a.is_f16, low);
+            keep(which == 1 ? a.keys : a.values, at + two, a.is_f16, high);
         }
     }
 }
