@@ -162,28 +162,17 @@ _PHI3: Final = {
 }
 # A plan needs no factors of longrope: 96 numbers each, which the files have
 _PHI3_LONG: Final = {
-    **_PHI3,
-    "max_position_embeddings": 131072,
-    "original_max_position_embeddings": 4096,
+    **_PHI3, "max_position_embeddings": 131072, "original_max_position_embeddings": 4096,
     "sliding_window": 262144,
-}
+}  # fmt: skip
 _PHI4: Final = {
-    **_PHI3,
-    "vocab_size": 100352,
-    "rope_theta": 250000.0,
-    "max_position_embeddings": 16384,
-    "sliding_window": None,
-    "bos_token_id": 100257,
-    "eos_token_id": 100265,
-}
+    **_PHI3, "vocab_size": 100352, "rope_theta": 250000.0, "max_position_embeddings": 16384,
+    "sliding_window": None, "bos_token_id": 100257, "eos_token_id": 100265,
+}  # fmt: skip
 _PHI4_MINI: Final = {
-    **_PHI3_LONG,
-    "vocab_size": 200064,
-    "partial_rotary_factor": 0.75,
-    "tie_word_embeddings": True,
-    "bos_token_id": 199999,
-    "eos_token_id": 199999,
-}
+    **_PHI3_LONG, "vocab_size": 200064, "partial_rotary_factor": 0.75, "bos_token_id": 199999,
+    "tie_word_embeddings": True, "eos_token_id": 199999,
+}  # fmt: skip
 # Gemma's repositories differ in which ids end a text, and a plan needs none
 _GEMMA2: Final = {
     "model_type": "gemma2",
