@@ -41,7 +41,7 @@ def tell(folder: Path, key: str, value: Any) -> None:
 
 
 def configs() -> list[dict[str, Any]]:
-    """A config.json of every family, and one with all that a folder's may say."""
+    """A config.json of every alias, and two with all that a folder's may say."""
     found = [config.to_hf() for alias in ALIASES.values() if (config := alias.config())]
     more = {
         "rope_scaling": {
@@ -51,7 +51,14 @@ def configs() -> list[dict[str, Any]]:
         "quantization_config": None, "mlp_bias": False, "attention_bias": False, "head_dim": 64,
         "eos_token_id": [1, 2], "bos_token_id": 0, "partial_rotary_factor": 1.0,
     }  # fmt: skip
-    return [*found, found[0] | more]
+    factors = [1.0, 2.5, 40.25]
+    long = ALIASES["phi4-mini"].config().to_hf() | {
+        "head_dim": 8, "rope_scaling": {
+            "type": "longrope", "short_factor": factors, "long_factor": factors, "factor": 2.0,
+            "attention_factor": 1.2,
+        },
+    }  # fmt: skip
+    return [*found, found[0] | more, long]
 
 
 def safetensors_header(dtypes: tuple[str, ...] = ("F32", "BF16", "I64", "U8")) -> dict[str, Any]:

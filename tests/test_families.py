@@ -414,7 +414,7 @@ def test_the_language_model_of_a_multimodal_checkpoint(
     assert all(torch.equal(checkpoint.read(name), plain.read(name)) for name in plain.names())
 
 
-@pytest.mark.parametrize("made", ["gemma2", "phi3", "falcon-40b"], indirect=True)
+@pytest.mark.parametrize("made", ["gemma2", "phi3", "phi4-mini", "falcon-40b"], indirect=True)
 def test_a_gguf_exported_as_a_folder_is_the_same_checkpoint(made: Made, tmp_path: Path) -> None:
     """Fused matrices are put together again, and norms lose the one that GGUF adds."""
     source = open_checkpoint(made.checkpoint)
@@ -434,6 +434,8 @@ def test_a_gguf_exported_as_a_folder_is_the_same_checkpoint(made: Made, tmp_path
     )
     make_checkpoint_script().export_gguf(tmp_path / "back", tmp_path / "a.gguf", dtype="bf16")
     back = open_checkpoint(tmp_path / "back")
+    assert back.config.rope_scaling == source.config.rope_scaling
+    assert back.config.rotary_dim == source.config.rotary_dim
     assert all(torch.equal(back.read(name), source.read(name)) for name in source.names())
 
 

@@ -21,6 +21,37 @@ def test_round_trip(pre: str, text: str) -> None:
         assert tokenizer.decode(ids, skip_special=False) == text
 
 
+_ENDS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_REST = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+WORDS = {
+    "phi-4": rf"{_ENDS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}"
+    rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_REST}",
+    "phi-4-mini": rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDS}?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDS}?|\p{{N}}{{1,3}}"
+    rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_REST}",
+}
+
+
+@pytest.mark.parametrize("shape", WORDS)
+def test_a_tokenizer_json_shaped_like_that_of_phi4(shape: str) -> None:
+    """Words by an expression of the model's own, control tokens that take the space around them."""
+    document = json.loads(build_from_gguf(small_metadata("gpt-2")))
+    split = {"type": "Split", "pattern": {"Regex": WORDS[shape]}, "behavior": "Removed",
+             "invert": True}  # fmt: skip
+    level = {**document["decoder"], "use_regex": False}
+    document["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, level]}
+    document["post_processor"] = level
+    for added in document["added_tokens"]:
+        added |= {"lstrip": True, "rstrip": True}
+    config = b'{"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "add_bos_token": false}'
+    tokenizer = Tokenizer.from_json(json.dumps(document).encode(), source="test", config=config)
+    for text in HOSTILE:
+        assert tokenizer.decode(tokenizer.encode(text), skip_special=False) == text
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.add_bos) == (0, 1, False)
+    assert tokenizer.encode("he <|im_end|> he", special=True) == [258, 1, 258]
+
+
 def test_control_tokens_are_commands_only_when_asked() -> None:
     tokenizer = small_tokenizer()
     text = "he<|im_end|>he"
