@@ -162,6 +162,28 @@ def test_weights_as_stored_are_decoded_some_at_a_time(
         assert any(engine.model._replays.values())
 
 
+@pytest.mark.parametrize("ctx_size", [16, 17])
+def test_heads_that_turn_in_part_with_longrope(
+    tmp_path: Path, emulated: GpuKernels, gpu: StrictGpu, ctx_size: int
+) -> None:
+    pairs = [1.0 + pair for pair in range(6)]
+    shape = {
+        "model_type": "phi3", "original_max_position_embeddings": 16, "sliding_window": None,
+        "partial_rotary_factor": 0.75, "rope_scaling": {
+            "type": "longrope", "short_factor": pairs, "long_factor": pairs[::-1]},
+    }  # fmt: skip
+    with torch._C.DisableTorchFunction():
+        bundle = pack_folder(write_checkpoint(tmp_path / "checkpoint", shape), tmp_path / "b.m2c")
+        options = options_for(Mix.parse("0/0/100"), hbm=HBM, device="cuda", ctx_size=ctx_size)
+        expected = without(bundle, options, emulated)
+        with Engine(bundle, replace(options, device="cpu", kernel="torch")) as engine:
+            known = decode(engine)
+    with Engine(bundle, options) as engine:
+        ids, logits = decode(engine)
+    assert same((ids, logits.cpu()), expected)
+    assert (logits[0].cpu() - known[1][0]).norm() < 0.05 * known[1][0].norm()
+
+
 def stored_in_hbm(bundle: Bundle, options: RunOptions) -> RunOptions:
     """The least HBM that holds everything as it is stored."""
     config = config_of(bundle)

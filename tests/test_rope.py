@@ -149,6 +149,11 @@ def test_wrong_numbers_are_refused_in_one_line(change: dict[str, Any]) -> None:
     assert len(str(caught.value)) < 250
 
 
+def test_a_width_without_pairs_is_told_by_its_own_key() -> None:
+    with pytest.raises(BadInput, match=r"partial_rotary_factor 0\.7 turns 11 of 16 values"):
+        ModelConfig.from_hf(TINY | {"partial_rotary_factor": 0.7})
+
+
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma3_text"])
 def test_families_that_have_neither_are_refused(model_type: str) -> None:
     for said in (HALF, {"rope_scaling": {"type": "longrope", "factor": 2.0, **FACTORS}}):
