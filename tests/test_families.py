@@ -27,6 +27,7 @@ from m2c import mixsearch, speculate
 from m2c.bundle.bundle import Bundle, open_bundle
 from m2c.contents import config_of, importance_of
 from m2c.engine import Engine
+from m2c.evaluate import cut, options_within, predictions_of
 from m2c.generate import generate_step, prefill
 from m2c.kernels.native import LIBRARY
 from m2c.kernels.operands import Norm
@@ -230,6 +231,17 @@ def test_the_context_size_chooses_the_factors_of_longrope(made: Made) -> None:
     assert (long - short).abs().max() > 0.1 * expected.abs().max()
     # a longer text changes nothing of what was said before it
     assert (long - made.logits[:16]).abs().max() < 3e-6 * expected.abs().max()
+    for size in (16, 17):  # of a window, which is the context of eval
+        windows = cut((IDS.tolist() * 2)[: 2 * size], size)
+        options = options_within(
+            options_for(EXACT, kv_type="f32"), config_of(made.bundle), windows.shape[1]
+        )
+        with Engine(made.bundle, options) as engine:
+            losses = predictions_of(engine, windows).losses
+        with torch.no_grad():
+            logits = theirs(torch.from_numpy(windows.astype(np.int64))).logits
+        known = -logits.log_softmax(-1).gather(2, torch.from_numpy(windows[:, 1:, None]).long())
+        assert np.allclose(losses, known[:, size // 2 :, 0].numpy(), atol=1e-4)
 
 
 @every_model

@@ -26,7 +26,8 @@ class Family:
     gguf: str  # what GGUF calls the architecture; "": it does not know it
     # fields of ModelConfig that config.json does not spell out
     facts: Mapping[str, Any] = field(default_factory=dict)
-    # what a key of config.json that is not there means
+    # what a key of config.json that is not there means; families whose defaults name PARTIAL and
+    # ORIGINAL may turn a part of each head and have longrope
     defaults: Mapping[str, Any] = field(default_factory=dict)
     # which layers slide: "none", "all", "listed" by layer_types or else by max_window_layers, or
     # "pattern": by layer_types or else all but every `pattern`th

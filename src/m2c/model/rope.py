@@ -16,10 +16,10 @@ LONGROPE: Final = "longrope"
 ROPE_TYPES: Final = ("linear", "llama3")
 PARTIAL: Final = "partial_rotary_factor"
 ORIGINAL: Final = "original_max_position_embeddings"
-_MOST: Final = "max_position_embeddings"
+_MAX: Final = "max_position_embeddings"
 # what phi3 called longrope before it had this name
 _OLD_NAMES: Final = ("su", "yarn")
-_LONGEST: Final = 2**31 - 1
+_LIMIT: Final = 2**31 - 1
 _KEYS: Final[Mapping[str, tuple[str, ...]]] = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", ORIGINAL),
@@ -68,13 +68,13 @@ class RopeScaling:
         high = read.number("high_freq_factor", 1e-6, 1e6)
         if low >= high:
             raise BadInput(f"{file}: rope_scaling.low_freq_factor is not below high_freq_factor")
-        return cls(rope_type, factor, low, high, read.integer(ORIGINAL, 1, _LONGEST))
+        return cls(rope_type, factor, low, high, read.integer(ORIGINAL, 1, _LIMIT))
 
 
 def _long(read: Fields, pairs: int) -> RopeScaling:
     return RopeScaling(
         LONGROPE,
-        original_max_position_embeddings=read.integer(ORIGINAL, 2, _LONGEST),
+        original_max_position_embeddings=read.integer(ORIGINAL, 2, _LIMIT),
         attention_factor=read.number("attention_factor", 1e-3, 1e3),
         short_factor=read.numbers("short_factor", 1e-3, 1e6, pairs),
         long_factor=read.numbers("long_factor", 1e-3, 1e6, pairs),
@@ -134,7 +134,7 @@ def _long_of_hf(read: Fields, rope: Mapping[str, Any]) -> dict[str, Any]:
     """As transformers' phi3 reads it: the original length is the one beside rope_scaling, and no
     short_mscale or long_mscale counts."""
     own = Fields(rope, read.file, "rope_scaling.")
-    longest, original = (read.integer(key, 2, _LONGEST) for key in (_MOST, ORIGINAL))
+    longest, original = (read.integer(key, 2, _LIMIT) for key in (_MAX, ORIGINAL))
     attention = own.maybe_number("attention_factor", 1e-3, 1e3)
     if attention is None:
         attention = attention_factor(longest, original, own.maybe_number("factor", 1e-6, 1e6))
@@ -164,7 +164,7 @@ def hf_of_rope(facts: Mapping[str, Any]) -> dict[str, Any]:
     if scaling and scaling["rope_type"] == LONGROPE:
         scaling = dict(scaling)
         found[ORIGINAL] = original = scaling.pop(ORIGINAL)
-        if scaling["attention_factor"] == attention_factor(facts[_MOST], original):
+        if scaling["attention_factor"] == attention_factor(facts[_MAX], original):
             del scaling["attention_factor"]
     return {**found, "rope_scaling": scaling}
 
