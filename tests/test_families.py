@@ -102,6 +102,9 @@ MODELS: dict[str, dict[str, Any]] = {
         "attn_logit_softcapping": 1.0, "rope_parameters": {
             SLIDING: {"rope_type": "default", "rope_theta": 500.0},
             FULL: {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e5}}},
+    "stablelm": {"model_type": "stablelm", "use_qkv_bias": True},
+    "stablelm-parallel": {"model_type": "stablelm", "use_parallel_residual": True,
+        "partial_rotary_factor": 0.5, "tie_word_embeddings": True},
     "falcon-7b": {"model_type": "falcon"},
     "falcon-40b": {"model_type": "falcon", "new_decoder_architecture": True, "num_kv_heads": 2,
         "ffn_hidden_size": 96, "tie_word_embeddings": False},
@@ -130,7 +133,7 @@ MODELS: dict[str, dict[str, Any]] = {
 IN_GGUF = [
     "mistral", "qwen3", "phi3", "phi3-windows", "phi3-long", "phi3-short", "phi3-partial",
     "phi4-mini", "phi3-factor", "phi3-odd", "gemma2", "gemma3", "falcon-7b", "falcon-40b",
-    "mixtral", "qwen3-moe", "qwen2-moe",
+    "stablelm", "stablelm-parallel", "mixtral", "qwen3-moe", "qwen2-moe",
 ]  # fmt: skip
 WITHOUT_GGUF = [
     "mistral-windows", "qwen2-windows", "gemma3-odd", "sparsellama", "falcon-one-norm",

@@ -93,6 +93,16 @@ def test_a_share_of_a_head_turns(share: float, turned: int | None) -> None:
     assert ("rotary_dim" in config.to_dict()) == (turned is not None)
 
 
+@pytest.mark.parametrize(("said", "turned"), [({}, 4), (HALF, 8), ({**HALF, "rope_theta": 5}, 8)])
+def test_stablelm_turns_a_quarter_unless_it_says_so(said: dict[str, Any], turned: int) -> None:
+    config = ModelConfig.from_hf(TINY | {"model_type": "stablelm"} | said)
+    assert config.rotary_dim == turned
+    assert ModelConfig.from_hf(config.to_hf()) == config
+    whole = ModelConfig.from_hf(config.to_hf() | {"partial_rotary_factor": 1.0})
+    assert whole.rotary_dim is None
+    assert ModelConfig.from_hf(whole.to_hf()) == whole
+
+
 @given(st.integers(2, 1024), st.floats(0, 1))
 def test_any_share_comes_back(pairs: int, share: float) -> None:
     """As a number that transformers rounds to the same width."""
@@ -160,6 +170,8 @@ def test_families_that_have_neither_are_refused(model_type: str) -> None:
         with pytest.raises(UnsupportedModel, match=r"some/config\.json"):
             ModelConfig.from_hf(TINY | {"model_type": model_type} | said, file="some/config.json")
     facts = ModelConfig.from_hf(long()).to_dict()
+    with pytest.raises(UnsupportedModel, match="longrope"):
+        ModelConfig.from_dict({**facts, "model_type": "stablelm"})
     with pytest.raises(BadInput, match="whole heads"):
         ModelConfig.from_dict(facts | {"model_type": "llama"})
     with pytest.raises(UnsupportedModel, match="longrope"):

@@ -20,7 +20,7 @@ from m2c.model.families import (
 )
 from m2c.model.fields import Fields
 from m2c.model.mixture import MOST_EXPERTS, SHARED_SIZE
-from m2c.model.rope import PARTIAL, RopeScaling, rotary_of
+from m2c.model.rope import ORIGINAL, PARTIAL, RopeScaling, rotary_of
 
 
 @dataclass(frozen=True)
@@ -231,12 +231,12 @@ def _shared_size(read: Fields) -> int:
 def _rope(read: Fields, head_dim: int) -> tuple[int | None, RopeScaling | None]:
     """rotary_dim and rope_scaling, as the family has them."""
     family = FAMILIES.get(str(read.data.get("model_type")))
-    own = family is not None and PARTIAL in family.defaults
-    rotary = rotary_of(read, head_dim, partial=own)
+    knows = {} if family is None else family.defaults
+    rotary = rotary_of(read, head_dim, partial=PARTIAL in knows)
     scaling = read.mapping("rope_scaling")
     if scaling is None:
         return rotary, None
-    pairs = (rotary or head_dim) // 2 if own else 0
+    pairs = (rotary or head_dim) // 2 if ORIGINAL in knows else 0
     found = RopeScaling.from_dict(scaling, file=read.file, supported=SUPPORTED, long_pairs=pairs)
     return rotary, found
 

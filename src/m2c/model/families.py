@@ -11,7 +11,7 @@ from typing import Any, Final
 from m2c.errors import BadInput, UnsupportedModel
 from m2c.model.fields import Fields
 from m2c.model.mixture import EXPERT_FACTS, Mixture, odd_mixture
-from m2c.model.plain_mlp import FALCON, OPT, OwnKeys
+from m2c.model.plain_mlp import FALCON, OPT, STABLELM, OwnKeys
 from m2c.model.rope import ORIGINAL, PARTIAL, hf_of_rope, rope_of_hf
 
 SLIDING: Final = "sliding_attention"
@@ -26,8 +26,8 @@ class Family:
     gguf: str  # what GGUF calls the architecture; "": it does not know it
     # fields of ModelConfig that config.json does not spell out
     facts: Mapping[str, Any] = field(default_factory=dict)
-    # what a key of config.json that is not there means; families whose defaults name PARTIAL and
-    # ORIGINAL may turn a part of each head and have longrope
+    # what a key of config.json that is not there means; families whose defaults name PARTIAL may
+    # turn a part of each head, those that name ORIGINAL may have longrope
     defaults: Mapping[str, Any] = field(default_factory=dict)
     # which layers slide: "none", "all", "listed" by layer_types or else by max_window_layers, or
     # "pattern": by layer_types or else all but every `pattern`th
@@ -100,6 +100,10 @@ FAMILIES: Final[Mapping[str, Family]] = {
             "tie_word_embeddings": True,
         },
         act_key="activation_function", own=OPT,
+    ),
+    "stablelm": Family(
+        "StableLmForCausalLM", "stablelm", {"layer_norms": True, "o_bias": False},
+        {"layer_norm_eps": 1e-5, "max_position_embeddings": 4096, PARTIAL: 0.25}, own=STABLELM,
     ),
     "mixtral": Family(
         "MixtralForCausalLM", "llama", {"qkv_bias": False, "o_bias": False, "norm_topk_prob": True},

@@ -80,7 +80,7 @@ def config_from_metadata(
         "eos_token_ids": _eos(metadata),
         **_windows(keys, family),
         **_gemma(keys, family, head_dim),
-        **_falcon(family, names),
+        **_parallel(family, names),
         **_experts(keys, family),
         **family.facts,
     }
@@ -189,12 +189,13 @@ def _eps_key(family: Family) -> str:
     return f"attention.layer_norm_{'' if layer_norms else 'rms_'}epsilon"
 
 
-def _falcon(family: Family, names: Collection[str]) -> dict[str, Any]:
-    """As llama.cpp computes it: the FFN beside attention, with a norm of its own or not."""
-    if family.gguf != "falcon":
-        return {}
+def _parallel(family: Family, names: Collection[str]) -> dict[str, Any]:
+    """As llama.cpp computes it: the FFN of falcon beside attention, with a norm of its own or not;
+    that of stablelm if it has none."""
     own = "model.layers.0.post_attention_layernorm.weight" in names
-    return {"parallel_norms": 2 if own else 1}
+    if family.gguf == "falcon":
+        return {"parallel_norms": 2 if own else 1}
+    return {"parallel_norms": int(not own)} if family.gguf == "stablelm" else {}
 
 
 def _eos(metadata: Mapping[str, Any]) -> list[Any]:

@@ -1,6 +1,6 @@
-"""What config.json of falcon and opt says in words of their own, and how it is written.
+"""What config.json of falcon, opt and stablelm says in words of their own, and how it is written.
 
-Neurons without a gate, and layer norms. Knows nothing about other families.
+Layer norms, and of the first two neurons without a gate. Knows nothing about other families.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,6 +9,7 @@ from typing import Any, Final, NoReturn
 
 from m2c.errors import UnsupportedModel
 from m2c.model.fields import Fields
+from m2c.model.rope import PARTIAL, hf_of_rope
 
 _OPT_EPS: Final = 1e-5  # its config.json does not say
 
@@ -115,5 +116,30 @@ def _opt_keys(facts: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _stablelm(read: Fields) -> dict[str, Any]:
+    if read.flag("qk_layernorm", False):
+        _refuse(read, "qk_layernorm (stablelm-2-12b)", "stablelm-2-1_6b and stablelm-3b-4e1t run")
+    return {
+        "rms_norm_eps": read.number("layer_norm_eps", 1e-12, 1.0),
+        "qkv_bias": read.flag("use_qkv_bias", False),
+        "parallel_norms": int(read.flag("use_parallel_residual", False)),
+    }
+
+
+def _stablelm_keys(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "hidden_act": facts["hidden_act"],
+        "intermediate_size": facts["intermediate_size"],
+        "num_key_value_heads": facts["num_key_value_heads"],
+        "head_dim": facts["head_dim"],
+        "layer_norm_eps": facts["rms_norm_eps"],
+        "use_qkv_bias": facts["qkv_bias"],
+        "use_parallel_residual": facts["parallel_norms"] == 1,
+        PARTIAL: 1.0,
+        **hf_of_rope(facts),
+    }
+
+
+STABLELM: Final = OwnKeys(_stablelm, _stablelm_keys)
 FALCON: Final = OwnKeys(_falcon, _falcon_keys)
 OPT: Final = OwnKeys(_opt, _opt_keys)
