@@ -186,6 +186,7 @@ def test_longrope_is_recovered(tmp_path: Path, turned: int) -> None:
         ({"rope.dimension_count": 0}, {}),
         ({"rope.dimension_count": 66}, {}),
         ({"rope.dimension_count": 48.0}, {}),
+        ({"rope.dimension_count": "48"}, {"rope_freqs.weight": llama3()}),
         ({ORIGINAL: 128}, factors(31)),
         ({ORIGINAL: 128}, factors(32, -1.0)),
         ({ORIGINAL: 128}, factors(32, float("inf"))),

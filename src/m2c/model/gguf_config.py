@@ -149,13 +149,15 @@ def _heads(keys: _Keys, family: Family) -> tuple[int, int, int | None]:
     heads = keys.positive("attention.head_count")
     default = keys.positive("embedding_length") // heads
     head_dim = keys.positive("attention.key_length", default)
-    turned = keys.get("rope.dimension_count", head_dim)
-    partial = PARTIAL in family.defaults and turned != head_dim
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if keys.get(key, head_dim) != head_dim and not (partial and key.startswith("rope")):
+    turned = keys.positive("rope.dimension_count", head_dim)
+    whole = {"attention.value_length": keys.get("attention.value_length", head_dim)}
+    if PARTIAL not in family.defaults:
+        whole["rope.dimension_count"] = turned
+    for key, value in whole.items():
+        if value != head_dim:
             message = f"{keys.file}: {keys.arch}.{key} differs from the head size {head_dim}"
             raise UnsupportedModel(message, SUPPORTED)
-    return heads, head_dim, turned if partial else None
+    return heads, head_dim, None if turned == head_dim else turned
 
 
 def _windows(keys: _Keys, family: Family) -> dict[str, Any]:
