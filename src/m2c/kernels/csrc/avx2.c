@@ -109,11 +109,11 @@ INLINE float widen1(uint16_t w, int is_bf16)
 }
 
 TARGET static void dot_wide(const uint16_t *const *w, int count, const struct inputs *in,
-                            int length, int is_bf16, size_t ahead, float *out, int64_t stride)
+                            int length, int is_bf16, const size_t *ahead, float *out, int64_t stride)
 {
     for (int i = 0; i < count; i++) {
         for (int at = 0; at < 2 * length; at += 64)
-            fetch_line((const uint8_t *)w[i] + ahead + at);
+            fetch_wanted((const uint8_t *)w[i] + at, ahead);
         for (int t = 0; t < in->tokens; t++) {
             const float *x = in->x + (size_t)t * length;
             __m256 a = _mm256_setzero_ps(), b = _mm256_setzero_ps();
@@ -132,19 +132,28 @@ TARGET static void dot_wide(const uint16_t *const *w, int count, const struct in
 
 #include "columns2.inc.c"
 
-TARGET static void add_wide(float *y, const uint16_t *const *columns, const float *h, int count,
-                            int length, int is_bf16)
+/* one token's */
+INLINE void add_wide1(float *y, const struct sums_of *s, const float *h,
+                      const uint16_t *const *columns, int length, int is_bf16)
 {
     int j = 0;
     for (; j + 7 < length; j += 8) {
         __m256 sum = _mm256_loadu_ps(y + j);
-        for (int n = 0; n < count; n++)
-            sum = _mm256_fmadd_ps(widen8(columns[n] + j, is_bf16), _mm256_set1_ps(h[n]), sum);
+        for (int n = 0; n < s->count; n++)
+            sum = _mm256_fmadd_ps(widen8(columns[n] + j, is_bf16),
+                                  _mm256_set1_ps(h[n * s->h_stride]), sum);
         _mm256_storeu_ps(y + j, sum);
     }
     for (; j < length; j++)
-        for (int n = 0; n < count; n++)
-            y[j] += widen1(columns[n][j], is_bf16) * h[n];
+        for (int n = 0; n < s->count; n++)
+            y[j] += widen1(columns[n][j], is_bf16) * h[n * s->h_stride];
+}
+
+TARGET static void add_wide(const struct sums_of *s, const uint16_t *const *columns, int length,
+                            int is_bf16)
+{
+    for (int t = 0; t < s->tokens; t++)
+        add_wide1(s->y + t * s->y_stride, s, s->h + t, columns, length, is_bf16);
 }
 
 INLINE __m256 cached8(struct cached from, size_t at)

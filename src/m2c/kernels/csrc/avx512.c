@@ -111,6 +111,8 @@ INLINE void dot_block(const struct codes *w, const int R, const int is_int8,
     if (g < (size_t)groups)
         dot_batch(w, R, is_int8, in, t, T, g, groups - (int)g, length, scales_length, &sums);
     for (int i = 0; i < R; i++)
+        fetch_scales(w[i].next, groups);
+    for (int i = 0; i < R; i++)
         for (int k = 0; k < T; k++) {
             __m512 sum = _mm512_fnmadd_ps(sums.biases[i][k],
                                           _mm512_set1_ps(is_int8 ? 136.0f : 8.0f),
@@ -119,16 +121,14 @@ INLINE void dot_block(const struct codes *w, const int R, const int is_int8,
         }
 }
 
-/* Four rows share what they read of the activations; with few tokens one row at a time, since the
- * hardware reads ahead best along one stream. */
-#define ENOUGH_TOKENS 4
+/* Rows share what they read of the activations; with one token a row at a time, since the hardware
+ * reads ahead best along one stream. */
+#define ENOUGH_TOKENS 2
 
 TARGET static void dot_codes(const struct codes *w, int count, const struct inputs *in, int groups,
                              float *out, int64_t stride)
 {
     int t = 0, is_int8 = w->r != NULL;
-    for (int i = 0; i < count; i++)
-        fetch_scales(w[i].next, groups);
     if (count == 4 && in->tokens >= ENOUGH_TOKENS) {
         for (; t + 1 < in->tokens; t += 2)
             is_int8 ? dot_block(w, 4, 1, in, t, 2, groups, out, stride)
@@ -145,97 +145,7 @@ TARGET static void dot_codes(const struct codes *w, int count, const struct inpu
     }
 }
 
-INLINE __m512 widen(__m256i raw, int is_bf16)
-{
-    if (!is_bf16)
-        return _mm512_cvtph_ps(raw);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
-}
-
-INLINE __mmask16 first_of(int count)
-{
-    return count >= 16 ? 0xFFFF : (__mmask16)((1 << count) - 1);
-}
-
-/* Even and odd sixteens are summed apart: one chain of additions would be slower than memory. */
-INLINE void dot_wide_block(const uint16_t *const *w, const int R, const struct inputs *in, int t,
-                           const int T, int length, int is_bf16, size_t ahead, float *out,
-                           int64_t stride)
-{
-    __m512 sums[ROWS_AT_ONCE][2][2];
-    for (int i = 0; i < R; i++)
-        for (int k = 0; k < T; k++)
-            sums[i][k][0] = sums[i][k][1] = _mm512_setzero_ps();
-    for (int j = 0; j < length; j += 32) {
-        for (int half = 0; half < 2; half++) {
-            int at = j + 16 * half, rest = length - at;
-            __mmask16 mask = rest > 0 ? first_of(rest) : 0;
-            __m512 values[ROWS_AT_ONCE];
-            for (int i = 0; i < R; i++) {
-                if (!half)
-                    fetch_line((const uint8_t *)(w[i] + at) + ahead);
-                values[i] = widen(_mm256_maskz_loadu_epi16(mask, w[i] + at), is_bf16);
-            }
-            for (int k = 0; k < T; k++) {
-                __m512 x = _mm512_maskz_loadu_ps(mask, in->x + (size_t)(t + k) * length + at);
-                for (int i = 0; i < R; i++)
-                    sums[i][k][half] = _mm512_fmadd_ps(values[i], x, sums[i][k][half]);
-            }
-        }
-    }
-    for (int i = 0; i < R; i++)
-        for (int k = 0; k < T; k++)
-            out[i * stride + t + k]
-                = _mm512_reduce_add_ps(_mm512_add_ps(sums[i][k][0], sums[i][k][1]));
-}
-
-INLINE void dot_wide_typed(const uint16_t *const *w, int count, const struct inputs *in,
-                           int length, const int is_bf16, size_t ahead, float *out, int64_t stride)
-{
-    int t = 0;
-    if (count == 4 && in->tokens >= ENOUGH_TOKENS) {
-        for (; t + 1 < in->tokens; t += 2)
-            dot_wide_block(w, 4, in, t, 2, length, is_bf16, ahead, out, stride);
-        for (; t < in->tokens; t++)
-            dot_wide_block(w, 4, in, t, 1, length, is_bf16, ahead, out, stride);
-        return;
-    }
-    for (int i = 0; i < count; i++)
-        for (t = 0; t < in->tokens; t++)
-            dot_wide_block(w + i, 1, in, t, 1, length, is_bf16, ahead, out + i * stride, stride);
-}
-
-TARGET static void dot_wide(const uint16_t *const *w, int count, const struct inputs *in,
-                            int length, int is_bf16, size_t ahead, float *out, int64_t stride)
-{
-    if (is_bf16)
-        dot_wide_typed(w, count, in, length, 1, ahead, out, stride);
-    else
-        dot_wide_typed(w, count, in, length, 0, ahead, out, stride);
-}
-
-TARGET static void add_wide(float *y, const uint16_t *const *columns, const float *h, int count,
-                            int length, int is_bf16)
-{
-    for (int j = 0; j < length; j += 64) {
-        __m512 sums[4];
-        for (int k = 0; k < 4; k++)
-            sums[k] = _mm512_maskz_loadu_ps(length > j + 16 * k ? first_of(length - j - 16 * k) : 0,
-                                            y + j + 16 * k);
-        for (int n = 0; n < count; n++) {
-            __m512 scale = _mm512_set1_ps(h[n]);
-            for (int k = 0; k < 4; k++) {
-                int rest = length - j - 16 * k;
-                __mmask16 mask = rest > 0 ? first_of(rest) : 0;
-                __m256i raw = _mm256_maskz_loadu_epi16(mask, columns[n] + j + 16 * k);
-                sums[k] = _mm512_fmadd_ps(widen(raw, is_bf16), scale, sums[k]);
-            }
-        }
-        for (int k = 0; k < 4; k++)
-            _mm512_mask_storeu_ps(y + j + 16 * k,
-                                  length > j + 16 * k ? first_of(length - j - 16 * k) : 0, sums[k]);
-    }
-}
+#include "wide512.inc.c"
 
 INLINE __m512 wide_at(struct cached from, size_t at, __mmask16 mask)
 {

@@ -30,6 +30,8 @@ INLINE void factors(const struct codes *columns, const float *h, int count, int 
     for (int n = 0; n < count; n++) {
         __m256i raw = _mm256_maskz_loadu_epi16(mask, columns[n].scales + 2 * g);
         products[n] = _mm512_mul_ps(_mm512_cvtph_ps(raw), _mm512_set1_ps(h[n]));
+        if (g % 32 == 0 && columns[n].next)
+            fetch_line(columns[n].next->scales + 2 * g);
         top = _mm512_max_epu32(top, _mm512_castps_si512(_mm512_abs_ps(products[n])));
     }
     __m512 largest = _mm512_castsi512_ps(top);
@@ -147,8 +149,6 @@ TARGET static void add_codes(float *y, const struct codes *columns, const float 
     float steps[stride], offsets[stride], finite = 0;
     for (int n = 0; n < count; n++)
         finite += h[n] - h[n]; /* 0, or NaN when some activation is not finite */
-    for (int n = 0; n < count; n++)
-        fetch_scales(columns[n].next, groups);
     for (int g = 0; g < groups; g += 16)
         factors(columns, h, count, g, groups, high, low, stride, steps, offsets);
     for (int g = 0; g < stride; g++)

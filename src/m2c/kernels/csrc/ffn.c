@@ -33,8 +33,8 @@ static void activations(const struct primitives *use, const struct rows *r, int6
                         int64_t stride)
 {
     float up[ROWS_AT_ONCE * TOKENS_AT_ONCE];
-    /* 16-bit rows are long: with few tokens a neuron at a time, in the order of memory */
-    int most = r->kind == 16 && in->tokens < ROWS_AT_ONCE ? 1 : ROWS_AT_ONCE;
+    /* 16-bit rows are long: with one token a neuron at a time, in the order of memory */
+    int most = r->kind == 16 && in->tokens < 2 ? 1 : ROWS_AT_ONCE;
     for (int first = 0; first < count; first += most) {
         int some = count - first < most ? count - first : most;
         float *gate = h + first * stride;
@@ -61,6 +61,12 @@ static struct activation from_row(struct activation act, int64_t row)
     return act;
 }
 
+/* from a 16-bit column to that of the same neuron of the next tile */
+static size_t next_tile(const struct rows *r)
+{
+    return (size_t)TILE * r->vectors * r->length * 2;
+}
+
 /* y += sum of h[i * stride] * down column of row + i, zeros left out */
 static void add_columns(const struct primitives *use, const struct rows *r, int64_t row, int count,
                         const float *h, int64_t stride, float *y)
@@ -85,9 +91,30 @@ static void add_columns(const struct primitives *use, const struct rows *r, int6
         n++;
     }
     if (n && r->kind == 16)
-        use->add_wide(y, wide, held, n, r->length, r->is_bf16);
+        use->add_wide(&(struct sums_of){ y, 0, held, 1, n, 1, next_tile(r) }, wide, r->length,
+                      r->is_bf16);
     else if (n)
         use->add_codes(y, columns, held, n, r->groups);
+}
+
+/* The same for h[i * tokens + t] and y[t * y_stride]. Where no activation is zero tokens share what is
+ * read of 16-bit columns: the same sums. */
+static void add_tile(const struct primitives *use, const struct rows *r, int64_t row, int count,
+                     const float *h, int tokens, float *y, size_t y_stride)
+{
+    int zeros = 0;
+    for (int i = 0; i < count * tokens; i++)
+        zeros += h[i] == 0;
+    if (r->kind != 16 || tokens == 1 || zeros) {
+        for (int t = 0; t < tokens; t++)
+            add_columns(use, r, row, count, h + t, tokens, y + t * y_stride);
+        return;
+    }
+    const uint16_t *wide[TILE];
+    for (int i = 0; i < count; i++)
+        wide[i] = wide_of(r, row + i, r->vectors - 1);
+    use->add_wide(&(struct sums_of){ y, y_stride, h, tokens, count, tokens, next_tile(r) }, wide,
+                  r->length, r->is_bf16);
 }
 
 struct ffn_call {
@@ -136,8 +163,7 @@ static void chunk_part(void *context, int part, int parts)
             for (int i = 0; i < count; i++)
                 for (int t = 0; c->kept && t < tokens; t++)
                     c->kept[(size_t)t * r->count + row + i] = h[i * tokens + t];
-            for (int t = 0; t < tokens; t++)
-                add_columns(c->k->use, &decoded, at, count, h + t, tokens, y + t * padded);
+            add_tile(c->k->use, &decoded, at, count, h, tokens, y, padded);
         }
     }
 }

@@ -31,6 +31,16 @@ struct inputs {
     int32_t tokens;
 };
 
+/* y[t * y_stride + j] += sum over n of h[n * h_stride + t] * column n[j] */
+struct sums_of {
+    float *y;
+    size_t y_stride;
+    const float *h;
+    size_t h_stride;
+    int count, tokens; /* columns, up to TILE; tokens, any number */
+    size_t ahead; /* what lies that many bytes behind a 16-bit column is fetched as well */
+};
+
 struct exact_record;
 struct bits;
 /* The weights of a record, [vectors * length] 16-bit patterns, escapes not yet put right. */
@@ -49,13 +59,14 @@ struct primitives {
     /* out[i * row_stride + t] = rows[i] . x[t], up to ROWS_AT_ONCE rows, any number of tokens */
     void (*dot_codes)(const struct codes *rows, int count, const struct inputs *in, int groups,
                       float *out, int64_t row_stride);
-    /* the same for 16-bit rows; what lies `ahead` bytes further is fetched as well */
+    /* the same for 16-bit rows; what lies ahead[0] and ahead[1] bytes further (0: nothing) is fetched
+     * as well */
     void (*dot_wide)(const uint16_t *const *rows, int count, const struct inputs *in, int length,
-                     int is_bf16, size_t ahead, float *out, int64_t row_stride);
+                     int is_bf16, const size_t *ahead, float *out, int64_t row_stride);
     /* y += sum of h[n] * columns[n], up to TILE columns; y has whole stripes */
     void (*add_codes)(float *y, const struct codes *columns, const float *h, int count, int groups);
-    void (*add_wide)(float *y, const uint16_t *const *columns, const float *h, int count,
-                     int length, int is_bf16);
+    void (*add_wide)(const struct sums_of *sums, const uint16_t *const *columns, int length,
+                     int is_bf16);
     /* scores[p] = q . keys[p]; out = sum of weights[p] * values[p] */
     void (*scores)(float *scores, const float *q, struct cached keys, int positions, int dim);
     void (*mixed)(float *out, const float *weights, struct cached values, int positions, int dim);
@@ -77,6 +88,13 @@ const struct primitives *primitives_for(const char *want, const char **name);
 static inline void fetch_line(const uint8_t *at)
 {
     __builtin_prefetch(at, 0, 2);
+}
+
+static inline void fetch_wanted(const uint8_t *at, const size_t *ahead)
+{
+    fetch_line(at + ahead[0]);
+    if (ahead[1])
+        fetch_line(at + ahead[1]);
 }
 
 static inline void fetch_stripe(const struct codes *next, size_t stripe)

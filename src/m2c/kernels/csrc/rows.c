@@ -11,6 +11,7 @@
 
 #include <stdlib.h>
 
+#define AHEAD_NBYTES 8192 /* how far ahead of their use rows are fetched, at least */
 #define TOKENS_AT_ONCE 32 /* whose activations stay in the second-level cache */
 
 /* want: "auto", "scalar", "avx2" or "avx512". NULL if this machine cannot run it or has no memory. */
@@ -46,16 +47,22 @@ void dot_vectors(const struct primitives *use, const struct rows *r, int64_t row
         const uint16_t *wide[ROWS_AT_ONCE];
         for (int i = 0; i < count; i++)
             wide[i] = wide_of(r, row + i, vector);
-        /* the same vector of the neuron after, or some rows further on */
-        size_t ahead = r->vectors > 1 ? (size_t)r->vectors * r->length * 2 : 8192;
+        /* The same vector of the neuron after the next, or some rows further on; and, before a
+         * neuron's last dot product, the down column of the next one. */
+        size_t own = (size_t)r->length * 2, record = r->vectors * own;
+        const size_t ahead[2] = { r->vectors > 1 ? 2 * record : AHEAD_NBYTES,
+                                  vector == r->vectors - 2 ? own + record : 0 };
         use->dot_wide(wide, count, in, r->length, r->is_bf16, ahead, out, stride);
         return;
     }
     struct codes codes[2 * ROWS_AT_ONCE];
+    int record = r->vectors * r->groups * (GROUP / 2 + 2);
+    int ahead = (AHEAD_NBYTES + record - 1) / record;
+    ahead = ahead < ROWS_AT_ONCE ? ROWS_AT_ONCE : ahead;
     for (int i = 0; i < count; i++) {
         codes[i] = codes_of(r, row + i, vector);
-        if (row + i + ROWS_AT_ONCE < r->count) {
-            codes[ROWS_AT_ONCE + i] = codes_of(r, row + i + ROWS_AT_ONCE, vector);
+        if (row + i + ahead < r->count) {
+            codes[ROWS_AT_ONCE + i] = codes_of(r, row + i + ahead, vector);
             codes[i].next = codes + ROWS_AT_ONCE + i;
         }
     }

@@ -69,7 +69,7 @@ static void dot_codes(const struct codes *rows, int count, const struct inputs *
 }
 
 static void dot_wide(const uint16_t *const *rows, int count, const struct inputs *in, int length,
-                     int is_bf16, size_t ahead, float *out, int64_t row_stride)
+                     int is_bf16, const size_t *ahead, float *out, int64_t row_stride)
 {
     (void)ahead;
     for (int i = 0; i < count; i++) {
@@ -93,12 +93,14 @@ static void add_codes(float *y, const struct codes *columns, const float *h, int
     }
 }
 
-static void add_wide(float *y, const uint16_t *const *columns, const float *h, int count,
-                     int length, int is_bf16)
+static void add_wide(const struct sums_of *s, const uint16_t *const *columns, int length,
+                     int is_bf16)
 {
-    for (int n = 0; n < count; n++)
-        for (int j = 0; j < length; j++)
-            y[j] += widen(columns[n][j], is_bf16) * h[n];
+    for (int t = 0; t < s->tokens; t++)
+        for (int n = 0; n < s->count; n++)
+            for (int j = 0; j < length; j++)
+                s->y[t * s->y_stride + j] += widen(columns[n][j], is_bf16)
+                                             * s->h[n * s->h_stride + t];
 }
 
 static float cached_at(struct cached from, size_t i)
