@@ -17,7 +17,9 @@ def aligned_buffer(nbytes: int) -> npt.NDArray[np.uint8]:
     An anonymous mapping of our own, so that huge pages can be asked for and the memory goes back
     to the system as soon as the array is dropped.
     """
-    mapping = mmap.mmap(-1, max(align(nbytes), mmap.PAGESIZE))
+    # private: shared memory, the default, gets huge pages on few systems
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    mapping = mmap.mmap(-1, max(align(nbytes), mmap.PAGESIZE), flags=flags)
     if nbytes >= 2 << 20 and hasattr(mmap, "MADV_HUGEPAGE"):
         mapping.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(mapping, np.uint8)
