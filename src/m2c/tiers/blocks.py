@@ -49,12 +49,13 @@ class _Span:
 
 @dataclass(frozen=True)
 class Block:
-    """All records of its shards, or records [start, end) of their only section."""
+    """All records of its shards, or records [start, end) of one section."""
 
     shards: tuple[ShardIndex, ...]  # one per plane, lowest first
     exact_type: str
     start: int = 0
     end: int | None = None
+    only: str | None = None  # which section; None: all, or the only one
     held: int = 0  # lowest planes that lie in memory anyway, for drafting: not read
     stored: bool = False  # kept as stored even if exact: decoded where it is used
 
@@ -71,7 +72,7 @@ class Block:
         """Exact blocks are kept decoded, at 16 bits, unless `stored`; others as they are stored."""
         if not self.is_exact or self.stored:
             return self.streamed_nbytes
-        sections = self.shards[0].header.sections
+        sections = [self.shards[0].header.section(name) for name in self.sections]
         return sum(2 * self.count(s) * s.vectors * s.length for s in sections)
 
     def count(self, section: Section) -> int:
@@ -86,13 +87,18 @@ class Block:
         whole = index.header.payload_nbytes
         if self.end is None:
             return _Span(0, len(index.block_hashes), whole, 0)
-        (section,) = index.header.sections
-        begin, end = (record_offset(index, section, i) for i in (self.start, self.end))
+        (name,) = self.sections
+        section = index.header.section(name)
+        begin, end = (
+            section.offset + record_offset(index, section, i) for i in (self.start, self.end)
+        )
         first, stop = begin // BLOCK, -(-end // BLOCK)
         return _Span(first, stop, min(stop * BLOCK, whole) - first * BLOCK, begin - first * BLOCK)
 
     @property
     def sections(self) -> tuple[str, ...]:
+        if self.only is not None:
+            return (self.only,)
         return tuple(section.name for section in self.shards[0].header.sections)
 
     def read(self, reader: SsdReader, into: U8, *, now: bool = False) -> Pending:

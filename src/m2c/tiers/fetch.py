@@ -15,7 +15,7 @@ import torch
 from m2c.bundle.planes import RecordLayout
 from m2c.bundle.shard import BLOCK, PLANES, Section, ShardIndex, align
 from m2c.kernels.dispatch import exact_weights
-from m2c.kernels.rows import EXACT_DTYPES, ExactFrames, ExactRows, PackedRows, Rows
+from m2c.kernels.rows import ExactFrames, ExactRows, PackedRows, Rows
 from m2c.tiers.memory import aligned_buffer
 from m2c.tiers.ssd import SsdReader
 
@@ -191,22 +191,6 @@ class RowSource:
         int4, *int8 = [torch.from_numpy(plane.records(ids)[0]) for plane in self._planes]
         return PackedRows(self._section.layout, int4, int8[0] if int8 else None)
 
-    def load(self, start: int, stop: int, device: torch.device) -> ExactRows:
-        """16-bit rows [start, stop), start at the beginning of a frame, a piece at a time."""
-        section = self._section
-        width = section.vectors * section.length
-        arena = torch.from_numpy(aligned_buffer(2 * (stop - start) * width))
-        flat = arena[: 2 * (stop - start) * width].view(EXACT_DTYPES[self._exact_type])
-        out = flat.view(stop - start, width)
-        if device.type != "cpu":
-            out = torch.empty_like(out, device=device)
-        step = rows_at_once(section.layout, self._planes[-1].frame_records)
-        for begin in range(start, stop, step):
-            end = min(begin + step, stop)
-            piece = self._exact(np.arange(begin, end, dtype=np.int32))
-            out[begin - start : end - start] = piece
-        return ExactRows(section.layout, out)
-
     def _exact(self, ids: npt.NDArray[np.int32]) -> torch.Tensor:
         int4, int8, exact = self._planes
         frames, members, wanted = exact.frames_of(ids)
@@ -216,10 +200,13 @@ class RowSource:
         )  # fmt: skip
 
 
-def rows_at_once(layout: RecordLayout, frame_records: int = 1) -> int:
-    """Rows to decode at a time: DECODE_WEIGHTS bounds the temporary values, about 40 B a weight."""
+def rows_at_once(
+    layout: RecordLayout, frame_records: int = 1, weights: int = DECODE_WEIGHTS
+) -> int:
+    """Rows, whole frames of them, that have about so many weights. What is decoded at a time is
+    bounded by DECODE_WEIGHTS: the temporary values take about 40 B a weight."""
     per_frame = frame_records * layout.vectors * layout.length
-    return max(1, DECODE_WEIGHTS // per_frame) * frame_records
+    return max(1, weights // per_frame) * frame_records
 
 
 def decode_rows(

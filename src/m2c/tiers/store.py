@@ -22,7 +22,7 @@ from m2c.tiers.experts import ExpertCache, ExpertParts
 from m2c.tiers.facts import BlockFact
 from m2c.tiers.fetch import Decode, PlaneSource, RowSource
 from m2c.tiers.link import Link
-from m2c.tiers.loading import Loading
+from m2c.tiers.loading import Loading, load_exact
 from m2c.tiers.memory import aligned_buffer
 from m2c.tiers.neighbours import runs
 from m2c.tiers.plan import Plan
@@ -272,13 +272,9 @@ class NeuronStore:
         return block.rows(raw)[EMBED]
 
     def _load_exact(self, block: Block, name: str) -> Rows:
-        """Piece by piece through the staging buffer, so that loading needs no extra memory."""
-        section = block.shards[0].header.section(name)
-        planes = self._sources(block.shards, name)
-        source = RowSource(planes, section, block.exact_type, self._decode)
-        rows = source.load(block.start, block.start + block.count(section), self.device)
-        self._progress(block.streamed_nbytes)
-        return rows
+        return load_exact(
+            self.reader, block, name, self._decode, self.device, progress=self._progress
+        )
 
     def _upgrade_plane(self, layer: int, plane: str) -> UpgradePlane:
         plan = self.plan
