@@ -25,12 +25,18 @@ INLINE __m256i two_groups(const uint8_t *codes, int rest)
     return _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i *)codes));
 }
 
-/* eight sums of four products of 4-bit codes u, both halves of two groups, and x */
-INLINE __m256i dot15(__m256i u, __m256i x0, __m256i x1)
+/* the first and the second halves of two groups' 4-bit codes, as bytes */
+INLINE void unpack(const uint8_t *codes, int rest, __m256i *first, __m256i *second)
 {
     const __m256i low = _mm256_set1_epi8(15);
-    __m256i first = _mm256_and_si256(u, low);
-    __m256i second = _mm256_and_si256(_mm256_srli_epi16(u, 4), low);
+    __m256i u = two_groups(codes, rest);
+    *first = _mm256_and_si256(u, low);
+    *second = _mm256_and_si256(_mm256_srli_epi16(u, 4), low);
+}
+
+/* eight sums of four products of codes and x, four of each group */
+INLINE __m256i dot15(__m256i first, __m256i second, __m256i x0, __m256i x1)
+{
     __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(first, x0),
                                      _mm256_maddubs_epi16(second, x1));
     return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
@@ -46,48 +52,104 @@ INLINE __m256 eight_scales(const uint8_t *scales, int groups)
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)held));
 }
 
-/* One row times token t. Per group the integer sum times both scales; the bias of the codes is taken
- * off at the end, from the sums of the activations. */
-INLINE float dot_row(const struct codes *w, const int is_int8, const struct inputs *in, int t,
-                     int groups)
+/* Sums of R rows times T tokens. Per group the integer sum counts times both scales; the bias of the
+ * codes is taken off at the end, from the sums of the activations. */
+struct sums {
+    __m256 values[2][2], biases[2][2];
+};
+
+/* up to eight groups from g on; x: of token t */
+INLINE void dot_eight(const struct codes *w, const int R, const int is_int8,
+                      const struct inputs *in, size_t t, const int T, int g, int groups,
+                      struct sums *sums)
 {
-    const int8_t *values = in->values + (size_t)t * stripes_of(groups) * STRIPE_VALUES;
-    size_t from = (size_t)t * batches_of(groups) * BATCH;
-    __m256 sum = _mm256_setzero_ps(), bias = _mm256_setzero_ps();
-    for (int g = 0; g < groups; g += 8) {
-        float both[8];
-        __m256 scales = _mm256_mul_ps(eight_scales(w->scales + 2 * g, groups - g),
-                                      _mm256_loadu_ps(in->scales + from + g));
-        bias = _mm256_fmadd_ps(scales, _mm256_loadu_ps(in->sums + from + g), bias);
-        _mm256_storeu_ps(both, scales);
-        for (int k = 0; k < 8 && g + k < groups; k += 2) {
-            int at = g + k, rest = groups - at;
-            const int8_t *x = values + at / STRIPE * STRIPE_VALUES + (at & 2) * 16;
-            __m256i x0 = _mm256_loadu_si256((const __m256i *)x);
-            __m256i x1 = _mm256_loadu_si256((const __m256i *)(x + 64));
-            __m256i whole = dot15(two_groups(w->q + 16 * at, rest), x0, x1);
-            if (is_int8)
-                whole = _mm256_add_epi32(_mm256_slli_epi32(whole, 4),
-                                         dot15(two_groups(w->r + 16 * at, rest), x0, x1));
-            __m256 two = _mm256_set_m128(_mm_set1_ps(both[k + 1]), _mm_set1_ps(both[k]));
-            sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole), two, sum);
+    size_t length = (size_t)stripes_of(groups) * STRIPE_VALUES;
+    size_t scales_length = (size_t)batches_of(groups) * BATCH;
+    __m256 both[2][2];
+    for (int i = 0; i < R; i++) {
+        __m256 scales = eight_scales(w[i].scales + 2 * g, groups - g);
+        for (int k = 0; k < T; k++) {
+            size_t at = (t + k) * scales_length + g;
+            both[i][k] = _mm256_mul_ps(scales, _mm256_loadu_ps(in->scales + at));
+            sums->biases[i][k] = _mm256_fmadd_ps(both[i][k], _mm256_loadu_ps(in->sums + at),
+                                                 sums->biases[i][k]);
         }
     }
-    sum = _mm256_fnmadd_ps(bias, _mm256_set1_ps(is_int8 ? 136.0f : 8.0f), sum);
-    return sum_of(sum) * (is_int8 ? 0.0625f : 1.0f);
+#pragma GCC unroll 4
+    for (int pair = 0; pair < 8; pair += 2) {
+        if (g + pair >= groups)
+            break;
+        const __m256i lanes = _mm256_add_epi32(_mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1),
+                                               _mm256_set1_epi32(pair));
+        int at = g + pair, rest = groups - at;
+        __m256i first[2], second[2], r_first[2], r_second[2];
+        for (int i = 0; i < R; i++) {
+            unpack(w[i].q + 16 * at, rest, first + i, second + i);
+            if (is_int8)
+                unpack(w[i].r + 16 * at, rest, r_first + i, r_second + i);
+            if (!(pair & 2))
+                fetch_stripe(w[i].next, (size_t)at / STRIPE);
+        }
+        for (int k = 0; k < T; k++) {
+            const int8_t *x = in->values + (t + k) * length + at / STRIPE * STRIPE_VALUES
+                              + (at & 2) * 16;
+            __m256i x0 = _mm256_loadu_si256((const __m256i *)x);
+            __m256i x1 = _mm256_loadu_si256((const __m256i *)(x + 64));
+            for (int i = 0; i < R; i++) {
+                __m256i whole = dot15(first[i], second[i], x0, x1);
+                if (is_int8)
+                    whole = _mm256_add_epi32(_mm256_slli_epi32(whole, 4),
+                                             dot15(r_first[i], r_second[i], x0, x1));
+                sums->values[i][k] = _mm256_fmadd_ps(
+                    _mm256_cvtepi32_ps(whole), _mm256_permutevar8x32_ps(both[i][k], lanes),
+                    sums->values[i][k]);
+            }
+        }
+    }
 }
 
+INLINE void dot_block(const struct codes *w, const int R, const int is_int8,
+                      const struct inputs *in, int t, const int T, int groups, float *out,
+                      int64_t row_stride)
+{
+    struct sums sums;
+    for (int i = 0; i < R; i++)
+        for (int k = 0; k < T; k++)
+            sums.values[i][k] = sums.biases[i][k] = _mm256_setzero_ps();
+    for (int g = 0; g < groups; g += 8)
+        dot_eight(w, R, is_int8, in, (size_t)t, T, g, groups, &sums);
+    for (int i = 0; i < R; i++)
+        fetch_scales(w[i].next, groups);
+    for (int i = 0; i < R; i++)
+        for (int k = 0; k < T; k++) {
+            __m256 sum = _mm256_fnmadd_ps(sums.biases[i][k],
+                                          _mm256_set1_ps(is_int8 ? 136.0f : 8.0f),
+                                          sums.values[i][k]);
+            out[i * row_stride + t + k] = sum_of(sum) * (is_int8 ? 0.0625f : 1.0f);
+        }
+}
+
+INLINE void dot_rows(const struct codes *w, const int R, const int is_int8,
+                     const struct inputs *in, int groups, float *out, int64_t stride)
+{
+    int t = 0;
+    for (; t + 2 <= in->tokens; t += 2)
+        dot_block(w, R, is_int8, in, t, 2, groups, out, stride);
+    if (t < in->tokens)
+        dot_block(w, R, is_int8, in, t, 1, groups, out, stride);
+}
+
+/* Two rows and two tokens share what they read; with one token a row at a time, in the order of memory. */
 TARGET static void dot_codes(const struct codes *w, int count, const struct inputs *in, int groups,
                              float *out, int64_t stride)
 {
-    for (int i = 0; i < count; i++) {
-        fetch_scales(w[i].next, groups);
-        for (int s = 0; s < stripes_of(groups); s++)
-            fetch_stripe(w[i].next, (size_t)s);
-        for (int t = 0; t < in->tokens; t++)
-            out[i * stride + t] = w[i].r ? dot_row(w + i, 1, in, t, groups)
-                                         : dot_row(w + i, 0, in, t, groups);
-    }
+    int i = 0, is_int8 = w->r != NULL;
+    for (; in->tokens > 1 && i + 2 <= count; i += 2)
+        is_int8 ? dot_rows(w + i, 2, 1, in, groups, out + i * stride, stride)
+                : dot_rows(w + i, 2, 0, in, groups, out + i * stride, stride);
+    for (; i < count; i++)
+        is_int8 ? dot_rows(w + i, 1, 1, in, groups, out + i * stride, stride)
+                : dot_rows(w + i, 1, 0, in, groups, out + i * stride, stride);
 }
 
 INLINE __m256 widen8(const uint16_t *w, int is_bf16)
@@ -108,26 +170,61 @@ INLINE float widen1(uint16_t w, int is_bf16)
     return value;
 }
 
-TARGET static void dot_wide(const uint16_t *const *w, int count, const struct inputs *in,
-                            int length, int is_bf16, const size_t *ahead, float *out, int64_t stride)
+/* 16 values a step; even and odd eights are summed apart, and what is left one by one. */
+INLINE void dot_wide_block(const uint16_t *const *w, const int R, const float *x, const int T,
+                           int length, const int is_bf16, const size_t *ahead, float *out,
+                           int64_t stride)
 {
-    for (int i = 0; i < count; i++) {
-        for (int at = 0; at < 2 * length; at += 64)
-            fetch_wanted((const uint8_t *)w[i] + at, ahead);
-        for (int t = 0; t < in->tokens; t++) {
-            const float *x = in->x + (size_t)t * length;
-            __m256 a = _mm256_setzero_ps(), b = _mm256_setzero_ps();
-            int j = 0;
-            for (; j + 15 < length; j += 16) {
-                a = _mm256_fmadd_ps(widen8(w[i] + j, is_bf16), _mm256_loadu_ps(x + j), a);
-                b = _mm256_fmadd_ps(widen8(w[i] + j + 8, is_bf16), _mm256_loadu_ps(x + j + 8), b);
+    __m256 even[2][2], odd[2][2];
+    for (int i = 0; i < R; i++)
+        for (int k = 0; k < T; k++)
+            even[i][k] = odd[i][k] = _mm256_setzero_ps();
+    int j = 0;
+    for (; j + 15 < length; j += 16) {
+        for (int i = 0; i < R; i++) {
+            __m256 a = widen8(w[i] + j, is_bf16), b = widen8(w[i] + j + 8, is_bf16);
+            if (!(j & 16))
+                fetch_wanted((const uint8_t *)(w[i] + j), ahead);
+            for (int k = 0; k < T; k++) {
+                const float *at = x + (size_t)k * length + j;
+                even[i][k] = _mm256_fmadd_ps(a, _mm256_loadu_ps(at), even[i][k]);
+                odd[i][k] = _mm256_fmadd_ps(b, _mm256_loadu_ps(at + 8), odd[i][k]);
             }
-            float sum = sum_of(_mm256_add_ps(a, b));
-            for (; j < length; j++)
-                sum += widen1(w[i][j], is_bf16) * x[j];
-            out[i * stride + t] = sum;
         }
     }
+    for (int i = 0; i < R; i++)
+        for (int k = 0; k < T; k++) {
+            float sum = sum_of(_mm256_add_ps(even[i][k], odd[i][k]));
+            for (int rest = j; rest < length; rest++)
+                sum += widen1(w[i][rest], is_bf16) * x[(size_t)k * length + rest];
+            out[i * stride + k] = sum;
+        }
+}
+
+INLINE void dot_wide_rows(const uint16_t *const *w, const int R, const struct inputs *in,
+                          int length, const int is_bf16, const size_t *ahead, float *out,
+                          int64_t stride)
+{
+    int t = 0;
+    for (; t + 2 <= in->tokens; t += 2)
+        dot_wide_block(w, R, in->x + (size_t)t * length, 2, length, is_bf16, ahead, out + t,
+                       stride);
+    if (t < in->tokens)
+        dot_wide_block(w, R, in->x + (size_t)t * length, 1, length, is_bf16, ahead, out + t,
+                       stride);
+}
+
+TARGET static void dot_wide(const uint16_t *const *w, int count, const struct inputs *in,
+                            int length, int is_bf16, const size_t *ahead, float *out,
+                            int64_t stride)
+{
+    int i = 0;
+    for (; in->tokens > 1 && i + 2 <= count; i += 2)
+        is_bf16 ? dot_wide_rows(w + i, 2, in, length, 1, ahead, out + i * stride, stride)
+                : dot_wide_rows(w + i, 2, in, length, 0, ahead, out + i * stride, stride);
+    for (; i < count; i++)
+        is_bf16 ? dot_wide_rows(w + i, 1, in, length, 1, ahead, out + i * stride, stride)
+                : dot_wide_rows(w + i, 1, in, length, 0, ahead, out + i * stride, stride);
 }
 
 #include "columns2.inc.c"

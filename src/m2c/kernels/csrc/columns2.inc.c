@@ -36,6 +36,8 @@ INLINE void factors_of(const struct codes *columns, const float *h, int count, i
     __m256i top = _mm256_setzero_si256();
     for (int n = 0; n < count; n++) {
         __m256 scales = eight_scales(columns[n].scales + 2 * g, groups - g);
+        if (g % 32 == 0 && columns[n].next)
+            fetch_line(columns[n].next->scales + 2 * g);
         products[n] = _mm256_mul_ps(scales, _mm256_set1_ps(h[n]));
         __m256i magnitude = _mm256_castps_si256(_mm256_andnot_ps(sign, products[n]));
         top = _mm256_max_epu32(top, magnitude);
@@ -123,8 +125,6 @@ TARGET static void add_codes(float *y, const struct codes *columns, const float 
     struct factors f = { high, low, steps, offsets, stride };
     for (int n = 0; n < count; n++)
         finite += h[n] - h[n]; /* 0, or NaN when some activation is not finite */
-    for (int n = 0; n < count; n++)
-        fetch_scales(columns[n].next, groups);
     for (int g = 0; g < groups; g += 8)
         factors_of(columns, h, count, g, groups, &f);
     for (int g = 0; g < stride; g++) {
