@@ -10,10 +10,11 @@ from running import inputs
 from m2c.bundle.exact import encode_frames, round_to, widen
 from m2c.bundle.planes import RecordLayout, dequantize, quantize
 from m2c.errors import BadInput
+from m2c.kernels import dispatch
 from m2c.kernels.native import LIBRARY
 from m2c.kernels.operands import AttentionCall, Norm
 from m2c.kernels.rows import ExactFrames, ExactRows, PackedRows, as_exact_tensor
-from m2c.kernels.workers import Kernels
+from m2c.kernels.workers import Kernels, Workers
 
 pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason="the native kernels were not built")
 TYPES = ("bf16", "f16")
@@ -97,6 +98,22 @@ def test_codes_and_scales_of_any_kind(kernels: Kernels, exact_type: str) -> None
     frames = ExactFrames(torch.from_numpy(data), made.nbytes, made.escapes, 1, exact_type)
     rows = PackedRows(layout, torch.from_numpy(int4), torch.from_numpy(int8), frames)
     assert same_bits(decode(kernels, rows), as_exact_tensor(true, exact_type))
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 33])
+def test_products_are_put_among_those_of_other_rows(kernels: Kernels, tokens: int) -> None:
+    """The head comes in pieces: each fills its columns of the logits, and no others."""
+    workers = Workers(1, kernel="torch")
+    workers.native = kernels
+    rows, decoded = framed(*SHAPES[1], "bf16")
+    x, norm = inputs(tokens, rows.layout.length), Norm(torch.ones(rows.layout.length), 1e-5)
+    for operand in (rows, decoded):
+        logits = torch.full((tokens, len(operand) + 7), 5.0, device=x.device)
+        part = logits[:, 3 : 3 + len(operand)]
+        dispatch.matmul_into(part, x, operand, workers, norm=norm, at_once=4)
+        assert torch.equal(part, kernels.matmul_rows(x, operand, norm=norm))
+        part.fill_(5)
+        assert bool((logits == 5).all())
 
 
 @pytest.mark.parametrize("exact_type", TYPES)

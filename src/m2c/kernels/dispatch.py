@@ -30,12 +30,15 @@ def matmul_into(
 ) -> None:
     """As `matmul_rows`, put into `out`, which may be columns of a larger tensor.
 
-    at_once: tokens whose products may be held twice.
+    at_once: tokens whose products may be held twice, where kernels cannot put them there.
     """
     native = _native(x, rows, workers)
     if native is None:
         # torch's sums depend on how many tokens a product has: all of them, as of a whole matrix
         reference.matmul_rows(reference.apply_norm(x, norm), rows, workers, into=out)
+        return
+    if isinstance(native, NativeKernels):
+        native.matmul_into(out, x, rows, norm=norm)
         return
     for at in range(0, len(x), at_once):
         part = slice(at, at + at_once)

@@ -82,9 +82,16 @@ class NativeKernels:
 
     def matmul_rows(self, x: Tensor, rows: Rows, *, norm: Norm | None = None) -> Tensor:
         out = torch.empty((x.shape[0], len(rows)))
-        x = x.contiguous()
-        self._run(self._library.m2c_matmul, _given(x, norm), _rows(rows), _at(out))
+        self.matmul_into(out, x, rows, norm=norm)
         return out
+
+    def matmul_into(self, out: Tensor, x: Tensor, rows: Rows, *, norm: Norm | None) -> None:
+        """The same, put into `out`, which may be columns of a larger tensor."""
+        if out.stride(1) != 1:
+            raise ValueError("the products of a token must lie side by side")
+        x, stride = x.contiguous(), ctypes.c_int64(out.stride(0))
+        at = POINTER(out.data_ptr())
+        self._run(self._library.m2c_matmul, _given(x, norm), _rows(rows), at, stride)
 
     def gate_up(
         self, x: Tensor, rows: Rows, act: str, *, norm: Norm | None = None,

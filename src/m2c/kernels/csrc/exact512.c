@@ -10,36 +10,34 @@
     "avx512f,avx512bw,avx512vl,avx2,fma,f16c,bmi,bmi2,popcnt")))
 #define INLINE TARGET static inline __attribute__((always_inline))
 
-/* What `group_intervals` gives, of 32 weights; `last` instead of widths. */
-struct lane_intervals {
-    __m512i low, last; /* 32 x u16 */
-    __mmask32 below, zero; /* codes that are negative, that are 0 */
+/* Two groups of weights: candidates, and masks of 64 weights. */
+struct lane_pair {
+    __m512i low[2], last[2]; /* 32 x u16 */
+    __mmask64 below, zero; /* codes that are negative, that are 0 */
+    uint16_t *places[2]; /* where they go; NULL without a second group */
+    int counts[2];
 };
 
-/* The upper halves of 32 f32, in order. */
-INLINE __m512i upper_halves(__m512i low, __m512i high)
+INLINE __m256i two_codes(const uint8_t *at, int both)
 {
-    const __m512i odd = _mm512_set_epi16(
-        63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23, 21,
-        19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
-    return _mm512_permutex2var_epi16(low, odd, high);
+    return both ? _mm256_loadu_si256((const __m256i *)at)
+                : _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i *)at));
 }
 
-/* The 16-bit numbers at or above (up), or below, each of 32 values >= 0. */
-INLINE __m512i bounds_of(const __m512 *v, const int up, const int is_bf16)
+/* 16 q + r of two groups in order, 136 too large */
+INLINE __m512i pair_codes(const struct exact_record *r, int g, int both)
 {
-    if (is_bf16) {
-        const __m512i most = _mm512_set1_epi32(up ? 0xffff : 0);
-        return upper_halves(_mm512_add_epi32(_mm512_castps_si512(v[0]), most),
-                            _mm512_add_epi32(_mm512_castps_si512(v[1]), most));
-    }
-    __m256i half[2];
-    for (int i = 0; i < 2; i++)
-        half[i] = up ? _mm512_cvtps_ph(v[i], _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC)
-                     : _mm512_cvtps_ph(v[i], _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
-    return _mm512_inserti64x4(_mm512_castsi256_si512(half[0]), half[1], 1);
+    const __m256i nibble = _mm256_set1_epi8(15);
+    __m256i q = two_codes(r->q + 16 * g, both), s = two_codes(r->r + 16 * g, both);
+    /* 0xD8: the second operand where the third has ones, else the first */
+    __m256i first = _mm256_ternarylogic_epi32(_mm256_slli_epi16(q, 4), s, nibble, 0xD8);
+    __m256i second = _mm256_ternarylogic_epi32(q, _mm256_srli_epi16(s, 4), nibble, 0xD8);
+    return _mm512_inserti64x4(
+        _mm512_castsi256_si512(_mm256_permute2x128_si256(first, second, 0x20)),
+        _mm256_permute2x128_si256(first, second, 0x31), 1);
 }
 
+/* |scale| / 32 */
 INLINE __m512 unit_of(const uint8_t *scale)
 {
     uint16_t raw;
@@ -48,109 +46,152 @@ INLINE __m512 unit_of(const uint8_t *scale)
     return _mm512_broadcastss_ps(_mm_mul_ss(value, _mm_set_ss(0.03125f)));
 }
 
-INLINE struct lane_intervals lane_intervals(const struct exact_record *r, int g, int count,
-                                            const int is_bf16)
+/* The 16-bit numbers at or above (up), or below, 32 counts of units. As the upper half of an f32,
+ * 0x4B00 makes a count 2^23 more; the product is exact, for its result is. */
+INLINE __m512i bounds_of(__m512i counts, __m512 unit, const int up, const int is_bf16)
 {
-    const __m128i nibble = _mm_set1_epi8(15);
-    __m128i q = _mm_loadu_si128((const __m128i *)(r->q + 16 * g));
-    __m128i s = _mm_loadu_si128((const __m128i *)(r->r + 16 * g));
-    /* 16 q + r of the first and of the second 16 weights, 136 too large */
-    __m256i raw = _mm256_set_m128i(
-        _mm_or_si128(_mm_andnot_si128(nibble, q), _mm_and_si128(_mm_srli_epi16(s, 4), nibble)),
-        _mm_or_si128(_mm_andnot_si128(nibble, _mm_slli_epi16(q, 4)), _mm_and_si128(s, nibble)));
-    const __m256i fifteen = _mm256_set1_epi8(15);
-    __mmask32 top = _mm256_cmpeq_epi8_mask(_mm256_and_si256(raw, fifteen), fifteen);
-    __mmask32 bottom = _mm256_testn_epi8_mask(raw, fifteen);
-    __mmask32 below = ~_mm256_cmpge_epu8_mask(raw, _mm256_set1_epi8((char)136));
-    __mmask32 zero = _mm256_cmpeq_epi8_mask(raw, _mm256_set1_epi8((char)136));
-    __m512 unit = unit_of(r->scales + 2 * g), from[2], to[2];
-    const __m512 up = _mm512_mul_ps(unit, _mm512_set1_ps(ABOVE));
-    const __m512 down = _mm512_mul_ps(unit, _mm512_set1_ps(BELOW));
-    for (int half = 0; half < 2; half++) {
-        __m128i part = half ? _mm256_extracti128_si256(raw, 1) : _mm256_castsi256_si128(raw);
-        __m512i code = _mm512_sub_epi32(_mm512_cvtepu8_epi32(part), _mm512_set1_epi32(136));
-        __m512 size = _mm512_cvtepi32_ps(_mm512_slli_epi32(_mm512_abs_epi32(code), 1));
-        /* exact, for their results are: half a step to each side, and more where r is limited */
-        from[half] = _mm512_fmsub_ps(size, unit, unit);
-        to[half] = _mm512_fmadd_ps(size, unit, unit);
-        __mmask16 highest = (__mmask16)(top >> 16 * half), minus = (__mmask16)(below >> 16 * half);
-        __mmask16 lowest = (__mmask16)(bottom >> 16 * half);
-        to[half] = _mm512_mask_add_ps(to[half], highest & ~minus, to[half], up);
-        to[half] = _mm512_mask_add_ps(to[half], lowest & minus, to[half], down);
-        from[half] = _mm512_mask_sub_ps(from[half], highest & minus, from[half], up);
-        from[half] = _mm512_mask_sub_ps(from[half], lowest & ~minus, from[half], down);
+    const __m512i magic = _mm512_set1_epi16(0x4B00);
+    const __m512 base = _mm512_mul_ps(unit, _mm512_set1_ps(8388608.0f));
+    /* of every eight counts the first four, and the others */
+    __m512 v[2] = { _mm512_castsi512_ps(_mm512_unpacklo_epi16(counts, magic)),
+                    _mm512_castsi512_ps(_mm512_unpackhi_epi16(counts, magic)) };
+    for (int i = 0; i < 2; i++)
+        v[i] = _mm512_fmsub_ps(v[i], unit, base);
+    if (is_bf16) {
+        const __m512i upper = _mm512_set_epi16(
+            63, 61, 59, 57, 31, 29, 27, 25, 55, 53, 51, 49, 23, 21, 19, 17, 47, 45, 43, 41, 15, 13,
+            11, 9, 39, 37, 35, 33, 7, 5, 3, 1);
+        const __m512i most = _mm512_set1_epi32(up ? 0xffff : 0);
+        return _mm512_permutex2var_epi16(_mm512_add_epi32(_mm512_castps_si512(v[0]), most), upper,
+                                         _mm512_add_epi32(_mm512_castps_si512(v[1]), most));
     }
-    __m512i low = bounds_of(from, 1, is_bf16), high = bounds_of(to, 0, is_bf16);
-    __m512i last = _mm512_subs_epu16(high, low);
-    last = _mm512_mask_add_epi16(last, zero, _mm512_add_epi16(high, high), _mm512_set1_epi16(1));
-    return (struct lane_intervals){
-        _mm512_maskz_mov_epi16(~zero, low),
-        _mm512_maskz_mov_epi16(count < GROUP ? (1u << count) - 1 : ~0u, last), below, zero,
-    };
+    const __m512i order = _mm512_set_epi16(
+        31, 30, 29, 28, 15, 14, 13, 12, 27, 26, 25, 24, 11, 10, 9, 8, 23, 22, 21, 20, 7, 6, 5, 4,
+        19, 18, 17, 16, 3, 2, 1, 0);
+    __m256i half[2];
+    for (int i = 0; i < 2; i++)
+        half[i] = up ? _mm512_cvtps_ph(v[i], _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC)
+                     : _mm512_cvtps_ph(v[i], _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
+    return _mm512_permutexvar_epi16(
+        order, _mm512_inserti64x4(_mm512_castsi256_si512(half[0]), half[1], 1));
 }
 
-INLINE void lane_store(const struct lane_intervals *in, const struct exact_record *r, int g,
-                       __m256i first, __m256i second, int count, uint16_t *to)
+INLINE __m512i words_of(__m512i bytes, int half)
 {
-    __m512i offsets = _mm512_or_si512(_mm512_cvtepu8_epi16(first),
-                                      _mm512_slli_epi16(_mm512_cvtepu8_epi16(second), 8));
-    __mmask32 negative = in->below ^ (r->scales[2 * g + 1] >> 7 ? ~0u : 0u);
-    __m512i weights = _mm512_add_epi16(in->low, offsets);
-    weights = _mm512_or_si512(weights, _mm512_maskz_set1_epi16(negative, (short)0x8000));
-    __m512i zeros = _mm512_or_si512(_mm512_srli_epi16(offsets, 1), _mm512_slli_epi16(offsets, 15));
-    weights = _mm512_mask_mov_epi16(weights, in->zero, zeros);
-    _mm512_mask_storeu_epi16(to, count < GROUP ? (1u << count) - 1 : ~0u, weights);
+    return _mm512_cvtepu8_epi16(half ? _mm512_extracti64x4_epi64(bytes, 1)
+                                     : _mm512_castsi512_si256(bytes));
 }
 
-/* The weights of a pair whose offsets have more than k bits. */
-INLINE uint64_t wider_than(int k, const struct lane_intervals *in)
+/* bytes: half a step, and what r = 7 and r = -8 add to it where these masks say so */
+INLINE __m512i reach_of(__mmask64 above, __mmask64 below)
+{
+    __m512i reach = _mm512_mask_mov_epi8(_mm512_set1_epi8(1), above, _mm512_set1_epi8(1 + ABOVE));
+    return _mm512_mask_mov_epi8(reach, below, _mm512_set1_epi8(1 + BELOW));
+}
+
+INLINE void pair_intervals(const struct exact_record *r, int g, struct lane_pair *pair,
+                           const int is_bf16)
+{
+    int groups = pair->places[1] ? 2 : 1;
+    const __m512i fifteen = _mm512_set1_epi8(15), middle = _mm512_set1_epi8((char)136);
+    __m512i raw = pair_codes(r, g, groups == 2);
+    __mmask64 top = _mm512_cmpeq_epi8_mask(_mm512_and_si512(raw, fifteen), fifteen);
+    __mmask64 bottom = _mm512_testn_epi8_mask(raw, fifteen);
+    __mmask64 below = pair->below = _mm512_cmplt_epu8_mask(raw, middle);
+    pair->zero = _mm512_cmpeq_epi8_mask(raw, middle);
+    __m512i size = _mm512_sub_epi8(_mm512_max_epu8(raw, middle), _mm512_min_epu8(raw, middle));
+    __m512i out = reach_of(top & ~below, bottom & below);
+    __m512i in = reach_of(top & below, bottom & ~below);
+    for (int i = 0; i < 2; i++) {
+        if (i == groups) {
+            pair->last[1] = _mm512_setzero_si512();
+            break;
+        }
+        __m512 unit = unit_of(r->scales + 2 * (g + i));
+        __m512i steps = words_of(size, i);
+        steps = _mm512_add_epi16(steps, steps);
+        /* for code 0 what is below it means nothing */
+        __m512i low = bounds_of(_mm512_sub_epi16(steps, words_of(in, i)), unit, 1, is_bf16);
+        __m512i high = bounds_of(_mm512_add_epi16(steps, words_of(out, i)), unit, 0, is_bf16);
+        __mmask32 zero = (__mmask32)(pair->zero >> 32 * i);
+        __m512i last = _mm512_subs_epu16(high, low);
+        last = _mm512_mask_add_epi16(last, zero, _mm512_add_epi16(high, high),
+                                     _mm512_set1_epi16(1));
+        if (pair->counts[i] < GROUP)
+            last = _mm512_maskz_mov_epi16((1u << pair->counts[i]) - 1, last);
+        pair->low[i] = _mm512_maskz_mov_epi16(~zero, low);
+        pair->last[i] = last;
+    }
+}
+
+INLINE void lane_store(const struct lane_pair *pair, const struct exact_record *r, int g, int i,
+                       __m512i offsets)
+{
+    __mmask32 zero = (__mmask32)(pair->zero >> 32 * i);
+    __mmask32 negative = (__mmask32)(pair->below >> 32 * i)
+                         ^ (r->scales[2 * (g + i) + 1] >> 7 ? ~0u : 0u);
+    __m512i weights = _mm512_add_epi16(pair->low[i], offsets);
+    weights = _mm512_mask_add_epi16(weights, negative, weights, _mm512_set1_epi16((short)0x8000));
+    __m512i zeros = _mm512_or_si512(_mm512_srli_epi16(offsets, 1), _mm512_slli_epi16(offsets, 15));
+    weights = _mm512_mask_mov_epi16(weights, zero, zeros);
+    if (pair->counts[i] == GROUP)
+        _mm512_storeu_si512(pair->places[i], weights);
+    else
+        _mm512_mask_storeu_epi16(pair->places[i], (1u << pair->counts[i]) - 1, weights);
+}
+
+/* Which weights of a pair have offsets of more than k >= 8 bits. */
+INLINE uint64_t wider_than(int k, const struct lane_pair *pair)
 {
     const __m512i least = _mm512_set1_epi16((short)(1 << k));
-    return (uint64_t)_mm512_cmpge_epu16_mask(in[1].last, least) << 32
-           | _mm512_cmpge_epu16_mask(in[0].last, least);
+    return (uint64_t)_mm512_cmpge_epu16_mask(pair->last[1], least) << 32
+           | _mm512_cmpge_epu16_mask(pair->last[0], least);
 }
 
-/* The offsets of a pair: their lower and their upper bytes. */
-INLINE void offsets_of(struct bits *bits, const struct lane_intervals *in, take_function take,
-                       __m512i *first, __m512i *second)
+/* `bit` of some bytes, from the next bits. */
+INLINE __m512i with_plane(__m512i bytes, __m512i bit, uint64_t mask, struct bits *bits,
+                          take_function take)
+{
+    uint64_t plane = _pdep_u64(take(bits, (int)_mm_popcnt_u64(mask)), mask);
+    return _mm512_mask_add_epi8(bytes, plane, bytes, bit);
+}
+
+/* The offsets of a pair: 32 x u16 each. */
+INLINE void offsets_of(struct bits *bits, const struct lane_pair *pair, take_function take,
+                       __m512i offsets[2])
 {
     struct bits b = *bits;
+    __m512i first = _mm512_setzero_si512(), second = first;
+    const __m512i narrow = _mm512_inserti64x4(
+        _mm512_castsi256_si512(_mm512_cvtusepi16_epi8(pair->last[0])),
+        _mm512_cvtusepi16_epi8(pair->last[1]), 1);
     /* eight planes whether there or not: where they end is hard to predict */
 #pragma GCC unroll 8
     for (int k = 0; k < 8; k++) {
-        uint64_t mask = wider_than(k, in);
-        uint64_t plane = _pdep_u64(take(&b, (int)_mm_popcnt_u64(mask)), mask);
-        *first = _mm512_mask_add_epi8(*first, plane, *first, _mm512_set1_epi8((char)(1 << k)));
+        const __m512i bit = _mm512_set1_epi8((char)(1 << k));
+        uint64_t mask = _mm512_cmpge_epu8_mask(narrow, bit);
+        first = with_plane(first, bit, mask, &b, take);
     }
-    for (int k = 8; k < 16; k++) {
-        uint64_t mask = wider_than(k, in);
-        if (!mask)
-            break;
-        uint64_t plane = _pdep_u64(take(&b, (int)_mm_popcnt_u64(mask)), mask);
-        __m512i bit = _mm512_set1_epi8((char)(1 << (k - 8)));
-        *second = _mm512_mask_add_epi8(*second, plane, *second, bit);
+    for (int i = 0; i < 2; i++)
+        offsets[i] = words_of(first, i);
+    uint64_t mask = wider_than(8, pair);
+    if (mask) {
+        for (int k = 8; k < 16 && mask; mask = wider_than(++k, pair))
+            second = with_plane(second, _mm512_set1_epi8((char)(1 << k % 8)), mask, &b, take);
+        for (int i = 0; i < 2; i++)
+            offsets[i] = _mm512_or_si512(offsets[i], _mm512_slli_epi16(words_of(second, i), 8));
     }
     *bits = b;
 }
-
-/* Two groups and where they go; without a second one its place is NULL. */
-struct lane_pair {
-    struct lane_intervals in[2];
-    uint16_t *places[2];
-    int counts[2];
-};
 
 INLINE void next_pair(const struct exact_record *r, int g, int *at, uint16_t **to,
                       struct lane_pair *pair, const int is_bf16)
 {
     pair->places[0] = next_place(r, at, to, pair->counts);
-    pair->in[0] = lane_intervals(r, g, pair->counts[0], is_bf16);
     pair->places[1] = NULL;
-    pair->in[1].last = _mm512_setzero_si512();
-    if (g + 1 < r->vectors * r->groups) {
+    if (g + 1 < r->vectors * r->groups)
         pair->places[1] = next_place(r, at, to, pair->counts + 1);
-        pair->in[1] = lane_intervals(r, g + 1, pair->counts[1], is_bf16);
-    }
+    pair_intervals(r, g, pair, is_bf16);
 }
 
 INLINE void unpack_lanes(const struct exact_record *r, struct bits *bits, uint16_t *to,
@@ -164,16 +205,14 @@ INLINE void unpack_lanes(const struct exact_record *r, struct bits *bits, uint16
         pair = next;
         if (g + 2 < groups)
             next_pair(r, g + 2, &at, &to, &next, is_bf16);
-        __m512i first = _mm512_setzero_si512(), second = first;
+        __m512i offsets[2];
         if (bits->end - bits->next >= SURE)
-            offsets_of(bits, pair.in, take_surely, &first, &second);
+            offsets_of(bits, &pair, take_surely, offsets);
         else
-            offsets_of(bits, pair.in, take_bits, &first, &second);
-        lane_store(pair.in, r, g, _mm512_castsi512_si256(first), _mm512_castsi512_si256(second),
-                   pair.counts[0], pair.places[0]);
+            offsets_of(bits, &pair, take_bits, offsets);
+        lane_store(&pair, r, g, 0, offsets[0]);
         if (pair.places[1])
-            lane_store(pair.in + 1, r, g + 1, _mm512_extracti64x4_epi64(first, 1),
-                       _mm512_extracti64x4_epi64(second, 1), pair.counts[1], pair.places[1]);
+            lane_store(&pair, r, g, 1, offsets[1]);
     }
 }
 

@@ -51,7 +51,7 @@ int m2c_route(struct kernels *k, const struct given *given, const struct router 
               int64_t *chosen, float *weights, float *share)
 {
     int width = r->experts + r->shared;
-    int failed = m2c_matmul(k, given, r->rows, logits);
+    int failed = m2c_matmul(k, given, r->rows, logits, r->rows->count);
     char *taken = failed ? NULL : scratch_take(k, (size_t)r->experts);
     for (int t = 0; taken && t < given->tokens; t++) {
         float *own = logits + t * r->rows->count;

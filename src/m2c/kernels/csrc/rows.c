@@ -112,7 +112,8 @@ struct matmul_call {
     struct kernels *k;
     const struct rows *rows;
     const struct inputs *in;
-    float *out; /* [tokens, rows] */
+    float *out; /* [tokens, rows], a token's `stride` behind the one before */
+    int64_t stride;
     struct pieces pieces;
 };
 
@@ -123,17 +124,19 @@ static void matmul_part(void *context, int part, int parts)
     for (int64_t i; next_piece(&c->pieces, &i);) {
         int64_t start = i * c->pieces.size, stop = start + c->pieces.size;
         stop = stop < c->rows->count ? stop : c->rows->count;
-        product(c->k, part, c->rows, c->in, start, stop, NULL, 0, c->out, c->rows->count);
+        product(c->k, part, c->rows, c->in, start, stop, NULL, 0, c->out, c->stride);
     }
 }
 
-/* out [tokens, rows] = x . rows; 0, or 1 without memory */
-int m2c_matmul(struct kernels *k, const struct given *given, const struct rows *rows, float *out)
+/* out [tokens, rows] = x . rows, each token's `stride` values behind those of the one before; 0, or 1
+ * without memory */
+int m2c_matmul(struct kernels *k, const struct given *given, const struct rows *rows, float *out,
+               int64_t stride)
 {
     struct inputs in;
     int failed = prepare(k, given, rows->kind, &in) || room_for(k, rows);
     if (!failed) {
-        struct matmul_call c = { k, rows, &in, out, pieces_of(k, rows->count) };
+        struct matmul_call c = { k, rows, &in, out, stride, pieces_of(k, rows->count) };
         pool_run(k->pool, matmul_part, &c);
     }
     return finish(k, failed);

@@ -164,7 +164,8 @@ void product(struct kernels *k, int part, const struct rows *r, const struct inp
              int64_t start, int64_t stop, const float *bias, int add, float *out,
              int64_t out_stride);
 
-int m2c_matmul(struct kernels *k, const struct given *given, const struct rows *rows, float *out);
+int m2c_matmul(struct kernels *k, const struct given *given, const struct rows *rows, float *out,
+               int64_t stride);
 int m2c_attention(struct kernels *k, const struct given *given, const struct attention *a, float *x);
 int m2c_ffn(struct kernels *k, const struct given *given, const struct rows *rows,
             const struct activation *act, const float *mask, float *kept, float *out);
