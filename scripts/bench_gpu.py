@@ -189,7 +189,7 @@ class RandomWeights:
         held = {"dense": self._dense, "neurons": self._neurons}
         yield self._head if kind == "head" else held[kind][layer]
 
-    def experts(self, layer: int, ids: object) -> Iterator[Rows]:
+    def experts(self, layer: int, ids: object, planes: object) -> Iterator[Rows]:
         raise NotImplementedError
 
     def embed(self, ids: np.ndarray) -> torch.Tensor:

@@ -207,7 +207,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return pack_folder(write_checkpoint(folder / "checkpoint", shape), folder / "a.m2c")
 
 
-@pytest.mark.parametrize("mix", ["0/0/100", "100/0/0"])
+@pytest.mark.parametrize("mix", ["0/0/100", "100/0/0", "0/50/50", "50/50/0"])
 def test_a_mixture_gives_the_same_bits_whatever_the_tiers(
     mixture: Bundle, on_emulated: list[str], mix: str
 ) -> None:

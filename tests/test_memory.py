@@ -69,7 +69,9 @@ def expert_bundle(
     return pack_folder(checkpoint, folder / "wide.m2c")
 
 
-@pytest.mark.parametrize(("mix", "extra_mib"), [("100/0/0", 24), ("0/0/100", 0)])
+@pytest.mark.parametrize(
+    ("mix", "extra_mib"), [("100/0/0", 24), ("0/0/100", 0), ("0/50/50", 0), ("50/0/50", 24)]
+)
 def test_the_budget_is_kept_with_experts(
     expert_bundle: Bundle, tmp_path: Path, mix: str, extra_mib: int
 ) -> None:

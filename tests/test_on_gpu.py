@@ -197,7 +197,10 @@ def stored_in_hbm(bundle: Bundle, options: RunOptions) -> RunOptions:
     raise AssertionError("weights are never kept as stored")
 
 
-@pytest.mark.parametrize(("precision", "hbm"), [("0/0/100", "least"), ("0/0/100", "all")])
+@pytest.mark.parametrize(
+    ("precision", "hbm"),
+    [("0/0/100", "least"), ("0/0/100", "all"), ("50/0/50", "least"), ("0/50/50", "all")],
+)
 def test_experts(
     tmp_path: Path, emulated: GpuKernels, gpu: StrictGpu, precision: str, hbm: str
 ) -> None:

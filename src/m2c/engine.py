@@ -41,7 +41,7 @@ from m2c.tiers.store import NeuronStore
 from m2c.tokenizer import Tokenizer
 
 DEFAULT_CTX: Final = 4096
-# what pack usually finds, for models that are not packed yet
+# of neurons, what pack usually finds
 ASSUMED_MIX: Final = Mix(0, 25, 75)
 ASSUMED_EXACT_TYPE: Final = "bf16"
 _INT4: Final = Mix(0, 0, 100)
@@ -179,21 +179,27 @@ def shape_for(config: ModelConfig, options: RunOptions, mix: Mix) -> RunShape:
         raise UsageError(f"--ctx-size {ctx_size} is beyond the {longest} tokens of this model")
     threads = options.threads or auto_threads()
     kernels = family_of(options.device, options.kernel)
-    dense = options.dense or mix.dense
-    if config.num_experts:
+    by_expert, stored = config.num_experts > 0, False
+    if by_expert:
         require_mix(mix, config)
-        # attention and head are a small part of what a token reads, and all of its tokens read it
-        if options.dense is None and dense == "int4":
-            dense = "int8"
-    return RunShape(mix, dense, ctx_size, options.kv_type, threads, kernels)
+        mix = mix.among(config.num_experts_per_tok)
+        # exact rows that were decoded have no lower planes
+        stored = mix.best == "fp16" and not mix.is_uniform
+    dense = options.dense or mix.dense
+    # attention and head are a small part of what a token reads, and all of its tokens read it
+    if by_expert and options.dense is None and dense == "int4":
+        dense = "int8"
+    return RunShape(
+        mix, dense, ctx_size, options.kv_type, threads, kernels, stored=stored, by_expert=by_expert
+    )
 
 
 def require_mix(mix: Mix, config: ModelConfig) -> None:
     """Raises UsageError where a model cannot run at this mix."""
-    if config.num_experts and not mix.is_uniform:
+    if config.num_experts and mix.drop:
         raise UsageError(
-            f"mix {mix}: a mixture of experts runs at one precision",
-            "use --mix 0/0/100, 0/100/0 or 100/0/0",
+            f"--drop {mix.drop:g}: nothing of a mixture of experts can be dropped",
+            "leave out --drop; --mix lowers the precision of a token's last experts",
         )
 
 
@@ -248,8 +254,17 @@ def plan_without_weights(config: ModelConfig, options: RunOptions) -> tuple[RunS
     def footprint(candidate: RunShape) -> Footprint:
         return footprint_of_config(config, candidate, ASSUMED_EXACT_TYPE)
 
-    assumed = _INT4 if config.num_experts else ASSUMED_MIX
-    return _plan(footprint, shape_for(config, options, options.mix or assumed), options)
+    mix = options.mix or _assumed_mix(config)
+    return _plan(footprint, shape_for(config, options, mix), options)
+
+
+def _assumed_mix(config: ModelConfig) -> Mix:
+    """What pack usually finds, for models that are not packed yet: within the same bits."""
+    if not config.num_experts:
+        return ASSUMED_MIX
+    best = int(config.num_experts_per_tok * ASSUMED_MIX.int8 / 100)
+    share = 100 * best / config.num_experts_per_tok
+    return Mix(0, share, 100 - share)
 
 
 def _plan(

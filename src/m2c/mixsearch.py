@@ -19,14 +19,16 @@ from torch import Tensor
 from m2c.bundle.bundle import Bundle
 from m2c.bundle.importance import Importance
 from m2c.bundle.manifest import MixChoice
-from m2c.contents import in_shard_order, vectors_of
+from m2c.contents import config_of, in_shard_order, vectors_of
 from m2c.engine import Engine, RunOptions
 from m2c.generate import prefill
+from m2c.kernels import reference
 from m2c.kernels.dispatch import exact_weights
+from m2c.kernels.operands import Router
 from m2c.kernels.reference import CHUNK, gate_up, rank
 from m2c.kernels.rows import ExactRows, PackedRows, Rows
 from m2c.kernels.workers import Workers
-from m2c.model.config import ModelConfig
+from m2c.model.experts import planes_by_rank, router_of
 from m2c.model.mix import LEVELS, Mix, bits_per_weight
 from m2c.model.tensors import up_bias_name
 from m2c.prompt import raw_ids
@@ -36,7 +38,6 @@ from m2c.tiers.ssd import SsdReader
 
 FP16_SHARES: Final = (0, 1, 2, 5, 10)
 SAMPLED_LAYERS: Final = 8
-UNIFORM: Final = (Mix(0, 0, 100), Mix(0, 100, 0), Mix(100, 0, 0))
 DROPS: Final = (0, 10, 20, 30, 40, 50, 60, 70)
 SEARCHES: Final = ("error", "entropy")
 ENTROPY_TOKENS: Final = 64
@@ -61,6 +62,19 @@ def candidates(budget_bits: float, exact_bits: float) -> list[Mix]:
     return found or [Mix(0, 0, 100)]
 
 
+def expert_candidates(budget_bits: float, exact_bits: float, active: int) -> list[Mix]:
+    """Mixes of a token's `active` experts that read at most `budget_bits` per weight, one for each
+    number of them at FP16 that fits; in whole percents, as a manifest has them."""
+    found = []
+    for fp16 in range(active + 1):
+        left = active * (budget_bits - 4.5) - fp16 * (4 + exact_bits)
+        if left >= 0:
+            int8 = min(active - fp16, math.floor(left / 4 + 1e-9))
+            shares = round(100 * fp16 / active), round(100 * int8 / active)
+            found.append(Mix(*shares, 100 - sum(shares)))
+    return found or [Mix(0, 0, 100)]
+
+
 def exact_bits(bundle: Bundle) -> float:
     """Bits per weight of the exact plane of the neurons, averaged over the layers."""
     sections = [
@@ -76,33 +90,43 @@ def search_by_error(
     bundle: Bundle, importance: Importance, mixes: list[Mix], workers: Workers,
     progress: Callable[[int], None] = lambda layers: None,
 ) -> list[MixError]:  # fmt: skip
-    """The relative output error of each mix, over at most SAMPLED_LAYERS layers."""
-    config = ModelConfig.from_dict(bundle.manifest.architecture)
+    """The relative output error of each mix, over at most SAMPLED_LAYERS layers.
+
+    Of a mixture: of the weighted sum of the experts that each token's own router chooses, without
+    a shared expert, which has one precision."""
+    config = config_of(bundle)
     errors = torch.zeros(len(mixes), dtype=torch.float64)
     total = 0.0
     vectors = in_shard_order(vectors_of(bundle, config), importance)
     for layer in sampled_layers(config.num_hidden_layers):
-        rows = _read_neurons(bundle, layer)
         known = importance.layers[layer]
         x = torch.from_numpy(known.sample)
-        norms = torch.from_numpy(known.down_norm[known.order])
-        with closing(
-            Workers(workers.threads, kernel="auto")
-        ) as native:  # decodes fast, where it was built
-            exact = exact_weights(rows, native)
-        differences, truth = _layer_errors(
-            x, rows, exact, norms, act=config.activation, mixes=mixes, workers=workers,
-            bias=vectors.get(up_bias_name(layer)),
-        )  # fmt: skip
+        if config.num_experts:
+            differences, truth = _expert_errors(
+                x, bundle, layer, router_of(config, vectors, layer), act=config.activation,
+                mixes=mixes, workers=workers,
+            )  # fmt: skip
+        else:
+            rows = _read_neurons(bundle, layer)
+            norms = torch.from_numpy(known.down_norm[known.order])
+            differences, truth = _layer_errors(
+                x, rows, _decoded(rows, workers), norms, act=config.activation, mixes=mixes,
+                workers=workers, bias=vectors.get(up_bias_name(layer)),
+            )  # fmt: skip
         # layers differ in the size of their output: each counts by its relative error
         errors += differences / max(truth, 1e-30)
         total += 1
         progress(1)
-    bits = exact_bits(bundle)
     return [
-        MixError(mix, bits_per_weight(mix, bits), math.sqrt(float(error) / total))
+        MixError(mix, _bits(bundle, mix), math.sqrt(float(error) / total))
         for mix, error in zip(mixes, errors, strict=True)
     ]
+
+
+def _bits(bundle: Bundle, mix: Mix) -> float:
+    """Stored bits that a token reads of each weight of its FFN at this mix."""
+    active = config_of(bundle).num_experts_per_tok
+    return bits_per_weight(mix.among(active) if active else mix, exact_bits(bundle))
 
 
 def sampled_layers(layers: int) -> list[int]:
@@ -117,13 +141,10 @@ def choose_mix(
 
     The price: relative FFN output error with the chosen mix and 0, 10, ... 70 % dropped.
     """
-    bits = exact_bits(bundle)
+    bits, active = exact_bits(bundle), config_of(bundle).num_experts_per_tok
     mixes = candidates(budget_bits, bits)
-    config = ModelConfig.from_dict(bundle.manifest.architecture)
-    if config.num_experts:
-        mixes = [mix for mix in UNIFORM if bits_per_weight(mix, bits) <= budget_bits]
-        if request != "entropy":
-            return _best_uniform(mixes, request, bits)
+    if active:
+        mixes = expert_candidates(budget_bits, bits, active)
     if request not in ("error", "entropy"):
         mixes = [Mix.parse(request)]
     lines = []
@@ -137,32 +158,18 @@ def choose_mix(
             f"mix {e.mix}: {e.bits:.2f} bits, output error {e.relative_error:.4f}" for e in errors
         ]
         best = min(errors, key=lambda e: e.relative_error).mix
-    if config.num_experts:
-        choice, quality, _ = _best_uniform([best], request, bits)
-        return replace(choice, search=request), quality, [*lines, f"default mix {best}"]
-    dropped = [replace(best, drop=float(drop)) for drop in DROPS]
+    # experts are not dropped
+    dropped = [best] if active else [replace(best, drop=float(drop)) for drop in DROPS]
     prices = search_by_error(bundle, importance, dropped, workers)
     choice = MixChoice(
         (round(best.fp16), round(best.int8), round(best.int4)), request if request in SEARCHES
-        else "given", round(bits_per_weight(best, bits), 4), round(prices[0].relative_error, 6),
+        else "given", round(prices[0].bits, 4), round(prices[0].relative_error, 6),
     )  # fmt: skip
     quality = {
         f"ffn_error_drop_{drop}": round(price.relative_error, 6)
-        for drop, price in zip(DROPS, prices, strict=True)
+        for drop, price in zip(() if active else DROPS, prices, strict=False)
     }
     return choice, quality, [*lines, f"default mix {best}"]
-
-
-def _best_uniform(
-    mixes: list[Mix], request: str, bits: float
-) -> tuple[MixChoice, dict[str, float], list[str]]:
-    """As `choose_mix`, of experts: the precision asked for or the best that the budget allows.
-    Output errors are not measured."""
-    best = mixes[-1] if request == "error" else Mix.parse(request)
-    percent = (round(best.fp16), round(best.int8), round(best.int4))
-    spent = round(bits_per_weight(best, bits), 4)
-    choice = MixChoice(percent, request if request in SEARCHES else "given", spent, 0.0)
-    return choice, {}, [f"default mix {best}: {spent:.2f} bits; experts run at one precision"]
 
 
 def mean_entropy(bundle: Bundle, mix: Mix, threads: int) -> float:
@@ -217,9 +224,46 @@ def _layer_errors(
     return torch.stack(errors), float(truth.double().square().sum())
 
 
-def _read_neurons(bundle: Bundle, layer: int) -> PackedRows:
-    """All planes of a layer's neurons, verified."""
+def _expert_errors(
+    x: Tensor, bundle: Bundle, layer: int, router: Router, *, act: str, mixes: list[Mix],
+    workers: Workers,
+) -> tuple[Tensor, float]:  # fmt: skip
+    """As `_layer_errors`, of x [tokens, hidden] and the experts it goes to; one expert's weights
+    are in memory at a time."""
+    logits = reference.matmul_rows(x, router.rows, workers)
+    chosen, weights, _ = reference.route(logits, router)
+    found = torch.zeros(len(LEVELS), *chosen.shape, x.shape[1])  # what each gives, by planes
+    for expert in torch.unique(chosen).tolist():
+        tokens, place = (chosen == expert).nonzero(as_tuple=True)
+        rows = _read_neurons(bundle, layer, expert, router.experts)
+        exact = ExactRows(rows.layout, _decoded(rows, workers))
+        views: list[Rows] = [rows.lowest(1), rows.lowest(2), exact]
+        for i, view in enumerate(views):
+            part = reference.gather_ffn(x[tokens], view, act, workers)
+            found[i, tokens, place] = part * weights[tokens, place, None]
+    truth = found[-1].sum(1)
+    errors = []
+    for mix in mixes:
+        planes = planes_by_rank(weights, mix.by_rank(router.active))
+        taken = found.gather(0, (planes - 1)[None, :, :, None].expand_as(found[:1]))[0]
+        errors.append((taken.sum(1) - truth).double().square().sum())
+    return torch.stack(errors), float(truth.double().square().sum())
+
+
+def _decoded(rows: PackedRows, workers: Workers) -> Tensor:
+    """The 16-bit weights of the rows."""
+    with closing(
+        Workers(workers.threads, kernel="auto")
+    ) as native:  # decodes fast, where it was built
+        return exact_weights(rows, native)
+
+
+def _read_neurons(bundle: Bundle, layer: int, part: int = 0, parts: int = 1) -> PackedRows:
+    """All planes of a layer's neurons, verified: of all, or of one of so many experts."""
     block = block_of(bundle, "neurons", layer, "fp16")
+    if parts > 1:
+        size = block.shards[0].header.sections[0].records // parts
+        block = replace(block, start=part * size, end=(part + 1) * size)
     payload = aligned_buffer(block.streamed_nbytes)
     with closing(SsdReader()) as reader:
         block.read(reader, payload).wait()

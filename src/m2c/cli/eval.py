@@ -30,8 +30,9 @@ def command(
     mix: Annotated[
         list[str] | None,
         typer.Option(
-            help="Percent of each layer's neurons at FP16/INT8/INT4, best first; give it again "
-            "for more [default: found at pack time]."
+            help="Percent of each layer's neurons (of a mixture: of a token's experts, rounded "
+            "half up) at FP16/INT8/INT4, best first; give it again for more [default: found at "
+            "pack time]."
         ),
     ] = None,
     drop: options.Drop = 0.0,

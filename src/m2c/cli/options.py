@@ -41,8 +41,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Mix = Annotated[
     str | None,
     typer.Option(
-        help="Percent of each layer's neurons at FP16/INT8/INT4, best first, e.g. 5/15/80 "
-        "[default: found at pack time]."
+        help="Percent of each layer's neurons at FP16/INT8/INT4, best first, e.g. 5/15/80; of a "
+        "mixture, of a token's experts by router weight, rounded half up [default: found at pack "
+        "time]."
     ),
 ]
 Drop = Annotated[

@@ -17,8 +17,9 @@ from m2c.hardware import probe_dram
 from m2c.kernels.native import CHOICES
 from m2c.model.footprint import RunShape
 from m2c.model.kv import KV_DTYPES
-from m2c.model.mix import PRECISIONS, Mix
+from m2c.model.mix import LEVELS, PRECISIONS, Mix
 from m2c.predict import Speeds, measured_speeds
+from m2c.tiers.expert_plan import ExpertFact
 from m2c.tiers.plan import Plan
 from m2c.tiers.store import EXPERTS
 from m2c.tiers.trace import TraceWriter
@@ -64,6 +65,8 @@ def tracing_engine(
     from m2c.engine import run_shape
 
     config = config_of(bundle)
+    if config.num_experts:
+        raise UsageError("a mixture of experts chooses no neurons: there is nothing to trace")
     planes = run_shape(bundle, config, options).mix.upgrades
     if not planes:
         raise UsageError("this mix upgrades no neurons: there is nothing to trace", "use --mix")
@@ -109,12 +112,8 @@ def describe_plan(plan: Plan, shape: RunShape, speeds: Speeds | None = None) -> 
             f"{plan.slab_slots[u.plane]} cached ({POLICY_WORDS[plan.policy]}), "
             f"{plan.prefix[u.plane]} hottest pinned in DRAM"
         )
-    if (facts := f.experts) is not None:
-        held = "all in memory"
-        if (slots := plan.expert_slots) is not None:
-            held = f"{slots} of {facts.total} cached in DRAM ({POLICY_WORDS[plan.policy]})"
-        shared = ", and a shared one, placed with attention" if facts.shared else ""
-        lines.append(f"experts: {facts.active} of {facts.count} a layer and token{shared}; {held}")
+    if f.experts is not None:
+        lines.append(_experts(plan, shape, f.experts))
     lines.append(
         f"bytes per {use}: SSD {format_size(plan.ssd_nbytes_per_token)}, "
         + (f"DRAM to HBM {format_size(plan.link_nbytes_per_token)}, " if plan.budget.hbm else "")
@@ -123,6 +122,19 @@ def describe_plan(plan: Plan, shape: RunShape, speeds: Speeds | None = None) -> 
     if speeds is not None:
         lines.append(_bound(plan, shape, speeds))
     return lines
+
+
+def _experts(plan: Plan, shape: RunShape, facts: ExpertFact) -> str:
+    held = "all in memory"
+    if (slots := plan.expert_slots) is not None:
+        what = "planes of experts " if facts.parts > 1 else ""
+        held = f"{slots} of {facts.total} {what}cached in DRAM ({POLICY_WORDS[plan.policy]})"
+    levels = () if shape.mix.is_uniform else shape.mix.by_rank(facts.active)
+    counts = [(levels.count(LEVELS[plane]), plane.upper()) for plane in PRECISIONS]
+    mixed = ", ".join(f"{count} at {plane}" for count, plane in counts if count)
+    mixed = f" ({mixed})" if mixed else ""
+    shared = ", and a shared one, placed with attention" if facts.shared else ""
+    return f"experts: {facts.active} of {facts.count} a layer and token{mixed}{shared}; {held}"
 
 
 def _bound(plan: Plan, shape: RunShape, speeds: Speeds) -> str:
@@ -270,7 +282,7 @@ def _decode_words(facts: dict[str, Any]) -> list[str]:
     for plane, hits in facts["upgrades"].items():
         total = max(1, sum(hits.values()))
         served = (("hbm_or_cache", "cached"), ("dram", "DRAM"), ("ssd", "SSD"))
-        name = plane if plane == EXPERTS else plane.upper()
+        name = plane if plane.startswith(EXPERTS) else plane.upper()
         shares = [f"{hits[key] / total:.0%} {tier}" for key, tier in served if hits[key]]
         if shares:
             parts.append(f"{name} from " + " + ".join(shares))

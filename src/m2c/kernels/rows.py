@@ -91,6 +91,14 @@ class PackedRows:
         frames = replace(self.frames, data=data, nbytes=nbytes, escapes=escapes)
         return PackedRows(self.layout, self.int4[start:stop], self.int8[start:stop], frames)
 
+    def lowest(self, planes: int) -> "PackedRows":
+        """The same rows at the precision of their so many lowest planes."""
+        held = 3 if self.frames is not None else 1 if self.int8 is None else 2
+        if planes >= held:
+            return self
+        int8, index8 = (self.int8, self.index8) if planes == 2 else (None, None)
+        return PackedRows(self.layout, self.int4, int8, None, self.index4, index8)
+
     def exact_bits(self, start: int, stop: int) -> npt.NDArray[np.uint16]:
         """The checkpoint's bits of rows [start, stop): u16 [stop - start, vectors * length]."""
         if self.frames is None or self.int8 is None:

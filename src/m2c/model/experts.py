@@ -23,8 +23,8 @@ from m2c.model.ffn import begin, end
 from m2c.model.tensors import router_name, shared_gate_name
 
 Ids = npt.NDArray[np.int32]
-# of experts in rising order; reads begin when it is called
-ExpertRows = Callable[[Ids], Iterator[Rows]]
+# of experts in rising order, each at its so many lowest planes; reads begin when it is called
+ExpertRows = Callable[[Ids, Ids], Iterator[Rows]]
 SHARED: Final = "shared"  # section of the shards of attention: the shared expert's neurons
 
 
@@ -52,18 +52,20 @@ def exact_rows(weights: Tensor) -> ExactRows:
 
 
 def expert_ffn(
-    x: Tensor, router: Router, rows_of: ExpertRows, *, norm: Norm, act: str, workers: Workers,
-    out_norm: Norm | None = None, shared: Rows | None = None, stay: bool = False,
+    x: Tensor, router: Router, rows_of: ExpertRows, *, levels: tuple[int, ...], norm: Norm,
+    act: str, workers: Workers, out_norm: Norm | None = None, shared: Rows | None = None,
+    stay: bool = False,
 ) -> Tensor:  # fmt: skip
     """x [tokens, hidden] f32 plus the weighted FFN outputs of the experts that norm(x) goes to.
 
+    levels: planes that a token's experts are computed with, that of the largest weight first.
     shared: the shared expert, if there is one. stay: rows are valid after the next were asked for,
     so those of one token need not be computed one by one.
     """
     chosen, weights, share = route(x, router, workers, norm=norm)
-    used = chosen[0] if len(x) == 1 else torch.unique(chosen)
-    ids = used.to(torch.int32).cpu().numpy()
-    experts = rows_of(ids)  # what has to be read comes while the shared expert is computed
+    planes = planes_by_rank(weights, levels)
+    ids, most = _wanted(chosen, planes)
+    experts = rows_of(ids, most)  # what is read comes while the shared expert is computed
     out = begin(x, out_norm)
     if shared is not None and share is not None:
         part = torch.zeros_like(x)
@@ -76,8 +78,36 @@ def expert_ffn(
             add_experts(x, group, some, act, workers, norm=norm, into=out)
         return end(x, out, out_norm, workers)
     for i, rows in enumerate(experts):
-        tokens, place = (chosen == int(ids[i])).nonzero(as_tuple=True)
-        part = torch.zeros((len(tokens), x.shape[1]), device=x.device)
-        gather_ffn(x[tokens], rows, act, workers, norm=norm, into=part)
-        out.index_add_(0, tokens, part * weights[tokens, place, None])
+        mine = chosen == int(ids[i])
+        for level in sorted(set(levels)):  # two tokens may want it at different precisions
+            tokens, place = (mine & (planes == level)).nonzero(as_tuple=True)
+            if not len(tokens):
+                continue
+            own = rows if isinstance(rows, ExactRows) else rows.lowest(level)
+            part = torch.zeros((len(tokens), x.shape[1]), device=x.device)
+            gather_ffn(x[tokens], own, act, workers, norm=norm, into=part)
+            out.index_add_(0, tokens, part * weights[tokens, place, None])
     return end(x, out, out_norm, workers)
+
+
+def planes_by_rank(weights: Tensor, levels: tuple[int, ...]) -> Tensor:
+    """i64 [tokens, active]: of each token's experts the one with the largest of its `weights` gets
+    the first of `levels`, and so on; of equals the lower expert. A token's own weights alone
+    decide, so that it does not matter which tokens share the call."""
+    if levels[0] == levels[-1]:
+        return torch.full(weights.shape, levels[0], device=weights.device)
+    order = weights.argsort(dim=1, descending=True, stable=True)
+    ranked = torch.tensor(levels, device=weights.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, ranked)
+
+
+def _wanted(chosen: Tensor, planes: Tensor) -> tuple[Ids, Ids]:
+    """The experts that any token uses, rising, and the most planes that any wants of each."""
+    if len(chosen) == 1:
+        found = torch.stack((chosen[0], planes[0]))
+    else:
+        ids, place = torch.unique(chosen, return_inverse=True)
+        most = torch.zeros_like(ids).scatter_reduce_(0, place.ravel(), planes.ravel(), "amax")
+        found = torch.stack((ids, most))
+    ids_of, planes_of = found.to(torch.int32).cpu().numpy()
+    return ids_of, planes_of

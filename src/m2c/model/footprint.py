@@ -21,9 +21,9 @@ from m2c.model.ffn import FETCH
 from m2c.model.kv import kv_nbytes
 from m2c.model.mix import Mix
 from m2c.model.tensors import dense_matrices, small_tensors
-from m2c.tiers.blocks import Precisions, block_of, head_name
+from m2c.tiers.blocks import Precisions, block_of, head_name, planes_of
 from m2c.tiers.expert_plan import ExpertFact
-from m2c.tiers.experts import expert_nbytes
+from m2c.tiers.experts import expert_nbytes, parts_of
 from m2c.tiers.facts import BlockFact, DraftFact, Footprint, UpgradeFact
 from m2c.tiers.fetch import DECODE_WEIGHTS, staging_nbytes
 from m2c.units import MiB
@@ -54,6 +54,7 @@ class RunShape:
     drafts: bool = False  # INT4 planes lie in memory to draft with; blocks are what is above them
     stored: bool = False  # exact blocks in memory stay as stored, not decoded to 16 bits
     at_once: int = 1  # tokens whose logits are wanted together: more where drafts are verified
+    by_expert: bool = False  # the mix is that of a token's experts, each of one precision
 
     @property
     def speculates(self) -> bool:
@@ -61,7 +62,12 @@ class RunShape:
 
     @property
     def precisions(self) -> Precisions:
-        return Precisions(self.dense, self.mix.floor, self.drafts, self.stored)
+        return Precisions(self.dense, self.neurons, self.drafts, self.stored)
+
+    @property
+    def neurons(self) -> str:
+        """At what precision blocks hold neurons: the floor, or of experts what any may need."""
+        return self.mix.best if self.by_expert else self.mix.floor
 
 
 @dataclass(frozen=True)
@@ -155,12 +161,12 @@ def _footprint(
     pieces = shape.mix.is_uniform and not config.num_experts
     for i, (attn, ffn) in enumerate(zip(dense, neurons, strict=True)):
         blocks.append(_block("dense", i, attn, shape.dense, shape))
-        blocks += _blocks("neurons", i, ffn, shape.mix.floor, shape, pieces)
+        blocks += _blocks("neurons", i, ffn, shape.neurons, shape, pieces)
     blocks += _blocks("head", len(dense), head, shape.dense, shape, True)
     layout = RecordLayout(config.vectors, config.hidden_size)
     counts = shape.mix.counts(config.intermediate_size)
     upgrades = []
-    for plane in shape.mix.upgrades:
+    for plane in () if shape.by_expert else shape.mix.upgrades:
         stored = max(size.planes[plane] for size in neurons) // config.intermediate_size
         slot = layout.code_nbytes if plane == "int8" else 2 * config.vectors * config.hidden_size
         # the floor's down column is taken back, and INT8 builds on the floor's codes
@@ -189,11 +195,18 @@ def _footprint(
 
 def _experts(config: ModelConfig, shape: RunShape, neurons: list[_Sizes]) -> ExpertFact:
     """Estimated: what is read of an expert is whole checksum blocks, in every plane."""
-    most = max(size.read(shape.mix.floor, shape.drafts) for size in neurons)
-    planes = PLANES.index(shape.mix.floor) + 1 - shape.drafts
-    nbytes = align(most // config.num_experts, BLOCK) + planes * BLOCK
+    levels = shape.mix.by_rank(config.num_experts_per_tok)
+    planes = planes_of(shape.neurons)
+    if shape.mix.is_uniform:
+        uses: tuple[int, ...] = (len(levels),)
+        most = [max(size.read(shape.neurons, shape.drafts) for size in neurons)]
+        gaps = len(planes) - shape.drafts
+    else:
+        uses = tuple(sum(level > i for level in levels) for i in range(len(planes)))
+        most, gaps = [max(size.planes[plane] for size in neurons) for plane in planes], 1
+    nbytes = tuple(align(n // config.num_experts, BLOCK) + gaps * BLOCK for n in most)
     return ExpertFact(
-        len(neurons), config.num_experts, config.num_experts_per_tok, nbytes, nbytes,
+        len(neurons), config.num_experts, uses, max(nbytes), nbytes,
         shared=config.shared_expert_intermediate_size > 0,
     )  # fmt: skip
 
@@ -204,15 +217,17 @@ def _true_experts(
 ) -> ExpertFact:  # fmt: skip
     """What exactly the experts read, by the bundle's own tables."""
     held = int(shape.drafts)
-    blocks = (
-        replace(block_of(bundle, "neurons", layer, shape.mix.floor), held=held)
+    layers = [
+        parts_of(
+            replace(block_of(bundle, "neurons", layer, shape.neurons), held=held), facts.parts
+        )
         for layer in range(facts.layers)
-    )
-    sizes = np.concatenate([expert_nbytes(block, facts.count) for block in blocks])
+    ]  # fmt: skip
+    sizes = np.array([[expert_nbytes(part, facts.count) for part in parts] for parts in layers])
     shares = () if popularity is None else tuple(tuple(map(float, row)) for row in popularity)
     return replace(
-        facts, slot_nbytes=align(int(sizes.max())), stored_nbytes=int(sizes.mean()),
-        popularity=shares,
+        facts, slot_nbytes=align(int(sizes.max())), popularity=shares,
+        stored_nbytes=tuple(int(sizes[:, part].mean()) for part in range(facts.parts)),
     )  # fmt: skip
 
 
@@ -254,7 +269,7 @@ def _true_size(bundle: Bundle, fact: BlockFact, shape: RunShape) -> BlockFact:
     if fact.kind == "dense":
         return fact
     kind, name = ("dense", head_name(bundle)) if fact.kind == "head" else ("neurons", fact.layer)
-    precision = shape.dense if fact.kind == "head" else shape.mix.floor
+    precision = shape.dense if fact.kind == "head" else shape.neurons
     block = block_of(bundle, kind, name, precision)
     block = replace(
         block, start=fact.start, end=fact.end, held=int(shape.drafts), stored=shape.stored
@@ -288,13 +303,13 @@ def _workspace_nbytes(config: ModelConfig, shape: RunShape) -> int:
         kernels = shape.threads * CHUNK * width * 12
         attend += 3 * 4 * config.num_attention_heads * tokens * shape.ctx_size
         attend += 2 * 4 * config.num_key_value_heads * config.head_dim * shape.ctx_size
-    if "fp16" in (shape.dense, shape.mix.floor) and shape.kernels != "cuda":
+    if "fp16" in (shape.dense, shape.neurons) and shape.kernels != "cuda":
         # exact rows that stream are decoded: chunks of neurons, a layer's attention as a whole
         kernels += shape.threads * CHUNK * width * _DECODE_NBYTES
         heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
         kernels += 4 * config.hidden_size * heads * config.head_dim
     gathered = 0
-    for plane in shape.mix.upgrades:
+    for plane in () if shape.by_expert else shape.mix.upgrades:
         count = max(FETCH, shape.mix.counts(config.intermediate_size)[plane])
         weights = min(count, config.intermediate_size) * record
         if plane == "fp16":  # gathered at 16 bits, a piece of it being decoded

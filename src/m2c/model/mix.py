@@ -12,7 +12,7 @@ from torch import Tensor
 from m2c.errors import UsageError
 
 PRECISIONS = ("fp16", "int8", "int4")  # best first, as in --mix
-LEVELS = {"int4": 1, "int8": 2, "fp16": 3}  # 0: dropped
+LEVELS = {"int4": 1, "int8": 2, "fp16": 3}  # planes that are read; 0: dropped
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,27 @@ class Mix:
     def __str__(self) -> str:
         text = f"{self.fp16:g}/{self.int8:g}/{self.int4:g}"
         return f"{text} drop {self.drop:g}" if self.drop else text
+
+    def among(self, experts: int) -> "Mix":
+        """The mix of so many experts of a token: whole ones, shares rounded half up, best first.
+
+        The result stays as it is when it is asked for again."""
+        fp16 = min(_half_up(experts * self.fp16 / 100), experts)
+        int8 = min(_half_up(experts * self.int8 / 100), experts - fp16)
+        shares = [100 * count / experts for count in (fp16, int8, experts - fp16 - int8)]
+        return Mix(shares[0], shares[1], shares[2], self.drop)
+
+    def by_rank(self, experts: int) -> tuple[int, ...]:
+        """The level of each of so many experts of a token, that of the largest router weight
+        first."""
+        mix = self.among(experts)
+        shares = {p: round(experts * getattr(mix, p) / 100) for p in PRECISIONS}
+        return tuple(LEVELS[p] for p in PRECISIONS for _ in range(shares[p]))
+
+    @property
+    def best(self) -> str:
+        """The highest precision that anything has."""
+        return next(p for p in PRECISIONS if getattr(self, p))
 
     @property
     def floor(self) -> str:
@@ -91,6 +112,10 @@ class Mix:
         if "fp16" in self.upgrades:
             found.append((counts["fp16"], LEVELS["fp16"]))
         return found
+
+
+def _half_up(value: float) -> int:
+    return int(value + 0.5 + 1e-9)  # 8 * 6.25 / 100 is a half whatever its last bit
 
 
 def scores_of(activations: Tensor, down_norm: Tensor) -> Tensor:

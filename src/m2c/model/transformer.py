@@ -54,7 +54,7 @@ class Weights(Protocol):
 
     def uses(self, kind: str, layer: int) -> Iterator[Mapping[str, Rows]]: ...
 
-    def experts(self, layer: int, ids: Ids) -> Iterator[Rows]: ...
+    def experts(self, layer: int, ids: Ids, planes: Ids) -> Iterator[Rows]: ...
 
     def embed(self, ids: Ids) -> Tensor: ...
 
@@ -103,6 +103,7 @@ class Transformer:
         self._routers = [
             router_of(config, vectors, layer) for layer in layers if config.num_experts
         ]
+        self._expert_levels = mix.by_rank(config.num_experts_per_tok) if self._routers else ()
         # a norm of the FFN's output comes between its sum and what it is added to; experts are
         # chosen between the layers
         plain = not self._routers and not any(facts.ffn_out_norm for facts in self._layers)
@@ -196,8 +197,8 @@ class Transformer:
             if self._routers:  # here: a shared expert's rows are valid as long as attention's
                 x = expert_ffn(
                     x, self._routers[layer], partial(self._store.experts, layer),
-                    norm=facts.ffn_norm, act=act, workers=self._workers,
-                    out_norm=facts.ffn_out_norm, shared=rows.get(SHARED),
+                    levels=self._expert_levels, norm=facts.ffn_norm, act=act,
+                    workers=self._workers, out_norm=facts.ffn_out_norm, shared=rows.get(SHARED),
                     stay=self._store.holds_experts,
                 )  # fmt: skip
         if self._routers:

@@ -201,9 +201,13 @@ def _hits(report: dict[str, Any]) -> str:
     for plane, served in report["tokens"]["upgrades"].items():
         totals = [sum(counts) for counts in zip(*served.values(), strict=True)]
         used = [i for i, total in enumerate(totals) if total]
-        experts = plane == "experts"
+        experts = plane.startswith("experts")
         what = "experts" if experts else "upgrades"
-        name = "Experts" if experts else f"{plane.upper()} plane"
+        one = plane.removeprefix(
+            "experts"
+        ).strip()  # with a mix planes of experts are read one by one
+        name = f"{one.upper()} plane" if one else "Experts"
+        name = f"Experts, {name}" if experts and one else name
         if not used:
             continue
         lines = [

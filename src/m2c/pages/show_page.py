@@ -55,11 +55,12 @@ def show_page(
 def _bundle_cards(facts: dict[str, Any]) -> list[tuple[str, str]]:
     total = sum(sum(sizes.values()) for sizes in facts["planes"].values())
     weights = sum(facts["weights"].values())
+    of = "a token's experts" if "num_experts" in facts["architecture"] else "neurons"
     size = f"{weights / 1e9:.2f} G" if weights >= 1e9 else f"{weights / 1e6:.0f} M"
     return [
         (format_size(total), f"bundle, {8 * total / weights:.2f} bits a weight"),
         (size, f"weights, {facts['exact_type'].upper()}"),
-        ("/".join(map(str, facts["mix"])), "default mix: % of neurons at FP16/INT8/INT4"),
+        ("/".join(map(str, facts["mix"])), f"default mix: % of {of} at FP16/INT8/INT4"),
     ]
 
 

@@ -116,7 +116,7 @@ class Block:
     ) -> dict[str, PackedRows]:
         """Section name to operand, viewing `payload`: u8 [streamed_nbytes], no copy.
 
-        below: all records of each section in the planes that are held.
+        below: each section in the planes that are held: all of its records, or the block's own.
         """
         flat = torch.from_numpy(payload) if isinstance(payload, np.ndarray) else payload
         return {
@@ -125,7 +125,9 @@ class Block:
         }
 
     def _section_rows(self, name: str, flat: torch.Tensor, below: PackedRows | None) -> PackedRows:
-        views = [] if below is None else [below.int4[self.start : self.end]]
+        section = self.shards[0].header.section(name)
+        count = self.count(section)
+        views = self._held(below, count) if below is not None else []
         position = 0
         for index, span in zip(self.shards[self.held :], self._spans, strict=True):
             section = index.header.section(name)
@@ -133,11 +135,14 @@ class Block:
             start = position + span.shift + (0 if self.end is not None else section.offset)
             views.append(flat[start : start + end - begin])
             position += span.nbytes
-        section = self.shards[0].header.section(name)
-        count = self.count(section)
         frames = self._frames(name, views[2]) if self.is_exact else None
         int8 = views[1].view(count, -1) if len(views) > 1 else None
         return PackedRows(section.layout, views[0].view(count, -1), int8, frames)
+
+    def _held(self, below: PackedRows, count: int) -> list[torch.Tensor]:
+        own = slice(None) if len(below) == count else slice(self.start, self.end)
+        planes = (below.int4, below.int8)[: self.held]
+        return [plane[own] for plane in planes if plane is not None]
 
     def _range(self, section: Section) -> tuple[int, int]:
         return self.start, self.start + self.count(section)

@@ -75,10 +75,10 @@ class DraftPlanes:
         """As `NeuronStore.uses`: one block."""
         yield self._operands[kind, layer]
 
-    def experts(self, layer: int, ids: Ids) -> Iterator[Rows]:
+    def experts(self, layer: int, ids: Ids, planes: Ids) -> Iterator[Rows]:
         """As `NeuronStore.experts`."""
         ((whole,),) = (rows.values() for rows in self.uses("neurons", layer))
-        yield from self._parts.of(layer, whole, ids)
+        yield from self._parts.of(layer, whole, ids, planes)
 
     def embed(self, ids: Ids) -> torch.Tensor:
         """As `NeuronStore.embed`."""

@@ -1,9 +1,10 @@
 """Experts in memory: the most used of all layers in slots, the others read when they are chosen.
 
-All experts are of about one size, so each fits any slot. Which expert sits in which slot is the
-NeuronCache's business, with experts in the place of neurons. Some slots more serve those that the
-cache does not take, and let reads go on while an expert is computed. Which experts a token needs is
-decided in `model`.
+All experts are of about one size, so each fits any slot; with a mix a slot holds one plane of an
+expert, and planes are of about one size too. Which of these *parts* sits in which slot is the
+NeuronCache's business, with parts in the place of neurons. Some slots more serve those that the
+cache does not take, and let reads go on while an expert is computed. Which experts a token needs,
+and at which precision, is decided in `model`.
 """
 
 import time
@@ -28,91 +29,114 @@ _PROBES: Final = 4
 
 Ids = npt.NDArray[np.int32]
 U8 = npt.NDArray[np.uint8]
-# from an expert's block and its bytes to operands, and whether they stay valid as long as the bytes
-ToRows = Callable[[int, Block, U8], tuple[Rows, bool]]
+# from the blocks of an expert's parts and their bytes to operands, and whether they stay valid as
+# long as the bytes
+ToRows = Callable[[int, list[tuple[Block, U8]]], tuple[Rows, bool]]
 
 
 @dataclass
 class _Arriving:
-    expert: int  # position in the ranking
+    part: int  # position in the ranking
     slot: int
     pending: Pending | None  # None: it was there
 
 
-class ExpertCache:
-    """`slots` experts in DRAM, as they are stored, beside those under way.
+@dataclass(frozen=True)
+class _Made:
+    """Operands, and what of which slots they are of."""
 
-    blocks: of a layer, all of its experts as one. The slots begin with the most popular experts.
+    slots: list[int]
+    fills: list[int]
+    rows: Rows
+
+
+class ExpertCache:
+    """`slots` parts of experts in DRAM, as they are stored, beside those under way.
+
+    blocks: of a layer, all of its experts as one. The slots begin with what most tokens use.
     """
 
     def __init__(
         self, reader: SsdReader, facts: ExpertFact, blocks: list[Block], slots: int, *,
         policy: str, to_rows: ToRows,
     ) -> None:  # fmt: skip
-        self.stats = HitStats()
         self._reader = reader
         self._facts = facts
-        self._whole = blocks
+        self.reset_stats()
+        self._whole = [parts_of(block, facts.parts) for block in blocks]
         self._blocks: dict[int, Block] = {}  # by position in the ranking
         self._to_rows = to_rows
-        self._rows: dict[int, Rows] = {}  # by slot
+        self._made: dict[tuple[int, int], _Made] = {}  # by the first slot and how many parts
         self._place = np.empty(facts.total, np.int32)
         self._place[list(facts.ranking)] = np.arange(facts.total, dtype=np.int32)
         self._slots = slots
         self._slot_nbytes = align(facts.slot_nbytes)
         self._buffer = aligned_buffer((slots + facts.window) * self._slot_nbytes)
         self._spare = list(range(slots, slots + facts.window))
+        self._fills = [0] * (slots + facts.window)  # reads into each slot
         self._cache = NeuronCache(facts.total, slots, policy=policy)
         self._static = policy == "pinned"
+
+    def reset_stats(self) -> None:
+        self.stats = [HitStats() for _ in range(self._facts.parts)]  # of each part
 
     def load(self) -> int:
         """Fill the slots, many reads in flight; the bytes read."""
         hottest = np.arange(self._slots, dtype=np.int32)
         move = self._cache.pin(hottest)
         started = [
-            self._read(int(expert), int(slot))
-            for expert, slot in zip(move.load_ids, move.load_slots, strict=True)
+            self._read(int(part), int(slot))
+            for part, slot in zip(move.load_ids, move.load_slots, strict=True)
         ]
         Pending.all_of(started).wait()
         if not self._static:
             self._cache.unpin(hottest)
-        return sum(self._block(int(expert)).streamed_nbytes for expert in hottest)
+        return sum(self._block(int(part)).streamed_nbytes for part in hottest)
 
-    def rows(self, layer: int, experts: Ids) -> Iterator[Rows]:
-        """Operands of a layer's `experts`, in their order; each is valid until the next is asked
-        for. Reads begin now. Raises what a failed read raised."""
-        found = self._one_by_one(layer, experts)
+    def rows(self, layer: int, experts: Ids, planes: Ids) -> Iterator[Rows]:
+        """Operands of a layer's `experts`, each at its so many lowest `planes`, in their order;
+        each is valid until the next is asked for. Reads begin now. Raises what a failed read
+        raised."""
+        parts = planes if self._facts.parts > 1 else np.ones_like(planes)
+        found = self._one_by_one(layer, experts, parts)
         next(found)  # a generator that has not begun would not see its end either
         return found
 
-    def _one_by_one(self, layer: int, experts: Ids) -> Iterator[Any]:
+    def _one_by_one(self, layer: int, experts: Ids, parts: Ids) -> Iterator[Any]:
         """`rows`, behind a None that comes once reads have begun."""
-        wanted = self._place[layer * self._facts.count + experts]
-        self._cache.touch(np.sort(wanted))
-        waiting: deque[_Arriving] = deque()
-        left = iter(wanted.tolist())
+        first = layer * self._facts.count + experts
+        steps = np.arange(self._facts.parts) * self._facts.of_a_part
+        wanted = [self._place[steps[:n] + one] for one, n in zip(first, parts, strict=True)]
+        self._cache.touch(np.sort(np.concatenate(wanted)))
+        waiting: deque[list[_Arriving]] = deque()
+        left = deque(one.tolist() for one in wanted)
 
         def start() -> None:
-            while len(waiting) < self._facts.window and (one := next(left, None)) is not None:
-                waiting.append(self._start(one, [other.expert for other in waiting]))
+            while left and sum(map(len, waiting)) + len(left[0]) <= self._facts.window:
+                waiting.append([])
+                for part in left.popleft():
+                    under_way = [other.part for group in waiting for other in group]
+                    waiting[-1].append(self._start(part, under_way))
 
         try:
             start()
             yield None
             while waiting:
-                first = waiting[0]
-                if first.pending is not None:
-                    first.pending.wait()
-                    first.pending = None
-                yield self._operand(first)
-                self._give_back(waiting.popleft())
+                for one in waiting[0]:
+                    if one.pending is not None:
+                        one.pending.wait()
+                        one.pending = None
+                yield self._operand(layer, waiting[0])
+                for one in waiting.popleft():
+                    self._give_back(one)
                 start()
         finally:
-            for one in waiting:
-                self._drop(one)
+            for group in waiting:
+                for one in group:
+                    self._drop(one)
 
     def held(self, layer: int) -> list[int]:
-        """The layer's experts that are in slots, rising."""
+        """The layer's experts whose first part is in a slot, rising."""
         first = layer * self._facts.count
         slots = self._cache.lookup(np.arange(self._facts.total, dtype=np.int32))
         own = slots[self._place[first : first + self._facts.count]]
@@ -129,34 +153,38 @@ class ExpertCache:
             nbytes += sum(self._block(int(i)).streamed_nbytes for i in ids)
         return nbytes / (time.perf_counter() - begin)
 
-    def _start(self, expert: int, under_way: list[int]) -> _Arriving:
-        (slot,) = self._cache.lookup([expert])
+    def _start(self, part: int, under_way: list[int]) -> _Arriving:
+        stats = self.stats[self._facts.ranking[part] // self._facts.of_a_part]
+        (slot,) = self._cache.lookup([part])
         if slot != ABSENT:
-            self.stats.dram += 1
-            return _Arriving(expert, int(slot), None)
-        self.stats.ssd += 1
-        (slot,) = self._cache.admit([expert], keep=sorted(under_way))
+            stats.dram += 1
+            return _Arriving(part, int(slot), None)
+        stats.ssd += 1
+        (slot,) = self._cache.admit([part], keep=sorted(under_way))
         if slot == ABSENT:
             slot = self._spare.pop()
-        one = _Arriving(expert, int(slot), Pending([]))
+        one = _Arriving(part, int(slot), Pending([]))
         try:
-            one.pending = self._read(expert, one.slot)
+            one.pending = self._read(part, one.slot)
         except BaseException:
             self._drop(one)
             raise
         return one
 
-    def _read(self, expert: int, slot: int) -> Pending:
-        self._rows.pop(slot, None)
-        return self._block(expert).read(self._reader, self._bytes(slot), now=True)
+    def _read(self, part: int, slot: int) -> Pending:
+        self._fills[slot] += 1
+        return self._block(part).read(self._reader, self._bytes(slot), now=True)
 
-    def _operand(self, one: _Arriving) -> Rows:
-        rows = self._rows.get(one.slot)
-        if rows is None:
-            layer = self._facts.ranking[one.expert] // self._facts.count
-            rows, stays = self._to_rows(layer, self._block(one.expert), self._bytes(one.slot))
-            if stays:
-                self._rows[one.slot] = rows
+    def _operand(self, layer: int, group: list[_Arriving]) -> Rows:
+        slots = [one.slot for one in group]
+        fills, key = [self._fills[slot] for slot in slots], (slots[0], len(slots))
+        made = self._made.get(key)
+        if made is not None and made.slots == slots and made.fills == fills:
+            return made.rows
+        parts = [(self._block(one.part), self._bytes(one.slot)) for one in group]
+        rows, stays = self._to_rows(layer, parts)
+        if stays:
+            self._made[key] = _Made(slots, fills, rows)
         return rows
 
     def _give_back(self, one: _Arriving) -> None:
@@ -168,21 +196,29 @@ class ExpertCache:
         if one.pending is not None:
             one.pending.cancel()
             if one.slot < self._slots:
-                self._cache.evict([one.expert])
+                self._cache.evict([one.part])
         self._give_back(one)
 
-    def _block(self, expert: int) -> Block:
-        found = self._blocks.get(expert)
+    def _block(self, part: int) -> Block:
+        found = self._blocks.get(part)
         if found is None:
-            layer, number = divmod(self._facts.ranking[expert], self._facts.count)
-            whole = self._whole[layer]
+            kind, expert = divmod(self._facts.ranking[part], self._facts.of_a_part)
+            layer, number = divmod(expert, self._facts.count)
+            whole = self._whole[layer][kind]
             size = whole.shards[0].header.sections[0].records // self._facts.count
             found = replace(whole, start=number * size, end=(number + 1) * size)
-            self._blocks[expert] = found
+            self._blocks[part] = found
         return found
 
     def _bytes(self, slot: int) -> U8:
         return self._buffer[slot * self._slot_nbytes : (slot + 1) * self._slot_nbytes]
+
+
+def parts_of(whole: Block, parts: int) -> list[Block]:
+    """The block of all of a layer's experts as one part, or as one part for every plane."""
+    if parts == 1:
+        return [whole]
+    return [replace(whole, shards=whole.shards[: n + 1], held=n) for n in range(parts)]
 
 
 def expert_nbytes(whole: Block, count: int) -> npt.NDArray[np.int64]:
@@ -202,17 +238,20 @@ def expert_nbytes(whole: Block, count: int) -> npt.NDArray[np.int64]:
 
 
 class ExpertParts:
-    """The experts of rows that hold all of a layer's, made once each."""
+    """The experts of rows that hold all of a layer's, made once each at each precision."""
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._made: dict[tuple[int, int], tuple[Rows, Rows]] = {}
+        self._made: dict[tuple[int, int, int], tuple[Rows, Rows]] = {}
 
-    def of(self, layer: int, whole: Rows, experts: Ids) -> Iterator[Rows]:
-        for expert in experts.tolist():
-            known = self._made.get((layer, expert))
+    def of(self, layer: int, whole: Rows, experts: Ids, planes: Ids) -> Iterator[Rows]:
+        for expert, lowest in zip(experts.tolist(), planes.tolist(), strict=True):
+            key = layer, expert, lowest
+            known = self._made.get(key)
             if known is None or known[0] is not whole:
-                known = self._made[layer, expert] = whole, cut(whole, expert, self.count)
+                own = cut(whole, expert, self.count)
+                own = own if isinstance(own, ExactRows) else own.lowest(lowest)
+                known = self._made[key] = whole, own
             yield known[1]
 
 

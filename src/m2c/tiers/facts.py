@@ -69,7 +69,7 @@ class Footprint:
         if self.experts is None:
             return max(block.streamed_nbytes for block in self.blocks)
         dense = [block.streamed_nbytes for block in self.blocks if block.kind != "neurons"]
-        return max(self.experts.slot_nbytes, *dense)
+        return max(self.experts.parts * self.experts.slot_nbytes, *dense)
 
 
 @dataclass(frozen=True)

@@ -50,14 +50,18 @@ class Link:
         if self._on_gpu and cuda_driver.pin(buffer.ctypes.data, buffer.nbytes):
             self._pinned.append(buffer.ctypes.data)
 
-    def move(self, payload: U8) -> Tensor:
-        """The payload u8 [n] in a slot, for kernels that are asked for from now on; valid until the
-        next but one is moved. What was moved before may be used by kernels asked for before this.
+    def move(self, *payloads: U8) -> Tensor:
+        """The payloads u8 [n] one after the other in a slot, for kernels that are asked for from
+        now on; valid until the next but one is moved. What was moved before may be used by kernels
+        asked for before this.
         """
-        slot, source = self._slots[self._turn][: len(payload)], torch.from_numpy(payload)
+        sizes = [len(payload) for payload in payloads]
+        slot = self._slots[self._turn][: sum(sizes)]
+        pairs = list(zip(slot.split(sizes), map(torch.from_numpy, payloads), strict=True))
         if not self._on_gpu:
             begin = time.perf_counter()
-            slot.copy_(source)
+            for part, source in pairs:
+                part.copy_(source)
             self._stats.busy_s += time.perf_counter() - begin
         else:
             computes = torch.cuda.current_stream(self._device)
@@ -66,13 +70,14 @@ class Link:
             with torch.cuda.stream(self._copies):
                 self._copies.wait_event(self._used[self._turn])
                 begin_event.record(self._copies)
-                slot.copy_(source, non_blocking=True)
+                for part, source in pairs:
+                    part.copy_(source, non_blocking=True)
                 end_event.record(self._copies)
             computes.wait_event(end_event)
             self._timed.append((begin_event, end_event))
             if len(self._timed) >= _TIMED:
                 self._add_up(self._timed[: _TIMED // 2])
-        self._stats.nbytes += len(payload)
+        self._stats.nbytes += len(slot)
         self._turn = 1 - self._turn
         return slot
 

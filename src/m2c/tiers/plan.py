@@ -40,7 +40,7 @@ class Plan:
     prefix: dict[str, int]  # plane -> hottest neurons per layer pinned in DRAM
     holds_embed: bool  # embeddings lie in DRAM; else a token's row is read when it is needed
     expert_slots: int | None = (
-        None  # experts cached in DRAM; None: they are blocks, or there are none
+        None  # parts of experts cached in DRAM; None: they are blocks, or there are none
     )
 
     @property
@@ -57,8 +57,7 @@ class Plan:
         if self.expert_slots is None:
             return 0
         assert self.footprint.experts is not None
-        facts = self.footprint.experts
-        return int(facts.missed(self.expert_slots, tokens) * facts.stored_nbytes)
+        return self.footprint.experts.reads(self.expert_slots, tokens)
 
     @property
     def slab_nbytes(self) -> int:
@@ -111,7 +110,7 @@ class Plan:
         blocks = self.footprint.blocks
         moved = sum(blocks[i].streamed_nbytes for i in (*self.in_dram, *self.streamed))
         if self.expert_slots is not None and (facts := self.footprint.experts):
-            moved += facts.layers * facts.active * facts.stored_nbytes
+            moved += facts.layers * facts.used_nbytes
         for u in self.footprint.upgrades:
             missing = 1 - min(1.0, self.slab_slots[u.plane] / self.footprint.neurons)
             moved += int(self.footprint.layers * u.active * missing) * u.slot_nbytes
@@ -121,7 +120,9 @@ class Plan:
     def compute_nbytes_per_token(self) -> int:
         """Weight bytes the kernels read for a token."""
         facts = self.footprint.experts
-        share = facts.active / facts.count if facts is not None else 1
+        share = 1.0
+        if facts is not None:
+            share = facts.used_nbytes / (facts.count * sum(facts.stored_nbytes))
         blocks = sum(
             int(b.resident_nbytes * share) if b.kind == "neurons" else b.resident_nbytes
             for b in self.footprint.blocks

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from m2c.bundle.bundle import Bundle
-from m2c.bundle.shard import ShardIndex
+from m2c.bundle.shard import PLANES, ShardIndex
 from m2c.kernels.dispatch import exact_weights
 from m2c.kernels.rows import EXACT_DTYPES, ExactRows, PackedRows, Rows
 from m2c.tiers.blocks import Block, BlockUse, Precisions, block_of, head_name, planes_of
@@ -103,13 +103,14 @@ class NeuronStore:
                 self._link.arrived()
                 self._ring.release()
 
-    def experts(self, layer: int, ids: Ids) -> Iterator[Rows]:
-        """Operands of a layer's experts `ids`, in their order; each is valid until the next is
-        asked for. Raises what a failed read raised."""
+    def experts(self, layer: int, ids: Ids, planes: Ids) -> Iterator[Rows]:
+        """Operands of a layer's experts `ids`, each at the precision of its so many lowest
+        `planes`, in their order; each is valid until the next is asked for. Raises what a failed
+        read raised."""
         if self._experts is not None:
-            return self._experts.rows(layer, ids)
+            return self._experts.rows(layer, ids, planes)
         (rows,) = self.uses("neurons", layer)
-        return self._parts.of(layer, rows[FFN], ids)
+        return self._parts.of(layer, rows[FFN], ids, planes)
 
     def upgrade(self, layer: int, plane: str, ids: Ids, floor: Rows, *, step: bool) -> Rows:
         """Rows of `ids` (ascending) of a layer at `plane`; `floor` is the layer's FFN operand."""
@@ -184,7 +185,7 @@ class NeuronStore:
         for (_, plane), upgrade in self._upgrades.items():
             totals.setdefault(plane, HitStats()).add(upgrade.stats)
         if self._experts is not None:
-            totals[EXPERTS] = replace(self._experts.stats)
+            totals |= self._expert_stats(self._experts.stats)
         return StoreStats(replace(self.reader.stats), self._link.stats, totals)
 
     def reset_stats(self) -> None:
@@ -193,7 +194,12 @@ class NeuronStore:
         for upgrade in self._upgrades.values():
             upgrade.stats = HitStats()
         if self._experts is not None:
-            self._experts.stats = HitStats()
+            self._experts.reset_stats()
+
+    def _expert_stats(self, stats: list[HitStats]) -> dict[str, HitStats]:
+        """By plane where planes are read one by one."""
+        names = [EXPERTS] if len(stats) == 1 else [f"{EXPERTS} {plane}" for plane in PLANES]
+        return {name: replace(one) for name, one in zip(names, stats, strict=False)}
 
     def _load(self) -> None:
         plan = self.plan
@@ -256,9 +262,16 @@ class NeuronStore:
         assert facts is not None
         blocks = [self._block(fact) for fact in plan.footprint.blocks if fact.kind == "neurons"]
 
-        def to_rows(layer: int, block: Block, payload: U8) -> tuple[Rows, bool]:
+        def to_rows(layer: int, parts: list[tuple[Block, U8]]) -> tuple[Rows, bool]:
             below = None if self.draft is None else self.draft.operands("neurons", layer)
-            return self._to_compute(BlockUse(block, below), payload)[FFN], not plan.budget.hbm
+            pieces: Sequence[U8 | torch.Tensor]
+            pieces = raw = [payload[: block.streamed_nbytes] for block, payload in parts]
+            if plan.budget.hbm:
+                pieces = self._link.move(*raw).split([len(piece) for piece in raw])
+            for (block, _), piece in zip(parts, pieces, strict=True):
+                below = block.rows(piece, below)
+            assert below is not None
+            return below[FFN], not plan.budget.hbm
 
         return ExpertCache(self.reader, facts, blocks, slots, policy=plan.policy, to_rows=to_rows)
 
