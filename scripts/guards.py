@@ -342,7 +342,7 @@ RUNS: Final = (
     ),
     Guard(
         "an expert that was not read is not kept", "tiers/experts.py",
-        "                self._cache.evict([one.expert])\n", "                pass\n",
+        "                self._cache.evict([one.part])\n", "                pass\n",
         "tests/test_experts.py",
     ),
     Guard(
@@ -351,7 +351,16 @@ RUNS: Final = (
     ),
     Guard(
         "a slot's operands go with its expert", "tiers/experts.py",
-        "        self._rows.pop(slot, None)\n", "", "tests/test_experts.py",
+        "        self._fills[slot] += 1\n", "", "tests/test_experts.py",
+    ),
+    Guard(
+        "operands of an expert's planes go with any of them", "tiers/experts.py",
+        "made.slots == slots and made.fills == fills", "made.fills[0] == fills[0]",
+        "tests/test_expert_mixes.py",
+    ),
+    Guard(
+        "tokens of a prompt have an expert each at its own precision", "model/experts.py",
+        "rows.lowest(level)", "rows", "tests/test_expert_mixes.py",
     ),
     Guard(
         "a profile that mixes experts is refused", "pack.py",

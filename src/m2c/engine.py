@@ -31,7 +31,7 @@ from m2c.model.footprint import (
     footprint_of_config,
 )
 from m2c.model.kv import KvCache
-from m2c.model.mix import Mix
+from m2c.model.mix import Mix, assumed_mix
 from m2c.model.transformer import Transformer
 from m2c.speculate import FEW_AT_ONCE, MOST_AT_ONCE
 from m2c.tiers.facts import Budget, DraftFact, Footprint
@@ -41,8 +41,6 @@ from m2c.tiers.store import NeuronStore
 from m2c.tokenizer import Tokenizer
 
 DEFAULT_CTX: Final = 4096
-# of neurons, what pack usually finds
-ASSUMED_MIX: Final = Mix(0, 25, 75)
 ASSUMED_EXACT_TYPE: Final = "bf16"
 _INT4: Final = Mix(0, 0, 100)
 _UNBOUNDED: Final = 1 << 62
@@ -254,17 +252,9 @@ def plan_without_weights(config: ModelConfig, options: RunOptions) -> tuple[RunS
     def footprint(candidate: RunShape) -> Footprint:
         return footprint_of_config(config, candidate, ASSUMED_EXACT_TYPE)
 
-    mix = options.mix or _assumed_mix(config)
-    return _plan(footprint, shape_for(config, options, mix), options)
-
-
-def _assumed_mix(config: ModelConfig) -> Mix:
-    """What pack usually finds, for models that are not packed yet: within the same bits."""
-    if not config.num_experts:
-        return ASSUMED_MIX
-    best = int(config.num_experts_per_tok * ASSUMED_MIX.int8 / 100)
-    share = 100 * best / config.num_experts_per_tok
-    return Mix(0, share, 100 - share)
+    mix = options.mix or assumed_mix(config.num_experts_per_tok)
+    shape = shape_for(config, options, mix)
+    return _plan(footprint, shape, options)
 
 
 def _plan(

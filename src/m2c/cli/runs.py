@@ -20,8 +20,8 @@ from m2c.model.kv import KV_DTYPES
 from m2c.model.mix import LEVELS, PRECISIONS, Mix
 from m2c.predict import Speeds, measured_speeds
 from m2c.tiers.expert_plan import ExpertFact
+from m2c.tiers.experts import EXPERTS
 from m2c.tiers.plan import Plan
-from m2c.tiers.store import EXPERTS
 from m2c.tiers.trace import TraceWriter
 from m2c.tokenizer import Tokenizer
 from m2c.units import format_size

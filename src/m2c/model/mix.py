@@ -114,6 +114,13 @@ class Mix:
         return found
 
 
+def assumed_mix(active: int) -> Mix:
+    """What pack usually finds, for models that are not packed yet; active: experts of a token, of
+    which no more than as many are taken as stay within the same bits."""
+    share = 100 * (active // 4) / active if active else 25
+    return Mix(0, share, 100 - share)
+
+
 def _half_up(value: float) -> int:
     return int(value + 0.5 + 1e-9)  # 8 * 6.25 / 100 is a half whatever its last bit
 

@@ -9,22 +9,25 @@ and at which precision, is decided in `model`.
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
-from m2c.bundle.shard import BLOCK, align
+from m2c.bundle.shard import BLOCK, PLANES, align
 from m2c.kernels.rows import ExactRows, PackedRows, Rows
 from m2c.tiers.blocks import Block, record_offset
 from m2c.tiers.cache import ABSENT, NeuronCache
 from m2c.tiers.expert_plan import ExpertFact
+from m2c.tiers.link import Link
 from m2c.tiers.memory import aligned_buffer
 from m2c.tiers.ssd import Pending, SsdReader
 from m2c.tiers.upgrades import HitStats
 
+EXPERTS: Final = "experts"  # whose hits are counted beside those of the planes of neurons
 _PROBES: Final = 4
 
 Ids = npt.NDArray[np.int32]
@@ -62,6 +65,9 @@ class ExpertCache:
     ) -> None:  # fmt: skip
         self._reader = reader
         self._facts = facts
+        self._names = [EXPERTS]  # of the parts
+        if facts.parts > 1:
+            self._names = [f"{EXPERTS} {plane}" for plane in PLANES[: facts.parts]]
         self.reset_stats()
         self._whole = [parts_of(block, facts.parts) for block in blocks]
         self._blocks: dict[int, Block] = {}  # by position in the ranking
@@ -78,7 +84,7 @@ class ExpertCache:
         self._static = policy == "pinned"
 
     def reset_stats(self) -> None:
-        self.stats = [HitStats() for _ in range(self._facts.parts)]  # of each part
+        self.stats = {name: HitStats() for name in self._names}
 
     def load(self) -> int:
         """Fill the slots, many reads in flight; the bytes read."""
@@ -154,7 +160,7 @@ class ExpertCache:
         return nbytes / (time.perf_counter() - begin)
 
     def _start(self, part: int, under_way: list[int]) -> _Arriving:
-        stats = self.stats[self._facts.ranking[part] // self._facts.of_a_part]
+        stats = self.stats[self._names[self._facts.ranking[part] // self._facts.of_a_part]]
         (slot,) = self._cache.lookup([part])
         if slot != ABSENT:
             stats.dram += 1
@@ -219,6 +225,22 @@ def parts_of(whole: Block, parts: int) -> list[Block]:
     if parts == 1:
         return [whole]
     return [replace(whole, shards=whole.shards[: n + 1], held=n) for n in range(parts)]
+
+
+def joined(
+    parts: list[tuple[Block, U8]], below: Mapping[str, PackedRows] | None, link: Link | None
+) -> Mapping[str, PackedRows]:
+    """Operands of an expert's parts, the lowest first, copied to HBM if there is a link.
+
+    below: of all of the layer's experts in the planes that are held besides."""
+    raw = [payload[: block.streamed_nbytes] for block, payload in parts]
+    pieces: Sequence[U8 | Tensor] = raw
+    if link is not None:
+        pieces = link.move(*raw).split([len(piece) for piece in raw])
+    for (block, _), piece in zip(parts, pieces, strict=True):
+        below = block.rows(piece, below)
+    assert below is not None
+    return below
 
 
 def expert_nbytes(whole: Block, count: int) -> npt.NDArray[np.int64]:

@@ -13,12 +13,12 @@ import numpy.typing as npt
 import torch
 
 from m2c.bundle.bundle import Bundle
-from m2c.bundle.shard import PLANES, ShardIndex
+from m2c.bundle.shard import ShardIndex
 from m2c.kernels.dispatch import exact_weights
 from m2c.kernels.rows import EXACT_DTYPES, ExactRows, PackedRows, Rows
 from m2c.tiers.blocks import Block, BlockUse, Precisions, block_of, head_name, planes_of
 from m2c.tiers.drafts import EMBED, DraftPlanes
-from m2c.tiers.experts import ExpertCache, ExpertParts
+from m2c.tiers.experts import ExpertCache, ExpertParts, joined
 from m2c.tiers.facts import BlockFact
 from m2c.tiers.fetch import Decode, PlaneSource, RowSource
 from m2c.tiers.link import Link
@@ -34,7 +34,6 @@ from m2c.tiers.upgrades import HitStats, UpgradePlane
 Ids = npt.NDArray[np.int32]
 U8 = npt.NDArray[np.uint8]
 FFN = "ffn"  # section of the neuron shards
-EXPERTS = "experts"  # whose hits are counted beside those of the planes
 
 
 class NeuronStore:
@@ -185,7 +184,7 @@ class NeuronStore:
         for (_, plane), upgrade in self._upgrades.items():
             totals.setdefault(plane, HitStats()).add(upgrade.stats)
         if self._experts is not None:
-            totals |= self._expert_stats(self._experts.stats)
+            totals |= {name: replace(one) for name, one in self._experts.stats.items()}
         return StoreStats(replace(self.reader.stats), self._link.stats, totals)
 
     def reset_stats(self) -> None:
@@ -195,11 +194,6 @@ class NeuronStore:
             upgrade.stats = HitStats()
         if self._experts is not None:
             self._experts.reset_stats()
-
-    def _expert_stats(self, stats: list[HitStats]) -> dict[str, HitStats]:
-        """By plane where planes are read one by one."""
-        names = [EXPERTS] if len(stats) == 1 else [f"{EXPERTS} {plane}" for plane in PLANES]
-        return {name: replace(one) for name, one in zip(names, stats, strict=False)}
 
     def _load(self) -> None:
         plan = self.plan
@@ -264,14 +258,8 @@ class NeuronStore:
 
         def to_rows(layer: int, parts: list[tuple[Block, U8]]) -> tuple[Rows, bool]:
             below = None if self.draft is None else self.draft.operands("neurons", layer)
-            pieces: Sequence[U8 | torch.Tensor]
-            pieces = raw = [payload[: block.streamed_nbytes] for block, payload in parts]
-            if plan.budget.hbm:
-                pieces = self._link.move(*raw).split([len(piece) for piece in raw])
-            for (block, _), piece in zip(parts, pieces, strict=True):
-                below = block.rows(piece, below)
-            assert below is not None
-            return below[FFN], not plan.budget.hbm
+            link = self._link if plan.budget.hbm else None
+            return joined(parts, below, link)[FFN], link is None
 
         return ExpertCache(self.reader, facts, blocks, slots, policy=plan.policy, to_rows=to_rows)
 
