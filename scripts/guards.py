@@ -342,8 +342,8 @@ RUNS: Final = (
     ),
     Guard(
         "an expert that was not read is not kept", "tiers/experts.py",
-        "                self._cache.evict([one.part])\n", "                pass\n",
-        "tests/test_experts.py",
+        "                self._caches[self._kind(one.part)].evict([one.part])\n",
+        "                pass\n", "tests/test_experts.py",
     ),
     Guard(
         "an expert under way keeps its slot", "tiers/experts.py", "keep=sorted(under_way)",

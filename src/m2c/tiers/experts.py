@@ -2,7 +2,7 @@
 
 All experts are of about one size, so each fits any slot; with a mix a slot holds one plane of an
 expert, and planes are of about one size too. Which of these *parts* sits in which slot is the
-NeuronCache's business, with parts in the place of neurons. Some slots more serve those that the
+business of a NeuronCache, with parts in the place of neurons. Some slots more serve those that the
 cache does not take, and let reads go on while an expert is computed. Which experts a token needs,
 and at which precision, is decided in `model`.
 """
@@ -80,7 +80,11 @@ class ExpertCache:
         self._buffer = aligned_buffer((slots + facts.window) * self._slot_nbytes)
         self._spare = list(range(slots, slots + facts.window))
         self._fills = [0] * (slots + facts.window)  # reads into each slot
-        self._cache = NeuronCache(facts.total, slots, policy=policy)
+        # a cache of its own for each part: what few tokens use must not drive out what most do
+        hottest = np.array(facts.ranking[:slots], np.int64) // facts.of_a_part
+        counts = np.bincount(hottest, minlength=facts.parts).tolist()
+        self._caches = [NeuronCache(facts.total, n, policy=policy) for n in counts]
+        self._first = [sum(counts[:n]) for n in range(facts.parts)]  # slot of each
         self._static = policy == "pinned"
 
     def reset_stats(self) -> None:
@@ -88,16 +92,17 @@ class ExpertCache:
 
     def load(self) -> int:
         """Fill the slots, many reads in flight; the bytes read."""
-        hottest = np.arange(self._slots, dtype=np.int32)
-        move = self._cache.pin(hottest)
-        started = [
-            self._read(int(part), int(slot))
-            for part, slot in zip(move.load_ids, move.load_slots, strict=True)
-        ]
+        kinds = np.array([self._kind(part) for part in range(self._slots)], np.int32)
+        started = list[Pending]()
+        for kind, cache in enumerate(self._caches):
+            hottest = np.flatnonzero(kinds == kind).astype(np.int32)
+            move = cache.pin(hottest)
+            for part, slot in zip(move.load_ids, move.load_slots, strict=True):
+                started.append(self._read(int(part), self._first[kind] + int(slot)))
+            if not self._static:
+                cache.unpin(hottest)
         Pending.all_of(started).wait()
-        if not self._static:
-            self._cache.unpin(hottest)
-        return sum(self._block(int(part)).streamed_nbytes for part in hottest)
+        return sum(self._block(part).streamed_nbytes for part in range(self._slots))
 
     def rows(self, layer: int, experts: Ids, planes: Ids) -> Iterator[Rows]:
         """Operands of a layer's `experts`, each at its so many lowest `planes`, in their order;
@@ -113,7 +118,8 @@ class ExpertCache:
         first = layer * self._facts.count + experts
         steps = np.arange(self._facts.parts) * self._facts.of_a_part
         wanted = [self._place[steps[:n] + one] for one, n in zip(first, parts, strict=True)]
-        self._cache.touch(np.sort(np.concatenate(wanted)))
+        for kind, cache in enumerate(self._caches):
+            cache.touch(np.sort([own[kind] for own in wanted if len(own) > kind]))
         waiting: deque[list[_Arriving]] = deque()
         left = deque(one.tolist() for one in wanted)
 
@@ -144,7 +150,7 @@ class ExpertCache:
     def held(self, layer: int) -> list[int]:
         """The layer's experts whose first part is in a slot, rising."""
         first = layer * self._facts.count
-        slots = self._cache.lookup(np.arange(self._facts.total, dtype=np.int32))
+        slots = self._caches[0].lookup(np.arange(self._facts.total, dtype=np.int32))
         own = slots[self._place[first : first + self._facts.count]]
         return np.flatnonzero(own != ABSENT).tolist()
 
@@ -160,16 +166,16 @@ class ExpertCache:
         return nbytes / (time.perf_counter() - begin)
 
     def _start(self, part: int, under_way: list[int]) -> _Arriving:
-        stats = self.stats[self._names[self._facts.ranking[part] // self._facts.of_a_part]]
-        (slot,) = self._cache.lookup([part])
+        kind = self._kind(part)
+        cache, stats = self._caches[kind], self.stats[self._names[kind]]
+        (slot,) = cache.lookup([part])
         if slot != ABSENT:
             stats.dram += 1
-            return _Arriving(part, int(slot), None)
+            return _Arriving(part, self._first[kind] + int(slot), None)
         stats.ssd += 1
-        (slot,) = self._cache.admit([part], keep=sorted(under_way))
-        if slot == ABSENT:
-            slot = self._spare.pop()
-        one = _Arriving(part, int(slot), Pending([]))
+        (slot,) = cache.admit([part], keep=sorted(under_way))
+        at = self._spare.pop() if slot == ABSENT else self._first[kind] + int(slot)
+        one = _Arriving(part, at, Pending([]))
         try:
             one.pending = self._read(part, one.slot)
         except BaseException:
@@ -202,8 +208,12 @@ class ExpertCache:
         if one.pending is not None:
             one.pending.cancel()
             if one.slot < self._slots:
-                self._cache.evict([one.part])
+                self._caches[self._kind(one.part)].evict([one.part])
         self._give_back(one)
+
+    def _kind(self, part: int) -> int:
+        """Which part of its expert it is."""
+        return self._facts.ranking[part] // self._facts.of_a_part
 
     def _block(self, part: int) -> Block:
         found = self._blocks.get(part)
