@@ -31,7 +31,7 @@ from m2c.mixsearch import expert_candidates, search_by_error
 from m2c.model.aliases import ALIASES
 from m2c.model.experts import expert_ffn, planes_by_rank, router_of
 from m2c.model.mix import Mix
-from m2c.predict import Speeds, predicted_tps
+from m2c.predict import Speeds, expert_decode_s, predicted_tps
 from m2c.tiers.experts import ExpertCache, expert_nbytes, parts_of
 from m2c.tiers.store import FFN
 
@@ -348,6 +348,30 @@ def test_a_plan_counts_what_a_token_reads_and_computes() -> None:
         assert 0.15 < (between - one) / (other - one) < 0.35
     assert low[3] < mixed[3] < high[3]
     assert 1 < mixed[2] < 4
+
+
+def test_the_prediction_counts_the_decoding_of_experts_at_16_bits() -> None:
+    """Not of those that lie in memory decoded."""
+    config, plenty = ALIASES["mixtral-8x7b"].config(), 1 << 40
+    found = {}
+    for mix, dram in (
+        ("50/0/50", plenty),
+        ("100/0/0", 24 << 30),
+        ("100/0/0", plenty),
+        ("0/50/50", 1),
+    ):
+        shape, plan = plan_without_weights(
+            config, options_for(Mix.parse(mix), dram=max(dram, 8 << 30))
+        )
+        assert (plan.expert_slots is None) == (dram == plenty)
+        found[mix, dram] = expert_decode_s(config, shape, plan, "avx512")
+    weights = 32 * 3 * 4096 * 14336
+    assert found["50/0/50", plenty] == pytest.approx(weights / 0.75e9)
+    assert found["100/0/0", 24 << 30] == pytest.approx(2 * weights / 0.75e9)
+    assert found["100/0/0", plenty] == found["0/50/50", 1] == 0
+    speeds = Speeds(0, 0, 20e9)
+    slower = 1 / predicted_tps(plan, speeds, decode_s=2.0) - 1 / predicted_tps(plan, speeds)
+    assert slower == pytest.approx(2.0)
 
 
 def test_the_plan_is_told_in_words() -> None:

@@ -21,7 +21,7 @@ PLAIN = RunOptions(ctx_size=32, threads=1, dram=GiB)
 def test_exact_is_worth_half_the_speed(
     deep_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, exact: float, mode: str
 ) -> None:
-    monkeypatch.setattr(modes, "predicted_tps", lambda *_: 100.0)
+    monkeypatch.setattr(modes, "predicted_tps", lambda *_, **__: 100.0)
     monkeypatch.setattr(modes, "predicted_exact_tps", lambda *_, **__: exact)
     choice = choose_mode(deep_bundle, PLAIN)
     assert (choice.mode, choice.options.speculate) == (mode, mode == "exact")

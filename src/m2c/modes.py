@@ -20,7 +20,7 @@ from m2c.model.config import ModelConfig
 from m2c.model.footprint import RunShape
 from m2c.model.mix import Mix
 from m2c.model.tensors import active_count
-from m2c.predict import Speeds, predicted_exact_tps, predicted_tps
+from m2c.predict import Speeds, expert_decode_s, predicted_exact_tps, predicted_tps
 from m2c.tiers.plan import Plan
 
 MODES: Final = ("auto", "exact", "mixed")
@@ -113,7 +113,10 @@ def outlooks(
             kernel = kernel_name(options)
             tps = predicted_exact_tps(plan, shape, weights, speeds, kernel=kernel)
         else:
-            tps = predicted_tps(plan, speeds)
+            decode_s = 0.0
+            if shape.by_expert:
+                decode_s = expert_decode_s(planner.config, shape, plan, kernel_name(options))
+            tps = predicted_tps(plan, speeds, decode_s=decode_s)
         found[mode] = Outlook(options, shape, plan, tps)
     if not found:
         assert refused is not None

@@ -16,7 +16,9 @@ from torch import Tensor
 from m2c.depth import MOST
 from m2c.engine import Engine
 from m2c.hardware import probe_dram
+from m2c.model.config import ModelConfig
 from m2c.model.footprint import RunShape
+from m2c.model.mix import LEVELS
 from m2c.model.tensors import active_count
 from m2c.tiers.plan import Plan
 from m2c.tiers.traffic import StoreStats
@@ -71,10 +73,11 @@ def measured_speeds(engine: Engine, stats: StoreStats | None = None) -> Speeds:
     return Speeds(ssd, link, _memory_speed(engine))
 
 
-def predicted_tps(plan: Plan, speeds: Speeds) -> float:
+def predicted_tps(plan: Plan, speeds: Speeds, *, decode_s: float = 0.0) -> float:
     """Tokens per second while decoding; 0 when nothing that limits was measured.
 
-    Experts are read once they are chosen: nothing else is computed meanwhile.
+    Experts are read once they are chosen: nothing else is computed meanwhile. decode_s: see
+    `expert_decode_s`.
     """
     seconds = [0.0]
     waited_s = plan.expert_reads() / speeds.ssd if speeds.ssd else 0.0
@@ -87,8 +90,19 @@ def predicted_tps(plan: Plan, speeds: Speeds) -> float:
         if (facts := plan.footprint.experts) is not None:
             layer_s += (1 + facts.active + facts.shared) * _EXPERT_S
         compute_s = plan.compute_nbytes_per_token / (_EFFICIENCY * speeds.memory)
-        seconds.append(compute_s + plan.footprint.layers * layer_s + waited_s)
+        seconds.append(compute_s + plan.footprint.layers * layer_s + waited_s + decode_s)
     return 1 / max(seconds) if max(seconds) else 0.0
+
+
+def expert_decode_s(config: ModelConfig, shape: RunShape, plan: Plan, kernel: str) -> float:
+    """Seconds of a token that go into decoding the exact planes of its experts, which are kept
+    decoded only where all weights are at 16 bits and in memory."""
+    if not shape.by_expert or (plan.expert_slots is None and not shape.stored):
+        return 0.0
+    count = shape.mix.by_rank(config.num_experts_per_tok).count(LEVELS["fp16"])
+    expert = config.vectors * config.hidden_size * config.intermediate_size
+    threads = 1 if kernel == "cuda" else shape.threads
+    return config.num_hidden_layers * count * expert / (_DECODED[kernel] * threads)
 
 
 def predicted_exact_tps(
@@ -140,10 +154,17 @@ def expected_tps(engine: Engine) -> float:
     """Tokens per second of the engine's mode on this machine as it is now."""
     speeds = measured_speeds(engine)
     if not engine.speculates:
-        return predicted_tps(engine.plan, speeds)
+        return predicted_mixed_tps(engine, speeds)
     weights = active_count(engine.config)
     kernel = engine.workers.kernel
     return predicted_exact_tps(engine.plan, engine.shape, weights, speeds, kernel=kernel)
+
+
+def predicted_mixed_tps(engine: Engine, speeds: Speeds) -> float:
+    """Of an engine that does not speculate, at these speeds."""
+    kernel = engine.workers.kernel
+    decode_s = expert_decode_s(engine.config, engine.shape, engine.plan, kernel)
+    return predicted_tps(engine.plan, speeds, decode_s=decode_s)
 
 
 def _memory_speed(engine: Engine) -> float:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from m2c.engine import Engine
 from m2c.generate import prefill
-from m2c.predict import measured_speeds, predicted_tps
+from m2c.predict import measured_speeds, predicted_mixed_tps
 from m2c.tiers.traffic import StoreStats
 
 _WARM_TOKENS: Final = 16  # decoded before the clock starts: caches fill, threads and disk wake up
@@ -95,7 +95,7 @@ def measure_speed(
     if n := job.generate:
         runs = ids(min(n, _WARM_TOKENS), *[n] * job.repetitions)
         speed, stats = _timed(engine, job.depth, f"tg{n}{after}", runs, _decode, progress)
-        predicted = predicted_tps(engine.plan, measured_speeds(engine, stats))
+        predicted = predicted_mixed_tps(engine, measured_speeds(engine, stats))
         yield replace(speed, predicted_tps=predicted or None)
 
 
