@@ -5,16 +5,18 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from command_line import m2c
-from running import PROMPT, Run, decode, options_for, plan_of, same
+from running import PROMPT, GiB, Run, decode, options_for, plan_of, same
 from test_experts import with_slots
 from test_store_failures import flip
 from tiny_models import IDS, job_for, profile_folder, run_pack, write_checkpoint
+from trials import trials
 
 from m2c.bundle.bundle import Bundle, open_bundle
 from m2c.bundle.importance import Importance, write_importance
@@ -33,6 +35,7 @@ from m2c.model.experts import expert_ffn, planes_by_rank, router_of
 from m2c.model.mix import Mix
 from m2c.predict import Speeds, expert_decode_s, predicted_tps
 from m2c.tiers.experts import ExpertCache, expert_nbytes, parts_of
+from m2c.tiers.policies import POLICY_NAMES
 from m2c.tiers.store import FFN
 
 EXPERTS, ACTIVE, SIZE, LAYERS = 24, 8, 600, 2
@@ -207,6 +210,29 @@ def test_memory_does_not_change_a_bit(
                 assert same(decode(engine), expected[mix])
             assert engine.plan.expert_slots is not None
             assert engine.plan.expert_slots >= min(slots, 1)
+
+
+@pytest.mark.campaign
+def test_any_tiers_policy_and_batching_give_the_same_tokens(
+    bundle: Bundle, expected: dict[Mix, Run]
+) -> None:
+    for trial in trials("moe-mixes", ci=8, campaign=5_000):
+        with trial as seed:
+            random = Random(seed)
+            mix = random.choice(MIXES)
+            options = options_for(
+                mix, policy=random.choice(POLICY_NAMES), threads=random.randint(1, 3),
+                hbm=random.choice([None, None, GiB]),
+            )  # fmt: skip
+            if options.hbm:
+                options = replace(options, hbm=plan_of(bundle, options).used_hbm - 1)
+            with Engine(bundle, with_slots(bundle, options, random.randrange(40))) as engine:
+                assert engine.plan.expert_slots is not None
+                for _ in range(random.randint(1, 3)):
+                    engine.model.kv.truncate(0)
+                    noise = [random.randrange(300) for _ in range(random.randint(1, 16))]
+                    engine.model.forward(np.array(noise, np.int32))
+                assert same(decode(engine), expected[mix])
 
 
 # -- what is read ----------------------------------------------------------------------------------
@@ -457,10 +483,11 @@ def test_commands_find_take_and_judge_a_mix(
     run = ("run", path, "--prompt", "a", "--max-tokens", "4", "--threads", "1", "--mode", "mixed")
     plenty = m2c(*run)
     assert plenty.code == 0, plenty.err
-    scarce = m2c(*run, "--dram", "32MiB")
+    scarce = m2c(*run, "--dram", "32MiB", "--report", tmp_path / "report.html")
     assert scarce.code == 0, scarce.err
     assert scarce.out == plenty.out
     assert "experts int8 from" in scarce.err
+    assert "Experts, INT8 plane" in (tmp_path / "report.html").read_text()
     traced = m2c(*run, "--trace", tmp_path / "trace")
     assert traced.code == 2
     assert "a mixture of experts chooses no neurons" in traced.reason

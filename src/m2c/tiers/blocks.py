@@ -29,7 +29,8 @@ def planes_of(precision: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Precisions:
-    """What the plan was made for: of the matrices outside the FFN, and of the FFN's floor."""
+    """What the plan was made for: of the matrices outside the FFN, and of the FFN's floor, or of
+    experts the highest that any of them may need."""
 
     dense: str
     floor: str
