@@ -106,6 +106,20 @@ def test_what_is_named_is_the_smallest(deep_bundle: Bundle, tiny_bundle: Bundle)
             require_smallest(plan, options, "dram", rng)
 
 
+@pytest.mark.parametrize("name", ["qwen2.5-coder-1.5b", "mistral-7b"])
+def test_with_a_gpu_the_smallest_is_that_of_either_way_to_fill_it(name: str) -> None:
+    """Slabs first and blocks first leave DRAM with different needs; each was tried alone once."""
+    rng, config = np.random.default_rng(0), CONFIGS[name]
+
+    def plan(asked: RunOptions) -> Plan:
+        return plan_without_weights(config, asked)[1]
+
+    options = RunOptions(mix=Mix.parse("0/25/75"), ctx_size=512, threads=2, kernel="torch")
+    least = require_smallest(plan, replace(options, dram=1 << 50), "hbm", rng)
+    for share in np.linspace(1, 3, 9):
+        require_smallest(plan, replace(options, hbm=int(least * share)), "dram", rng)
+
+
 # -- the commands ----------------------------------------------------------------------------------
 
 

@@ -194,10 +194,16 @@ def _two_tiers_of_experts(
 
 def _three_tiers(f: Footprint, budget: Budget, policy: str, depth: int) -> Plan:
     """Slabs for the active sets first, as in the paper, or blocks first, which every token uses:
-    whichever way fewer bytes cross the link."""
-    shares = (0.5, 0.0) if f.upgrades else (0.0,)
-    plans = [_three_tiers_with(f, budget, policy, depth, share) for share in shares]
-    return min(plans, key=lambda plan: plan.link_nbytes_per_token)
+    whichever way fewer bytes cross the link, of those that fit."""
+    fitting, refused = list[Plan](), list[DoesNotFit]()
+    for share in (0.5, 0.0) if f.upgrades else (0.0,):
+        try:
+            fitting.append(_three_tiers_with(f, budget, policy, depth, share))
+        except DoesNotFit as error:
+            refused.append(error)
+    if not fitting:
+        raise min(refused, key=lambda error: error.smallest)
+    return min(fitting, key=lambda plan: plan.link_nbytes_per_token)
 
 
 def _three_tiers_with(
