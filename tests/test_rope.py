@@ -33,6 +33,8 @@ def long(**more: Any) -> dict[str, Any]:
         {"rope_scaling": {"type": "su", **FACTORS}, **HALF},
         {"rope_scaling": {"rope_type": "yarn", **FACTORS}, **HALF},
         {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, **HALF, **FACTORS}},
+        {"rope_parameters": {"rope_type": "longrope", "partial_rotary_factor": None, **FACTORS},
+            **HALF},
         # transformers takes the length beside it, and knows no scale of the magnitude
         {"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 7,
             "long_mscale": 1.2, "short_mscale": 1.3, **HALF, **FACTORS}},

@@ -115,7 +115,9 @@ def rope_of_hf(
     theta = rope.pop("rope_theta", None)
     if theta is None:
         theta = data.get("rope_theta")
-    partial = rope.pop(PARTIAL, data.get(PARTIAL))
+    partial = rope.pop(PARTIAL, None)
+    if partial is None:
+        partial = data.get(PARTIAL)
     nested = any(isinstance(value, dict) for value in rope.values())
     if nested or (PARTIAL not in defaults and partial not in (None, 1.0)):
         raise UnsupportedModel(f"{file}: partial or per-layer rope is not supported", supported)
