@@ -139,7 +139,8 @@ INLINE void dot_rows(const struct codes *w, const int R, const int is_int8,
         dot_block(w, R, is_int8, in, t, 1, groups, out, stride);
 }
 
-/* Two rows and two tokens share what they read; with one token a row at a time, in the order of memory. */
+/* Two rows and two tokens share what they read; with one token a row at a time, in the order of
+ * memory. */
 TARGET static void dot_codes(const struct codes *w, int count, const struct inputs *in, int groups,
                              float *out, int64_t stride)
 {

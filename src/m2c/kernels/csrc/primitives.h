@@ -38,7 +38,7 @@ struct sums_of {
     const float *h;
     size_t h_stride;
     int count, tokens; /* columns, up to TILE; tokens, any number */
-    size_t ahead; /* what lies that many bytes behind a 16-bit column is fetched as well */
+    size_t ahead; /* AVX-512 fetches what lies so many bytes after a 16-bit column as well */
 };
 
 struct exact_record;

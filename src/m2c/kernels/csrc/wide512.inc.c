@@ -34,7 +34,8 @@ INLINE void dot_sixteen(const uint16_t *const *w, const int R, const float *x, c
 
 /* Even and odd sixteens are summed apart: one chain of additions would be slower than memory. */
 INLINE void dot_wide_block(const uint16_t *const *w, const int R, const float *x, const int T,
-                           int length, const int is_bf16, const size_t *ahead, float *out, int64_t stride)
+                           int length, const int is_bf16, const size_t *ahead, float *out,
+                           int64_t stride)
 {
     __m512 even[ROWS_AT_ONCE][TOKENS_SHARED], odd[ROWS_AT_ONCE][TOKENS_SHARED];
     for (int i = 0; i < R; i++)
@@ -57,7 +58,8 @@ INLINE void dot_wide_block(const uint16_t *const *w, const int R, const float *x
 }
 
 INLINE void dot_wide_tokens(const uint16_t *const *w, const int R, const float *x, int tokens,
-                            int length, const int is_bf16, const size_t *ahead, float *out, int64_t stride)
+                            int length, const int is_bf16, const size_t *ahead, float *out,
+                           int64_t stride)
 {
     for (; tokens >= 4; tokens -= 4, x += (size_t)4 * length, out += 4)
         dot_wide_block(w, R, x, 4, length, is_bf16, ahead, out, stride);
@@ -70,7 +72,8 @@ INLINE void dot_wide_tokens(const uint16_t *const *w, const int R, const float *
 }
 
 INLINE void dot_wide_typed(const uint16_t *const *w, int count, const struct inputs *in,
-                           int length, const int is_bf16, const size_t *ahead, float *out, int64_t stride)
+                           int length, const int is_bf16, const size_t *ahead, float *out,
+                           int64_t stride)
 {
     int i = 0;
     for (; in->tokens >= ENOUGH_TOKENS && i + 2 <= count; i += 2)
@@ -82,7 +85,8 @@ INLINE void dot_wide_typed(const uint16_t *const *w, int count, const struct inp
 }
 
 TARGET static void dot_wide(const uint16_t *const *w, int count, const struct inputs *in,
-                            int length, int is_bf16, const size_t *ahead, float *out, int64_t stride)
+                            int length, int is_bf16, const size_t *ahead, float *out,
+                            int64_t stride)
 {
     if (is_bf16)
         dot_wide_typed(w, count, in, length, 1, ahead, out, stride);
