@@ -79,7 +79,8 @@ def test_pieces_do_not_change_a_bit(
         expected = decode(engine)
     monkeypatch.setattr("m2c.model.footprint.PIECE_NBYTES", 1)
     split = 0
-    for dram in budgets(deep_bundle, options):
+    # the reference is slow: nothing resident, and half
+    for dram in [*budgets(deep_bundle, options)][:: 2 if kernel == "torch" else 1]:
         with Engine(deep_bundle, replace(options, dram=dram)) as engine:
             uses = [u for (kind, _), u in engine.store._uses.items() if kind == "neurons"]
             split += sum(len({use.rows is None for use in parts}) == 2 for parts in uses)
