@@ -15,7 +15,7 @@ from types import ModuleType
 
 import pytest
 from command_line import COMMAND, m2c
-from trials import keep_row, trials
+from trials import in_campaign, keep_row, trials
 
 from m2c.bundle.bundle import Bundle
 from m2c.data import calibration_text
@@ -23,7 +23,7 @@ from m2c.hardware import OVERHEAD_NBYTES
 from m2c.units import MiB
 
 pytestmark = pytest.mark.slow
-TOKENS = 256
+TOKENS = 256 if in_campaign() else 64
 LONG_PROMPT = 24_500  # characters: about 6,000 tokens
 COUNTING = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,"  # which a model goes on with, and does not end
 MESSAGES = ["Name three rivers of Europe.", "Which is the longest?", "And how long is it?"]

@@ -43,6 +43,11 @@ def trials(promise: str, *, ci: int, campaign: int) -> Iterator["Trial"]:
         state.save(time.monotonic() - begin)
 
 
+def in_campaign() -> bool:
+    """Whether the large number is run, where a trial may also take longer."""
+    return _FOLDER is not None
+
+
 def keep_row(promise: str, row: dict[str, Any]) -> None:
     """In a campaign, a line of the table that a promise's figures are quoted from."""
     if _FOLDER is not None:
