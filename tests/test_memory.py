@@ -69,9 +69,7 @@ def expert_bundle(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Bundle:
     folder = tmp_path_factory.mktemp("wide-experts")
-    # one layer: its experts are more than the budgets below have slots for
-    shape = {**WIDE, **EXPERTS[request.param], "num_hidden_layers": 1}
-    checkpoint = write_checkpoint(folder / "checkpoint", shape)
+    checkpoint = write_checkpoint(folder / "checkpoint", WIDE | EXPERTS[request.param])
     return pack_folder(checkpoint, folder / "wide.m2c")
 
 
