@@ -261,7 +261,7 @@ def test_the_report_of_an_exact_run_has_its_passes(bundle: Path, tmp_path: Path)
         assert sum(found[key] for found in passes) == speculation[key]
     assert sum(found["accepted"] + 1 for found in passes) >= len(facts["tokens"]["seconds"])
     assert [h.words for h in root.all("h2")][3] == "Drafts and passes"
-    assert "computed every neuron at one precision" in root.words
+    assert "Nothing was fetched by neuron or by expert" in root.words
 
 
 def test_a_run_of_one_token_has_a_report(bundle: Path, tmp_path: Path) -> None:

@@ -66,7 +66,10 @@ def tracing_engine(
 
     config = config_of(bundle)
     if config.num_experts:
-        raise UsageError("a mixture of experts chooses no neurons: there is nothing to trace")
+        raise UsageError(
+            "a mixture of experts chooses no neurons: there is nothing to trace",
+            "leave out --trace; --report shows from where each token's experts came",
+        )
     planes = run_shape(bundle, config, options).mix.upgrades
     if not planes:
         raise UsageError("this mix upgrades no neurons: there is nothing to trace", "use --mix")

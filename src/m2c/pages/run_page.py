@@ -203,9 +203,8 @@ def _hits(report: dict[str, Any]) -> str:
         used = [i for i, total in enumerate(totals) if total]
         experts = plane.startswith("experts")
         what = "experts" if experts else "upgrades"
-        one = plane.removeprefix(
-            "experts"
-        ).strip()  # with a mix planes of experts are read one by one
+        # with a mix planes of experts are read one by one
+        one = plane.removeprefix("experts").strip()
         name = f"{one.upper()} plane" if one else "Experts"
         name = f"Experts, {name}" if experts and one else name
         if not used:
@@ -229,13 +228,12 @@ def _hits(report: dict[str, Any]) -> str:
     if not figures:
         return html.section(
             "Hit rates",
-            intro="This run computed every neuron at one precision: nothing was fetched by "
-            "neuron, so there is nothing to hit or miss.",
+            intro="Nothing was fetched by neuron or by expert, so there is nothing to hit or miss.",
         )
     return html.section(
         "Hit rates", html.side_by_side(*figures),
-        intro="Neurons above the lowest precision, and the tier that had them when a token "
-        "needed them.",
+        intro="Neurons above the lowest precision, or experts, and the tier that had them when a "
+        "token needed them.",
     )  # fmt: skip
 
 
