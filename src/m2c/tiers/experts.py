@@ -77,7 +77,7 @@ class ExpertCache:
         self._place[list(facts.ranking)] = np.arange(facts.total, dtype=np.int32)
         self._slots = slots
         self._slot_nbytes = align(facts.slot_nbytes)
-        self._buffer = aligned_buffer((slots + facts.window) * self._slot_nbytes)
+        self.buffer = aligned_buffer((slots + facts.window) * self._slot_nbytes)
         self._spare = list(range(slots, slots + facts.window))
         self._fills = [0] * (slots + facts.window)  # reads into each slot
         # a cache of its own for each part: what few tokens use must not drive out what most do
@@ -227,7 +227,7 @@ class ExpertCache:
         return found
 
     def _bytes(self, slot: int) -> U8:
-        return self._buffer[slot * self._slot_nbytes : (slot + 1) * self._slot_nbytes]
+        return self.buffer[slot * self._slot_nbytes : (slot + 1) * self._slot_nbytes]
 
 
 def parts_of(whole: Block, parts: int) -> list[Block]:

@@ -172,7 +172,10 @@ class NeuronStore:
         return self._experts.read_speed() if self._experts is not None else 0.0
 
     def link_speed(self) -> float:
-        """Bytes per second from DRAM to HBM of a block that lies in DRAM or passes through it."""
+        """Bytes per second from DRAM to HBM of experts, or of a block that lies in DRAM or passes
+        through it."""
+        if self._experts is not None:
+            return self._link.speed(self._experts.buffer)
         held = [use.raw for uses in self._uses.values() for use in uses if use.raw is not None]
         if held:
             return self._link.speed(max(held, key=len))
