@@ -62,9 +62,8 @@ class ExpertFact:
         """part * of_a_part + layer * count + expert of all parts of experts, those that most tokens
         use first; of equals those of each layer in turn, so that what memory holds is spread over
         the layers."""
-        ids = np.arange(self.total)
-        if not self.popularity:
-            ids = ids.reshape(self.parts, self.layers, self.count).transpose(0, 2, 1).ravel()
+        every = np.arange(self.total).reshape(self.parts, self.layers, self.count)
+        ids = every.transpose(0, 2, 1).ravel()
         return tuple(ids[np.argsort(-self._shares[ids], kind="stable")].tolist())
 
     @property
