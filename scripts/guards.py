@@ -359,6 +359,16 @@ RUNS: Final = (
         "tests/test_expert_mixes.py",
     ),
     Guard(
+        "experts that fill memory at first may be driven out", "tiers/experts.py",
+        "                cache.unpin(hottest)\n", "                pass\n",
+        "tests/test_expert_mixes.py",
+    ),
+    Guard(
+        "an expert that is used stays", "tiers/experts.py",
+        "cache.touch(np.sort([own[kind] for own in wanted if len(own) > kind]))", "pass",
+        "tests/test_expert_mixes.py",
+    ),
+    Guard(
         "tokens of a prompt have an expert each at its own precision", "model/experts.py",
         "rows.lowest(level)", "rows", "tests/test_expert_mixes.py",
     ),

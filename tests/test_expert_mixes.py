@@ -310,6 +310,47 @@ def test_one_plane_of_an_expert_may_be_in_memory_while_another_is_read(bundle: B
     assert found["experts int8"].ssd > 0
 
 
+def test_what_was_used_last_takes_the_place_of_what_was_not(bundle: Bundle) -> None:
+    """The least popular expert in memory stays as long as it is used; others come and go."""
+    every = [(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)]
+    one = np.ones(1, np.int32)
+    for policy in ("lru", "pinned"):
+        options = with_slots(bundle, options_for(QUARTER, policy=policy), 12)
+        with Engine(bundle, options) as engine:
+            cache = engine.store._experts
+            assert cache is not None
+            held = [place for place in every if place[1] in cache.held(place[0])]
+            coldest = max(held, key=lambda place: cache._place[place[0] * EXPERTS + place[1]])
+            hits = cache.stats["experts int4"]
+            for place in every:
+                if place in held:
+                    continue
+                for layer, expert in (coldest, place, place):
+                    list(engine.store.experts(layer, np.array([expert], np.int32), one))
+                assert coldest[1] in cache.held(coldest[0])
+            others = len(every) - len(held)
+            again = 1 if policy == "lru" else 0  # the second time it is there
+            assert (hits.dram, hits.ssd) == ((1 + again) * others, (2 - again) * others)
+
+
+def test_experts_are_held_of_all_layers_where_they_are_as_popular(bundle: Bundle) -> None:
+    facts = plan_of(bundle, options_for(QUARTER)).footprint.experts
+    assert facts is not None
+    for shares in ((), ((ACTIVE / EXPERTS,) * EXPERTS,) * LAYERS):
+        ranking = replace(facts, popularity=shares).ranking
+        assert ranking[:4] == (0, EXPERTS, 1, EXPERTS + 1)
+
+
+def test_the_link_is_measured_where_only_experts_cross_it(bundle: Bundle) -> None:
+    options = options_for(QUARTER, hbm=GiB)
+    options = replace(options, hbm=plan_of(bundle, options).used_hbm - 1)
+    with Engine(bundle, with_slots(bundle, options, 20)) as engine:
+        plan = engine.plan
+        kinds = {plan.footprint.blocks[i].kind for i in (*plan.in_dram, *plan.streamed)}
+        assert (kinds, plan.link_nbytes_per_token > 0) == (set(), True)
+        assert engine.store.link_speed() > 0
+
+
 def test_a_damaged_plane_ends_the_pass_and_nothing_of_it_is_kept(
     bundle: Bundle, expected: dict[Mix, Run], tmp_path: Path
 ) -> None:
@@ -491,6 +532,7 @@ def test_commands_find_take_and_judge_a_mix(
     traced = m2c(*run, "--trace", tmp_path / "trace")
     assert traced.code == 2
     assert "a mixture of experts chooses no neurons" in traced.reason
+    assert "leave out --trace" in traced.reason
     text = tmp_path / "text.txt"
     text.write_text("It was a fine day and nobody spoke of the letter. " * 4)
     mixes = ("--mix", "0/100/0", "--mix", "0/25/75", "--mix", "0/0/100")
