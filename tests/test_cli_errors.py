@@ -58,7 +58,7 @@ WITH_BUNDLE = {
     "--dram 4": (2, "'4' has no unit; did you mean 4GiB?"),
     "--dram 1MiB": (7, "--dram 1.00 MiB is too small for this model; the smallest that works is"),
     "--hbm 1MiB": (7, "the smallest that works is --hbm "),
-    "--mix 50/50/50": (2, "mix 50/50/50 adds up to 150, not to 100 percent"),
+    "--mix 50/50/50": (2, "mix 50/50/50 adds up to 150, not to 100 percent; write it"),
     "--mix 5/15": (2, "'5/15' is not a mix; write it like 5/15/80 (FP16/INT8/INT4)"),
     "--drop 100": (2, "Invalid value for '--drop'"),
     "--ctx-size 257": (2, "--ctx-size 257 is beyond the 256 tokens of this model"),

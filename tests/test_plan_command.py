@@ -144,6 +144,18 @@ def test_both_modes_are_predicted(bundle: Path) -> None:
     assert "if 30 % of the drafts are right; SSD 2 GB/s assumed, DRAM 9 GB/s given" in said
 
 
+def test_what_is_dropped_is_planned_without_a_mix_too(bundle: Path) -> None:
+    for model in ("llama2-7b", bundle):
+        whole, dropped = (
+            m2c("plan", model, "--mode", "mixed", *more) for more in ((), ("--drop", 30))
+        )
+        assert "drop 30" in dropped.out
+        assert "drop" not in whole.out
+    refused = m2c("plan", "qwen3-30b-a3b", "--drop", 30)
+    assert refused.code == 2
+    assert "nothing of a mixture of experts can be dropped" in refused.err
+
+
 def test_what_does_not_fit_is_refused_for_the_mode_asked() -> None:
     said = m2c("plan", "llama2-7b", "--dram", "600MiB", "--exact")
     assert said.code == 7

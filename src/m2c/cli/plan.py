@@ -1,7 +1,7 @@
 """`m2c plan MODEL`: what would lie where, and how fast it could be. Needs no weights."""
 
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from m2c.bundle.bundle import Bundle
     from m2c.cli.figures import Figures
     from m2c.engine import RunOptions
+    from m2c.model.mix import Mix
     from m2c.modes import Outlook, Planner
 
 EXAMPLE = "Example: m2c plan llama2-70b --hbm 24GiB --dram 64GiB"
@@ -81,6 +82,8 @@ def command(
     require_precision(asked, exact_precision)
     given = {"ssd": ssd_speed, "link": link_speed, "dram": dram_speed, "hbm": hbm_speed}
     subject = _subject(model, ssd, offline)
+    if drop and mix is None:
+        chosen = replace(chosen, mix=replace(subject.mix, drop=drop))
     figures = Figures(given, subject.bundle, ssd)
     found = _outlooks(subject.planner, chosen, plain, exact_precision, figures)
     taken = _taken(found, asked, subject.planner, chosen, exact_precision)
@@ -95,11 +98,13 @@ def command(
 
 @dataclass(frozen=True)
 class _Subject:
-    """What is planned. nbytes: of the bundle; an estimate where there is none."""
+    """What is planned. nbytes: of the bundle; an estimate where there is none. mix: unless another
+    is given."""
 
     title: str
     planner: "Planner"
     nbytes: int
+    mix: "Mix"
     bundle: "Bundle | None" = None
 
 
@@ -110,6 +115,7 @@ def _subject(model: str | None, ssd: Path | None, offline: bool) -> _Subject:
     from m2c.engine import ASSUMED_EXACT_TYPE
     from m2c.hub import alias_config
     from m2c.model.footprint import bundle_nbytes
+    from m2c.model.mix import Mix, assumed_mix
     from m2c.model.tensors import parameter_count
     from m2c.modes import planner_of_bundle, planner_of_config
     from m2c.units import format_size
@@ -117,12 +123,14 @@ def _subject(model: str | None, ssd: Path | None, offline: bool) -> _Subject:
     if model is None or find_bundle(model, ssd):
         bundle = open_bundle(bundle_path(model, ssd))
         nbytes = sum(index.header.payload_nbytes for index in bundle.shards.values())
-        return _Subject(f"{bundle.path}", planner_of_bundle(bundle), nbytes, bundle)
+        own = Mix.of_percent(bundle.manifest.mix.percent)
+        return _Subject(f"{bundle.path}", planner_of_bundle(bundle), nbytes, own, bundle)
     config = alias_config(model) or config_here(model, ssd, offline=offline)
     nbytes = bundle_nbytes(config, ASSUMED_EXACT_TYPE)
     count = parameter_count(config)
     title = f"{model}: {count / 1e9:.2f} G weights, about {format_size(nbytes)} of SSD (estimate)"
-    return _Subject(title, planner_of_config(config), nbytes)
+    own = assumed_mix(config.num_experts_per_tok)
+    return _Subject(title, planner_of_config(config), nbytes, own)
 
 
 def _outlooks(

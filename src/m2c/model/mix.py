@@ -29,7 +29,8 @@ class Mix:
         if any(not 0 <= part <= 100 for part in (*parts, self.drop)) or self.drop >= 100:
             raise UsageError(f"mix {self}: every share must be between 0 and 100 percent")
         if abs(sum(parts) - 100) > 1e-6:
-            raise UsageError(f"mix {self} adds up to {sum(parts):g}, not to 100 percent")
+            message = f"mix {self} adds up to {sum(parts):g}, not to 100 percent"
+            raise UsageError(message, "write it like 5/15/80 (FP16/INT8/INT4)")
 
     @classmethod
     def parse(cls, text: str, drop: float = 0.0) -> "Mix":
