@@ -209,7 +209,7 @@ def test_the_faster_source_of_drafts_is_taken(
         return tps if plan.footprint.draft.name else 8.0
 
     monkeypatch.setattr(modes, "predicted_exact_tps", predicted)
-    monkeypatch.setattr(modes, "predicted_tps", lambda *_: 10.0)
+    monkeypatch.setattr(modes, "predicted_tps", lambda *_, **__: 10.0)
     for choice in (
         choose_draft(deep_bundle, options(small)),
         choose_mode(deep_bundle, options_for(MIXES["0/25/75"], draft=small)),
