@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
@@ -27,7 +28,9 @@ class Running:
     pid: int
 
     def signal(self, number: signal.Signals) -> None:
-        os.kill(self.pid, number)
+        """Too late for a process that has just ended: its exit code tells."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, number)
 
     def wait(self, timeout_s: float = 120.0) -> int:
         self.process.join(timeout_s)
