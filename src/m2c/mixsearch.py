@@ -158,8 +158,8 @@ def choose_mix(
             f"mix {e.mix}: {e.bits:.2f} bits, output error {e.relative_error:.4f}" for e in errors
         ]
         best = min(errors, key=lambda e: e.relative_error).mix
-    # experts are not dropped
-    dropped = [best] if active else [replace(best, drop=float(drop)) for drop in DROPS]
+    drops = (0,) if active else DROPS  # experts are not dropped
+    dropped = [replace(best, drop=float(drop)) for drop in drops]
     prices = search_by_error(bundle, importance, dropped, workers)
     choice = MixChoice(
         (round(best.fp16), round(best.int8), round(best.int4)), request if request in SEARCHES
@@ -167,7 +167,7 @@ def choose_mix(
     )  # fmt: skip
     quality = {
         f"ffn_error_drop_{drop}": round(price.relative_error, 6)
-        for drop, price in zip(() if active else DROPS, prices, strict=False)
+        for drop, price in zip(drops, prices, strict=True)
     }
     return choice, quality, [*lines, f"default mix {best}"]
 
@@ -251,10 +251,8 @@ def _expert_errors(
 
 
 def _decoded(rows: PackedRows, workers: Workers) -> Tensor:
-    """The 16-bit weights of the rows."""
-    with closing(
-        Workers(workers.threads, kernel="auto")
-    ) as native:  # decodes fast, where it was built
+    """The 16-bit weights of the rows, by the C kernels where they were built."""
+    with closing(Workers(workers.threads, kernel="auto")) as native:
         return exact_weights(rows, native)
 
 
