@@ -292,9 +292,10 @@ def _plan(
     if slow is not None:
         return slow
     least = min(refused, key=lambda error: error.smallest)
-    if options.dram is None:
-        message = f"not enough free memory: {least.message}"
-        raise DoesNotFit(message, least.hint, least.smallest)
+    for flag, given, what in (("--dram", options.dram, ""), ("--hbm", options.hbm, "GPU ")):
+        if given is None and least.message.startswith(flag):
+            message = f"not enough free {what}memory: {least.message}"
+            raise DoesNotFit(message, least.hint, least.smallest)
     raise least
 
 
