@@ -13,6 +13,7 @@ import pytest
 import torch
 from emulated import Emulator
 from running import PROMPT, decode, inputs, options_for, same
+from test_frames import framed
 from test_native import EXTRAS, KINDS, as_calls, gather, make_rows, relative
 from tiny_models import pack_folder, write_checkpoint
 
@@ -22,9 +23,9 @@ from m2c.bundle.bundle import Bundle
 from m2c.bundle.planes import RecordLayout
 from m2c.device import device_of, workers_of
 from m2c.engine import Engine, RunOptions
-from m2c.errors import DoesNotFit, UsageError
+from m2c.errors import BadInput, DoesNotFit, UsageError
 from m2c.generate import prefill
-from m2c.kernels import cuda_driver, dispatch, reference
+from m2c.kernels import cuda_driver, dispatch, gpu_products, reference
 from m2c.kernels.cuda_driver import NoKernels, Nvrtc, kernel_names
 from m2c.kernels.gpu import GpuKernels
 from m2c.kernels.operands import AttentionCall, LayerCall, Norm, Stack
@@ -130,6 +131,24 @@ def test_a_stack_gives_the_bits_of_its_layers(gpu: GpuKernels, parallel: bool) -
         )  # fmt: skip
         expected = out + layer.down_bias
     assert torch.equal(dispatch.run_stack(x, stack(), 0, workers), expected)
+
+
+@pytest.mark.parametrize("most", [1, 2, 4, 16])
+def test_warps_that_share_a_frame_give_the_weights_of_one(
+    gpu: GpuKernels, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    monkeypatch.setattr(gpu_products, "_MOST_OF_FRAME", most)
+    for shape in ((37, 1, 250, 16), (5, 3, 1000, 1), (65, 1, 576, 64)):
+        rows, decoded = framed(*shape, "bf16")
+        assert rows.frames is not None
+        assert torch.equal(gpu.decode(rows).view(torch.int16), decoded.weights.view(torch.int16))
+        gpu.check()
+        rows.frames.nbytes[0] += 1  # and what follows is read a byte too late
+        rows.frames.nbytes[-1] -= 1
+        broken = replace(rows, frames=replace(rows.frames))
+        gpu.decode(broken)
+        with pytest.raises(BadInput, match="damaged frame"):
+            gpu.check()
 
 
 def test_what_the_kernels_do_not_take_is_left_to_torch(gpu: GpuKernels) -> None:

@@ -40,6 +40,10 @@ _OF_WIDE: Final = {1: (1, 1), 4: (4, 1)}
 _PART: Final = 128  # neurons of a block of columns
 _MOST_THREADS: Final = 1024  # of a block
 _DECODED_NBYTES: Final = 32 << 20  # 16-bit weights decoded at a time
+_WARP: Final = 32
+_WARPS: Final = 8192  # that a large GPU holds
+_MOST_OF_FRAME: Final = 16  # warps
+_LEAST: Final = 8  # groups of a frame that a warp takes at least
 
 _int, _i64 = ctypes.c_int, ctypes.c_int64
 
@@ -102,10 +106,12 @@ class Products:
         layout, frames = rows.layout, frames_of(rows)
         shape = (len(rows), layout.vectors * layout.length)
         out = torch.empty(shape, dtype=EXACT_DTYPES[rows.frames.exact_type], device=self.device)
-        threads = -(-len(rows) // rows.frames.frame_records) * 32
+        count = -(-len(rows) // rows.frames.frame_records)
+        share = _warps_of_frame(count, rows.frames.frame_records * layout.vectors * layout.groups)
         self._launch(
-            "m2c_decode", -(-threads // BLOCK), BLOCK,
-            (rows_of(rows), frames, at(out), at(self._damaged)),
+            "m2c_decode", -(-count * share * _WARP // max(BLOCK, share * _WARP)),
+            max(BLOCK, share * _WARP),
+            (rows_of(rows), frames, _int(share), at(out), at(self._damaged)),
         )  # fmt: skip
         self._decoded = True
         return out
@@ -219,6 +225,14 @@ def _cut(rows: PackedRows) -> list[tuple[int, PackedRows]]:
         return []  # rows that hold themselves would be freed late
     starts = range(0, len(rows), step)
     return [(start, rows.part(start, min(start + step, len(rows)))) for start in starts]
+
+
+def _warps_of_frame(frames: int, groups: int) -> int:
+    """Warps that share a frame of so many groups: few frames alone would leave a GPU idle."""
+    share = 1
+    while share < _MOST_OF_FRAME and frames * share * 2 <= _WARPS and groups >= share * 2 * _LEAST:
+        share *= 2
+    return share
 
 
 def _at_once(tokens: int) -> int:

@@ -69,70 +69,126 @@ __device__ __forceinline__ u16 weight_of(const Coded &c, u32 offset)
     return (u16)((c.low + offset) & 0xffffu) | (u16)(c.negative << 15);
 }
 
-__device__ __forceinline__ u32 bit_at(const u8 *data, i64 bit, i64 end)
+/* positions of bits in a frame fit an int: most frames have 2^14 weights, none 2^26 */
+__device__ __forceinline__ u32 bit_at(const u8 *data, int bit, int end)
 {
     return bit < end ? data[bit >> 3] >> (bit & 7) & 1 : 0;
 }
 
-/* One warp a frame. wide [rows, vectors * length]; `damaged` is set where a frame is not as long as its
- * codes and escapes give, or an escape is out of place. */
-extern "C" __global__ void m2c_decode(Rows rows, Frames frames, u16 *wide, int *damaged)
+/* Two groups of a row, the second of which may not be there: a lane's weight of each, and where in the
+ * row it goes, or -1. */
+struct CodedPair {
+    Coded of[2];
+    int place[2];
+};
+
+__device__ __forceinline__ CodedPair pair_of(const Rows &rows, i64 row, int g, int lane)
 {
-    i64 frame = ((i64)blockIdx.x * blockDim.x + threadIdx.x) / WARP, first = frame * frames.records;
-    if (first >= rows.count)
-        return;
-    int lane = threadIdx.x % WARP, groups = rows.vectors * rows.groups;
-    u32 before = (1u << lane) - 1;
-    i64 count = min(frames.records, rows.count - first), each = (i64)rows.vectors * rows.length;
-    const u8 *data = frames.data + frames.at[frame];
-    i64 nbytes = frames.at[frame + 1] - frames.at[frame], listed = frames.escapes[frame];
-    i64 next = 0, end = 8 * (nbytes - ESCAPE_NBYTES * listed);
-    for (i64 row = first; row < first + count; row++) {
-        Record record = record_of(rows, row, 0);
-        u16 *to = wide + row * each;
-        for (int g = 0; g < groups; g += 2) {
-            Coded c[2];
-            u32 offset[2] = { 0, 0 };
-            int places[2], widest = 0;
-            for (int h = 0; h < 2; h++) {
-                int own = (g + h) % rows.groups * GROUP + lane;
-                bool padding = g + h == groups || own >= rows.length;
-                int at = g + h == groups ? g : g + h; /* the last may be alone */
-                c[h] = coded(record.q + 16 * at, record.r + 16 * at,
-                             *(const u16 *)(record.scales + 2 * at), rows.is_bf16, lane, padding);
-                places[h] = padding ? -1 : (g + h) / rows.groups * rows.length + own;
-                widest = max(widest, c[h].width);
-            }
-            for (int other = WARP / 2; other; other /= 2)
-                widest = max(widest, __shfl_xor_sync(ALL, widest, other, WARP));
-            for (int k = 0; k < widest; k++) {
-                u32 low = __ballot_sync(ALL, c[0].width > k), high = __ballot_sync(ALL, c[1].width > k);
-                if (c[0].width > k)
-                    offset[0] |= bit_at(data, next + __popc(low & before), end) << k;
-                next += __popc(low);
-                if (c[1].width > k)
-                    offset[1] |= bit_at(data, next + __popc(high & before), end) << k;
-                next += __popc(high);
-            }
-            for (int h = 0; h < 2; h++)
-                if (places[h] >= 0)
-                    to[places[h]] = weight_of(c[h], offset[h]);
-        }
+    CodedPair pair;
+    Record record = record_of(rows, row, 0);
+    int groups = rows.vectors * rows.groups;
+    for (int h = 0; h < 2; h++) {
+        int own = (g + h) % rows.groups * GROUP + lane;
+        bool padding = g + h == groups || own >= rows.length;
+        int at = g + h == groups ? g : g + h; /* the last may be alone */
+        pair.of[h] = coded(record.q + 16 * at, record.r + 16 * at,
+                           *(const u16 *)(record.scales + 2 * at), rows.is_bf16, lane, padding);
+        pair.place[h] = padding ? -1 : (g + h) / rows.groups * rows.length + own;
     }
-    bool bad = (next + 7) / 8 + ESCAPE_NBYTES * listed != nbytes;
-    __syncwarp(ALL); /* escapes come after what they replace */
-    const u8 *list = data + (nbytes - ESCAPE_NBYTES * listed);
-    for (i64 i = lane; i < listed && !bad; i += WARP) {
-        const u8 *at = list + ESCAPE_NBYTES * i;
+    return pair;
+}
+
+/* The weights of a pair, whose offsets begin at bit `next`; where the pair after it begins. */
+__device__ __forceinline__ int decode_pair(const CodedPair &pair, const u8 *data, int next, int end,
+                                           int lane, u16 *to)
+{
+    const Coded *c = pair.of;
+    u32 before = (1u << lane) - 1, offset[2] = { 0, 0 };
+    int widest = max(c[0].width, c[1].width);
+    for (int other = WARP / 2; other; other /= 2)
+        widest = max(widest, __shfl_xor_sync(ALL, widest, other, WARP));
+#pragma unroll 4 /* loads of several planes under way */
+    for (int k = 0; k < widest; k++) {
+        u32 low = __ballot_sync(ALL, c[0].width > k), high = __ballot_sync(ALL, c[1].width > k);
+        if (c[0].width > k)
+            offset[0] |= bit_at(data, next + __popc(low & before), end) << k;
+        next += __popc(low);
+        if (c[1].width > k)
+            offset[1] |= bit_at(data, next + __popc(high & before), end) << k;
+        next += __popc(high);
+    }
+    for (int h = 0; h < 2; h++)
+        if (pair.place[h] >= 0)
+            to[pair.place[h]] = weight_of(c[h], offset[h]);
+    return next;
+}
+
+/* Puts the listed weights in their places; whether one of them is out of place. */
+__device__ __forceinline__ bool escapes_are_bad(const u8 *list, int listed, i64 weights, int lane,
+                                                u16 *to)
+{
+    bool bad = false;
+    for (int i = lane; i < listed; i += WARP) {
+        const u8 *at = list + (i64)ESCAPE_NBYTES * i, *earlier = at - ESCAPE_NBYTES;
         u32 position = at[0] | at[1] << 8 | at[2] << 16 | (u32)at[3] << 24;
-        const u8 *earlier = at - ESCAPE_NBYTES;
         bool rises = !i || position > (earlier[0] | earlier[1] << 8 | earlier[2] << 16
                                        | (u32)earlier[3] << 24);
-        if (position < count * each && rises)
-            wide[first * each + position] = (u16)(at[4] | at[5] << 8);
+        if (position < weights && rises)
+            to[position] = (u16)(at[4] | at[5] << 8);
         else
             bad = true;
     }
-    if (bad)
+    return bad;
+}
+
+/* `share` warps of a block a frame: each takes some of its pairs, and counts the bits of those first,
+ * so that the others know where theirs begin. wide [rows, vectors * length]; `damaged` is set where a
+ * frame is not as long as its codes and escapes give, or an escape is out of place. */
+extern "C" __global__ void m2c_decode(Rows rows, Frames frames, int share, u16 *wide, int *damaged)
+{
+    __shared__ int bits[WARP];
+    int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, rank = warp % share;
+    i64 frame = ((i64)blockIdx.x * (blockDim.x / WARP) + warp) / share, first = frame * frames.records;
+    i64 count = max((i64)0, min(frames.records, rows.count - first));
+    int pairs = (rows.vectors * rows.groups + 1) / 2;
+    int from = (int)(count * pairs * rank / share), stop = (int)(count * pairs * (rank + 1) / share);
+    i64 each = (i64)rows.vectors * rows.length;
+    int next = 0;
+    if (share > 1) {
+        int mine = 0;
+        for (int i = from; i < stop; i++) {
+            CodedPair pair = pair_of(rows, first + i / pairs, i % pairs * 2, lane);
+            mine += pair.of[0].width + pair.of[1].width;
+        }
+        for (int other = WARP / 2; other; other /= 2)
+            mine += __shfl_xor_sync(ALL, mine, other, WARP);
+        if (!lane)
+            bits[warp] = mine;
+        __syncthreads();
+        for (int i = warp - rank; i < warp; i++)
+            next += bits[i];
+    }
+    u16 *to = wide + first * each;
+    const u8 *data = 0, *list = 0;
+    int nbytes = 0, listed = 0;
+    if (count) {
+        data = frames.data + frames.at[frame];
+        nbytes = (int)(frames.at[frame + 1] - frames.at[frame]);
+        listed = (int)frames.escapes[frame];
+        list = data + nbytes - (i64)ESCAPE_NBYTES * listed;
+        for (int i = from; i < stop; i++) {
+            int row = i / pairs;
+            CodedPair pair = pair_of(rows, first + row, i % pairs * 2, lane);
+            next = decode_pair(pair, data, next, 8 * (nbytes - ESCAPE_NBYTES * listed), lane,
+                               to + row * each);
+        }
+    }
+    if (share > 1)
+        __syncthreads(); /* escapes come after what they replace */
+    __syncwarp(ALL);
+    if (!count || rank != share - 1) /* the last knows how many bits there are */
+        return;
+    bool bad = (next + 7) / 8 + ESCAPE_NBYTES * listed != nbytes;
+    if (bad || escapes_are_bad(list, listed, count * each, lane, to))
         *damaged = 1;
 }
