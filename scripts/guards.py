@@ -342,31 +342,57 @@ RUNS: Final = (
     ),
     Guard(
         "an expert that was not read is not kept", "tiers/experts.py",
-        "                self._caches[self._kind(one.part)].evict([one.part])\n",
-        "                pass\n", "tests/test_experts.py",
+        "        one.pending.wait()\n        one.pending = None\n        if to_hbm",
+        "        one.pending, waited = None, one.pending\n"
+        "        self._dram.take(one.part, one.place, keep)\n        waited.wait()\n"
+        "        if to_hbm",
+        "tests/test_experts.py",
     ),
     Guard(
-        "an expert under way keeps its slot", "tiers/experts.py", "keep=sorted(under_way)",
+        "an expert under way keeps its slot", "tiers/expert_slots.py", "keep=sorted(keep)",
         "keep=[]", "tests/test_experts.py",
     ),
     Guard(
         "a slot's operands go with its expert", "tiers/experts.py",
-        "        self._fills[slot] += 1\n", "", "tests/test_experts.py",
+        "        self._fills[False][place] += 1\n", "", "tests/test_experts.py",
+    ),
+    Guard(
+        "operands in HBM go with their expert", "tiers/experts.py",
+        "        self._fills[True][place] += 1\n", "", "tests/test_expert_tiers.py",
     ),
     Guard(
         "operands of an expert's planes go with any of them", "tiers/experts.py",
-        "made.slots == slots and made.fills == fills", "made.fills[0] == fills[0]",
+        "made.places == places and made.fills == fills", "made.fills[0] == fills[0]",
         "tests/test_expert_mixes.py",
     ),
     Guard(
-        "experts that fill memory at first may be driven out", "tiers/experts.py",
-        "                cache.unpin(hottest)\n", "                pass\n",
+        "experts that fill memory at first may be driven out", "tiers/expert_slots.py",
+        "                cache.unpin(first)\n", "                pass\n",
         "tests/test_expert_mixes.py",
     ),
     Guard(
-        "an expert that is used stays", "tiers/experts.py",
+        "an expert that is used stays", "tiers/expert_slots.py",
         "cache.touch(np.sort([own[kind] for own in wanted if len(own) > kind]))", "pass",
         "tests/test_expert_mixes.py",
+    ),
+    Guard(
+        "what is read does not overwrite what is being copied to HBM", "tiers/experts.py",
+        "        finished(self._leaving[place])", "        finished(None)",
+        "tests/test_expert_tiers.py",
+    ),
+    Guard(
+        "kernels wait for an expert that is copied to HBM", "tiers/experts.py",
+        "            self._link.await_copy(self._coming[one.place])\n", "            pass\n",
+        "tests/test_expert_tiers.py",
+    ),
+    Guard(
+        "an expert in HBM is overwritten when its kernels have ended", "tiers/link.py",
+        "after=asked)", "after=None)", "tests/test_expert_tiers.py",
+    ),
+    Guard(
+        "what HBM drives out goes to DRAM", "tiers/experts.py",
+        "        if self._dram.at(gone) == ABSENT:", "        if False:",
+        "tests/test_expert_tiers.py",
     ),
     Guard(
         "tokens of a prompt have an expert each at its own precision", "model/experts.py",

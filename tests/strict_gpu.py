@@ -2,12 +2,16 @@
 
 Its memory is the host's and its kernels are the emulated ones, but tensors know whether they lie on
 it: mixing them up, looking at them from the host, or waiting for them while launches are recorded
-fails as on a card. Recorded launches are replayed on the memory they were recorded with. Streams
-and events do nothing: what is copied has arrived.
+fails as on a card. Recorded launches are replayed on the memory they were recorded with.
+
+Kernels run at once, copies in a stream of their own as late as a card may do them: when a kernel or
+the host waits for them. Whoever does not wait gets what was there before. And a copy onto what a
+kernel has read, in a stream that did not wait for that kernel, fails.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -47,10 +51,19 @@ class StrictGpu(TorchFunctionMode):
         super().__init__()
         self.recorded: list[Callable[[], None]] | None = None
         self._emulator = emulator
+        self.computes = Stream(self)
+        self.current = self.computes
+        self.streams = [self.computes]
+        self._given: dict[int, int] = {}  # address to the last launch that was given it
 
     device = CUDA
 
     def launch(self, kernel: str, grid: int, block: int, arguments: Any) -> None:
+        self.computes.asked += 1
+        for argument in arguments:
+            raw = bytes(argument)
+            for word in memoryview(raw[: len(raw) // 8 * 8]).cast("Q"):
+                self._given[word] = self.computes.asked
         self._emulator.launch(kernel, grid, block, arguments)
         if self.recorded is not None:
             self.recorded.append(lambda: self._emulator.launch(kernel, grid, block, arguments))
@@ -72,6 +85,8 @@ class StrictGpu(TorchFunctionMode):
                 kwargs["device"] = "cpu"
             return self._done(func, args, kwargs, there)
         there = self._required(name, args, tensors)
+        if name == "copy_" and self.current is not self.computes:
+            return self._copied_later(*args)
         if name == "cpu" or (name == "to" and _names_a_device(args[1:], kwargs)):
             return self._moved(func, args, kwargs)
         if _is_gpu(kwargs.get("device")):  # as empty_like has it
@@ -107,6 +122,32 @@ class StrictGpu(TorchFunctionMode):
         if target != on_gpu(source):
             found = found.clone()
         return self._kept(func, (source, *rest), {}, _placed(found, target))
+
+    def _copied_later(self, target: Tensor, source: Tensor, *_: Any) -> Tensor:
+        start = target.data_ptr()
+        for address, launch in self._given.items():
+            if start <= address < start + target.nbytes and launch > self.current.known:
+                raise RuntimeError("copied onto what a kernel may be reading")
+        self.current.ask(lambda: target.copy_(source))
+        return target
+
+    def stream(self) -> "Stream":
+        """`torch.cuda.Stream`."""
+        self.streams.append(Stream(self))
+        return self.streams[-1]
+
+    @contextmanager
+    def within(self, stream: "Stream") -> Iterator[None]:
+        """`torch.cuda.stream`."""
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def synchronize(self, *_: object) -> None:
+        for stream in self.streams:
+            stream.run(stream.asked)
 
     def _done(self, func: Any, args: Any, kwargs: dict[str, Any], there: bool) -> Any:
         return self._kept(func, args, kwargs, _placed(func(*args, **kwargs), there))
@@ -150,23 +191,54 @@ class Graph:
                 launch()
 
 
+class Stream:
+    """What was asked for is done in order, when somebody waits for it; kernels are done at once."""
+
+    def __init__(self, gpu: StrictGpu) -> None:
+        self.asked = 0
+        self.known = 0  # kernels that had been asked for when this was told to wait for them
+        self._gpu = gpu
+        self._done = 0
+        self._later = deque[Callable[[], object]]()
+
+    def ask(self, work: Callable[[], object]) -> None:
+        self.asked += 1
+        self._later.append(work)
+
+    def run(self, until: int) -> None:
+        with torch._C.DisableTorchFunction():
+            while self._later and self._done < until:
+                self._later.popleft()()
+                self._done += 1
+
+    def wait_stream(self, other: "Stream") -> None:
+        self._wait(other, other.asked)
+
+    def wait_event(self, event: "Event") -> None:
+        if event.stream is not None:  # one that was never recorded is no reason to wait
+            self._wait(event.stream, event.count)
+
+    def _wait(self, other: "Stream", count: int) -> None:
+        if other is self._gpu.computes:
+            self.known = max(self.known, count)
+        elif self is self._gpu.computes:
+            other.run(count)
+
+
 class Event:
-    def __init__(self, **_: object) -> None: ...
+    def __init__(self, **_: object) -> None:
+        self.stream: Stream | None = None
+        self.count = 0
 
-    def record(self, *_: object) -> None: ...
+    def record(self, stream: Stream) -> None:
+        self.stream, self.count = stream, stream.asked
 
-    def synchronize(self) -> None: ...
+    def synchronize(self) -> None:
+        if self.stream is not None:
+            self.stream.run(self.count)
 
     def elapsed_time(self, _: object) -> float:
         return 0.001
-
-
-class Stream:
-    def __init__(self, *_: object) -> None: ...
-
-    def wait_stream(self, _: object) -> None: ...
-
-    def wait_event(self, _: object) -> None: ...
 
 
 class Pinned(set[int]):
@@ -187,8 +259,9 @@ def install(monkeypatch: pytest.MonkeyPatch, emulator: Emulator) -> tuple[Strict
     fakes: dict[str, Any] = {
         "is_available": lambda: True, "device_count": lambda: 1, 
         "set_device": lambda device: None, "empty_cache": lambda: None,
-        "mem_get_info": lambda device: (1 << 33, 1 << 33), "synchronize": lambda *_: None,
-        "current_stream": Stream, "Stream": Stream, "Event": Event, "stream": nullcontext,
+        "mem_get_info": lambda device: (1 << 33, 1 << 33), "synchronize": gpu.synchronize,
+        "current_stream": lambda *_: gpu.current, "Stream": lambda *_: gpu.stream(),
+        "Event": Event, "stream": gpu.within,
         "CUDAGraph": lambda: Graph(gpu), "graph": lambda graph, pool: graph.record(),
         "graph_pool_handle": lambda: (0, 1),
         "get_device_name": lambda *_: "an emulated GPU",

@@ -34,7 +34,8 @@ from m2c.model.aliases import ALIASES
 from m2c.model.experts import expert_ffn, planes_by_rank, router_of
 from m2c.model.mix import Mix
 from m2c.predict import Speeds, expert_decode_s, predicted_tps
-from m2c.tiers.experts import ExpertCache, expert_nbytes, parts_of
+from m2c.tiers.expert_parts import expert_nbytes, parts_of
+from m2c.tiers.experts import ExpertCache
 from m2c.tiers.policies import POLICY_NAMES
 from m2c.tiers.store import FFN
 
@@ -320,7 +321,7 @@ def test_what_was_used_last_takes_the_place_of_what_was_not(bundle: Bundle) -> N
             cache = engine.store._experts
             assert cache is not None
             held = [place for place in every if place[1] in cache.held(place[0])]
-            coldest = max(held, key=lambda place: cache._place[place[0] * EXPERTS + place[1]])
+            coldest = max(held, key=lambda place: cache._position[place[0] * EXPERTS + place[1]])
             hits = cache.stats["experts int4"]
             for place in every:
                 if place in held:
@@ -370,7 +371,7 @@ def test_a_damaged_plane_ends_the_pass_and_nothing_of_it_is_kept(
         assert same(decode(engine), expected[QUARTER])
         cache = engine.store._experts
         assert cache is not None
-        assert len(cache._spare) == cache._facts.window
+        assert len(cache._dram.spare) == cache._facts.window
 
 
 def test_a_plane_whose_read_cannot_begin_takes_the_one_before_it_along(

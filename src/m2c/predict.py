@@ -76,13 +76,15 @@ def measured_speeds(engine: Engine, stats: StoreStats | None = None) -> Speeds:
 def predicted_tps(plan: Plan, speeds: Speeds, *, decode_s: float = 0.0) -> float:
     """Tokens per second while decoding; 0 when nothing that limits was measured.
 
-    Experts are read once they are chosen: nothing else is computed meanwhile. decode_s: see
-    `expert_decode_s`.
+    Experts are read, and copied to HBM, once they are chosen: nothing else is computed meanwhile.
+    decode_s: see `expert_decode_s`.
     """
     seconds = [0.0]
     waited_s = plan.expert_reads() / speeds.ssd if speeds.ssd else 0.0
     if speeds.ssd:
         seconds.append(plan.streamed_nbytes_per_token / speeds.ssd + waited_s)
+    if speeds.link:
+        waited_s += plan.expert_moves() / speeds.link
     if speeds.link:
         seconds.append(plan.link_nbytes_per_token / speeds.link)
     if speeds.memory:
@@ -123,7 +125,8 @@ def predicted_exact_tps(
             draft_s += draft.layers * (1 + facts.active + facts.shared) * _EXPERT_S
     read_s = plan.streamed_nbytes_per_token / speeds.ssd if speeds.ssd else 0.0
     if speeds.link:
-        read_s = max(read_s, plan.link_nbytes_per_token / speeds.link)
+        moved = plan.link_nbytes_per_token - plan.expert_moves()
+        read_s = max(read_s, moved / speeds.link)
     decodes = shape.stored and shape.dense == "fp16"
     decode_s = weights / (_DECODED[kernel] * threads) if decodes else 0.0
     more_s = weights / (_PRODUCTS[shape.dense] * threads)
@@ -138,6 +141,8 @@ def predicted_exact_tps(
         compute_s += footprint.layers * _LAYER_S
         if speeds.ssd:  # of experts, those of all tokens; nothing is computed meanwhile
             compute_s += plan.expert_reads(depth + 1) / speeds.ssd
+        if speeds.link:
+            compute_s += plan.expert_moves(depth + 1) / speeds.link
         seconds = depth * draft_s + max(read_s, compute_s)
         best = max(best, tokens / seconds)
     return best

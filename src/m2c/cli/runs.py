@@ -131,7 +131,9 @@ def _experts(plan: Plan, shape: RunShape, facts: ExpertFact) -> str:
     held = "all in memory"
     if (slots := plan.expert_slots) is not None:
         what = "planes of experts " if facts.parts > 1 else ""
-        held = f"{slots} of {facts.total} {what}cached in DRAM ({POLICY_WORDS[plan.policy]})"
+        in_hbm = f"{n} in HBM and " if (n := plan.hbm_expert_slots) else ""
+        held = f"{in_hbm}{slots} of {facts.total} {what}cached in DRAM"
+        held += f" ({POLICY_WORDS[plan.policy]})"
     levels = () if shape.mix.is_uniform else shape.mix.by_rank(facts.active)
     counts = [(levels.count(LEVELS[plane]), plane.upper()) for plane in PRECISIONS]
     mixed = ", ".join(f"{count} at {plane}" for count, plane in counts if count)
@@ -177,7 +179,8 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "blocks_in_hbm": len(plan.in_hbm), "blocks_in_dram": len(plan.in_dram),
         "blocks_streamed": len(plan.streamed), "ring_nbytes": plan.ring_nbytes,
         "kv_nbytes": plan.footprint.kv_nbytes, "slab_slots": plan.slab_slots,
-        "prefix_neurons": plan.prefix, "expert_slots": plan.expert_slots, "policy": plan.policy,
+        "prefix_neurons": plan.prefix, "expert_slots": plan.expert_slots,
+        "hbm_expert_slots": plan.hbm_expert_slots, "policy": plan.policy,
         "ssd_nbytes_per_token": plan.ssd_nbytes_per_token,
         "link_nbytes_per_token": plan.link_nbytes_per_token,
         "compute_nbytes_per_token": plan.compute_nbytes_per_token,
@@ -284,8 +287,10 @@ def _decode_words(facts: dict[str, Any]) -> list[str]:
         parts.append(link + (f" at {speed / 1e9:.2f} GB/s" if speed else ""))
     for plane, hits in facts["upgrades"].items():
         total = max(1, sum(hits.values()))
-        served = (("hbm_or_cache", "cached"), ("dram", "DRAM"), ("ssd", "SSD"))
-        name = plane if plane.startswith(EXPERTS) else plane.upper()
+        experts = plane.startswith(EXPERTS)
+        nearest = "HBM" if experts else "cached"
+        served = (("hbm_or_cache", nearest), ("dram", "DRAM"), ("ssd", "SSD"))
+        name = plane if experts else plane.upper()
         shares = [f"{hits[key] / total:.0%} {tier}" for key, tier in served if hits[key]]
         if shares:
             parts.append(f"{name} from " + " + ".join(shares))

@@ -22,8 +22,8 @@ from m2c.model.kv import kv_nbytes
 from m2c.model.mix import Mix
 from m2c.model.tensors import dense_matrices, small_tensors
 from m2c.tiers.blocks import Precisions, block_of, head_name, planes_of
+from m2c.tiers.expert_parts import expert_nbytes, parts_of
 from m2c.tiers.expert_plan import ExpertFact
-from m2c.tiers.experts import expert_nbytes, parts_of
 from m2c.tiers.facts import BlockFact, DraftFact, Footprint, UpgradeFact
 from m2c.tiers.fetch import DECODE_WEIGHTS, staging_nbytes
 from m2c.units import MiB

@@ -209,12 +209,13 @@ def _hits(report: dict[str, Any]) -> str:
         name = f"Experts, {name}" if experts and one else name
         if not used:
             continue
+        tiers = {**_TIERS, "hbm_or_cache": "HBM"} if experts else _TIERS
         lines = [
             Line(
                 f"{name} ({sum(served[key]) / sum(totals):.1%})", [i + 2 for i in used],
                 [100 * served[key][i] / totals[i] for i in used],
             )
-            for key, name in _TIERS.items() if any(served[key])
+            for key, name in tiers.items() if any(served[key])
         ]  # fmt: skip
         chart = line_chart(
             lines, Axis("token"), Axis(f"share of the token's {what}, %", high=100),

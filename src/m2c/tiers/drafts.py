@@ -14,7 +14,7 @@ import torch
 from m2c.bundle.bundle import Bundle
 from m2c.kernels.rows import PackedRows, Rows
 from m2c.tiers.blocks import Block, block_of
-from m2c.tiers.experts import ExpertParts
+from m2c.tiers.expert_parts import ExpertParts
 from m2c.tiers.fetch import PlaneSource, RowSource
 from m2c.tiers.loading import Loading
 from m2c.tiers.ssd import SsdReader

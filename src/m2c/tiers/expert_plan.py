@@ -2,7 +2,7 @@
 
 A token uses few of a layer's experts, so they are no blocks that every token uses: either all of
 them are in memory, or some are, in slots that are taken over by others (`experts.ExpertCache`),
-beside a few slots for those under way. Reads nothing, allocates nothing.
+beside a few slots for those under way; with a GPU, in HBM too. Reads nothing, allocates nothing.
 """
 
 from dataclasses import dataclass
@@ -56,6 +56,14 @@ class ExpertFact:
     @property
     def window_nbytes(self) -> int:
         return self.window * self.slot_nbytes
+
+    def slots_of_hbm(self, room: int) -> int:
+        """Parts that `room` bytes of HBM hold, beside one on its way there."""
+        return max(0, min(self.total, room // self.slot_nbytes - 1))
+
+    def in_hbm_nbytes(self, slots: int) -> int:
+        """What they take there, that one included."""
+        return (slots + 1) * self.slot_nbytes if slots else 0
 
     @cached_property
     def ranking(self) -> tuple[int, ...]:

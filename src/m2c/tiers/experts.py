@@ -2,27 +2,35 @@
 
 All experts are of about one size, so each fits any slot; with a mix a slot holds one plane of an
 expert, and planes are of about one size too. Which of these *parts* sits in which slot is the
-business of a NeuronCache, with parts in the place of neurons. Some slots more serve those that the
-cache does not take, and let reads go on while an expert is computed. Which experts a token needs,
-and at which precision, is decided in `model`.
+business of `expert_slots`. Some places more serve those that are under way, and let reads go on
+while an expert is computed. Which experts a token needs, and at which precision, is decided in
+`model`.
+
+With a GPU there are slots in HBM too, for the hottest; the slots in DRAM begin with those that come
+next. What HBM takes from DRAM changes places with what it drives out, so that together they hold
+the most parts, and what was used last lies nearest; where DRAM holds that part anyway, nothing has
+to go back. Under `pinned` nothing ever moves.
 """
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
-from m2c.bundle.shard import BLOCK, PLANES, align
-from m2c.kernels.rows import ExactRows, PackedRows, Rows
-from m2c.tiers.blocks import Block, record_offset
-from m2c.tiers.cache import ABSENT, NeuronCache
+from m2c.bundle.shard import PLANES, align
+from m2c.kernels.rows import Rows
+from m2c.tiers.blocks import Block
+from m2c.tiers.cache import ABSENT
+from m2c.tiers.expert_parts import parts_of
 from m2c.tiers.expert_plan import ExpertFact
-from m2c.tiers.link import Link
+from m2c.tiers.expert_slots import ExpertSlots
+from m2c.tiers.link import Copied, Link, finished
 from m2c.tiers.memory import aligned_buffer
 from m2c.tiers.ssd import Pending, SsdReader
 from m2c.tiers.upgrades import HitStats
@@ -32,39 +40,42 @@ _PROBES: Final = 4
 
 Ids = npt.NDArray[np.int32]
 U8 = npt.NDArray[np.uint8]
-# from the blocks of an expert's parts and their bytes to operands, and whether they stay valid as
-# long as the bytes
-ToRows = Callable[[int, list[tuple[Block, U8]]], tuple[Rows, bool]]
+# from the blocks of an expert's parts and their bytes, where kernels read them, to operands
+ToRows = Callable[[int, list[tuple[Block, "U8 | Tensor"]]], Rows]
 
 
 @dataclass
 class _Arriving:
     part: int  # position in the ranking
-    slot: int
-    pending: Pending | None  # None: it was there
+    place: int
+    in_hbm: bool = False
+    spare: bool = False  # the place is no slot's
+    pending: Pending | None = None  # None: it is there
 
 
 @dataclass(frozen=True)
 class _Made:
-    """Operands, and what of which slots they are of."""
+    """Operands, and what of which places they are of."""
 
-    slots: list[int]
+    places: list[int]
     fills: list[int]
     rows: Rows
 
 
 class ExpertCache:
-    """`slots` parts of experts in DRAM, as they are stored, beside those under way.
+    """Parts of experts in DRAM, as they are stored, beside those under way; the hottest in HBM.
 
-    blocks: of a layer, all of its experts as one. The slots begin with what most tokens use.
+    blocks: of a layer, all of its experts as one. slots: in DRAM. link: to HBM, where there is any,
+    with `hbm_slots` there, and one place more.
     """
 
     def __init__(
         self, reader: SsdReader, facts: ExpertFact, blocks: list[Block], slots: int, *,
-        policy: str, to_rows: ToRows,
+        policy: str, to_rows: ToRows, link: Link | None = None, hbm_slots: int = 0,
     ) -> None:  # fmt: skip
         self._reader = reader
         self._facts = facts
+        self._link = link
         self._names = [EXPERTS]  # of the parts
         if facts.parts > 1:
             self._names = [f"{EXPERTS} {plane}" for plane in PLANES[: facts.parts]]
@@ -72,37 +83,65 @@ class ExpertCache:
         self._whole = [parts_of(block, facts.parts) for block in blocks]
         self._blocks: dict[int, Block] = {}  # by position in the ranking
         self._to_rows = to_rows
-        self._made: dict[tuple[int, int], _Made] = {}  # by the first slot and how many parts
-        self._place = np.empty(facts.total, np.int32)
-        self._place[list(facts.ranking)] = np.arange(facts.total, dtype=np.int32)
-        self._slots = slots
+        self._made: dict[tuple[bool, int, int], _Made] = {}  # by the first place and how many parts
+        self._position = np.empty(facts.total, np.int32)
+        self._position[list(facts.ranking)] = np.arange(facts.total, dtype=np.int32)
         self._slot_nbytes = align(facts.slot_nbytes)
-        self.buffer = aligned_buffer((slots + facts.window) * self._slot_nbytes)
-        self._spare = list(range(slots, slots + facts.window))
-        self._fills = [0] * (slots + facts.window)  # reads into each slot
-        # a cache of its own for each part: what few tokens use must not drive out what most do
-        hottest = np.array(facts.ranking[:slots], np.int64) // facts.of_a_part
-        counts = np.bincount(hottest, minlength=facts.parts).tolist()
-        self._caches = [NeuronCache(facts.total, n, policy=policy) for n in counts]
-        self._first = [sum(counts[:n]) for n in range(facts.parts)]  # slot of each
-        self._static = policy == "pinned"
+        # the coldest of what HBM has are in DRAM besides where all others are
+        start = min(hbm_slots, facts.total - slots)
+        self._dram = ExpertSlots(facts, range(start, start + slots), facts.window, policy)
+        self._hbm = ExpertSlots(facts, range(hbm_slots), int(hbm_slots > 0), policy)
+        self.buffer = aligned_buffer(self._dram.places * self._slot_nbytes)
+        shape, device = (self._hbm.places, self._slot_nbytes), link.device if link else None
+        self.hbm_buffer = torch.empty(shape, dtype=torch.uint8, device=device)
+        # of each place: reads or copies into it, and the last copy that must have ended before it
+        # is used: out of or into DRAM by the host, into HBM by kernels
+        self._fills = {False: [0] * self._dram.places, True: [0] * self._hbm.places}
+        self._leaving: list[Copied] = [None] * self._dram.places
+        self._coming: list[Copied] = [None] * self._hbm.places
 
     def reset_stats(self) -> None:
         self.stats = {name: HitStats() for name in self._names}
 
+    # -- loading -----------------------------------------------------------------------------------
+
     def load(self) -> int:
         """Fill the slots, many reads in flight; the bytes read."""
-        kinds = np.array([self._kind(part) for part in range(self._slots)], np.int32)
-        started = list[Pending]()
-        for kind, cache in enumerate(self._caches):
-            hottest = np.flatnonzero(kinds == kind).astype(np.int32)
-            move = cache.pin(hottest)
-            for part, slot in zip(move.load_ids, move.load_slots, strict=True):
-                started.append(self._read(int(part), self._first[kind] + int(slot)))
-            if not self._static:
-                cache.unpin(hottest)
-        Pending.all_of(started).wait()
-        return sum(self._block(part).streamed_nbytes for part in range(self._slots))
+        loaded = [(part, self._read(part, place)) for part, place in self._dram.begin()]
+        Pending.all_of([pending for _, pending in loaded]).wait()
+        nbytes = sum(self._block(part).streamed_nbytes for part, _ in loaded)
+        if self._link is not None:
+            self._link.pin(self.buffer)  # now that its pages are there
+        return nbytes + self._load_hbm()
+
+    def _load_hbm(self) -> int:
+        """What DRAM does not hold is read into its spare places; the bytes read."""
+        under_way: deque[tuple[_Arriving, int]] = deque()
+        nbytes = 0
+
+        def finish() -> None:
+            one, place = under_way.popleft()
+            if one.pending is not None:
+                one.pending.wait()
+            self._copy(one, place)
+            if one.spare:
+                self._dram.spare.append(one.place)
+
+        for part, place in self._hbm.begin():
+            at = self._dram.at(part)
+            one = _Arriving(part, at)
+            if at == ABSENT:
+                while not self._dram.spare:
+                    finish()
+                one = _Arriving(part, self._dram.spare.popleft(), spare=True)
+                one.pending = self._read(part, one.place)
+                nbytes += self._block(part).streamed_nbytes
+            under_way.append((one, place))
+        while under_way:
+            finish()
+        return nbytes
+
+    # -- what a pass uses --------------------------------------------------------------------------
 
     def rows(self, layer: int, experts: Ids, planes: Ids) -> Iterator[Rows]:
         """Operands of a layer's `experts`, each at its so many lowest `planes`, in their order;
@@ -117,27 +156,34 @@ class ExpertCache:
         """`rows`, behind a None that comes once reads have begun."""
         first = layer * self._facts.count + experts
         steps = np.arange(self._facts.parts) * self._facts.of_a_part
-        wanted = [self._place[steps[:n] + one] for one, n in zip(first, parts, strict=True)]
-        for kind, cache in enumerate(self._caches):
-            cache.touch(np.sort([own[kind] for own in wanted if len(own) > kind]))
+        wanted = [
+            self._position[steps[:n] + one].tolist() for one, n in zip(first, parts, strict=True)
+        ]
+        for tier in (self._dram, self._hbm):
+            tier.touch(wanted)
+        to_hbm = self._hbm.keeps(wanted)
         waiting: deque[list[_Arriving]] = deque()
-        left = deque(one.tolist() for one in wanted)
+        left = deque(wanted)
+
+        def under_way() -> list[int]:
+            return [one.part for group in waiting for one in group]
 
         def start() -> None:
-            while left and sum(map(len, waiting)) + len(left[0]) <= self._facts.window:
+            while left and len(under_way()) + len(left[0]) <= self._facts.window:
                 waiting.append([])
-                for part in left.popleft():
-                    under_way = [other.part for group in waiting for other in group]
-                    waiting[-1].append(self._start(part, under_way))
+                for kind, part in enumerate(left.popleft()):
+                    one = self._start(kind, part)
+                    waiting[-1].append(one)
+                    if to_hbm[kind] and not one.in_hbm and one.pending is None:
+                        self._promote(one, under_way())
 
         try:
             start()
             yield None
             while waiting:
-                for one in waiting[0]:
+                for kind, one in enumerate(waiting[0]):
                     if one.pending is not None:
-                        one.pending.wait()
-                        one.pending = None
+                        self._arrived(one, under_way(), to_hbm=to_hbm[kind])
                 yield self._operand(layer, waiting[0])
                 for one in waiting.popleft():
                     self._give_back(one)
@@ -145,75 +191,142 @@ class ExpertCache:
         finally:
             for group in waiting:
                 for one in group:
-                    self._drop(one)
+                    if one.pending is not None:
+                        one.pending.cancel()
+                    self._give_back(one)
 
     def held(self, layer: int) -> list[int]:
         """The layer's experts whose first part is in a slot, rising."""
         first = layer * self._facts.count
-        slots = self._caches[0].lookup(np.arange(self._facts.total, dtype=np.int32))
-        own = slots[self._place[first : first + self._facts.count]]
-        return np.flatnonzero(own != ABSENT).tolist()
+        own = self._position[first : first + self._facts.count].tolist()
+        tiers = (self._dram, self._hbm)
+        return [i for i, part in enumerate(own) if any(t.at(part) != ABSENT for t in tiers)]
 
     def read_speed(self) -> float:
         """Bytes per second of reading a token's experts, some layers'."""
         nbytes, begin = 0, time.perf_counter()
         for probe in range(_PROBES):
             layer = probe * self._facts.layers // _PROBES
-            ids = self._place[layer * self._facts.count :][: len(self._spare)]
-            started = [self._read(int(i), slot) for i, slot in zip(ids, self._spare, strict=False)]
+            ids = self._position[layer * self._facts.count :][: len(self._dram.spare)].tolist()
+            started = [self._read(i, at) for i, at in zip(ids, self._dram.spare, strict=False)]
             Pending.all_of(started).wait()
-            nbytes += sum(self._block(int(i)).streamed_nbytes for i in ids)
+            nbytes += sum(self._block(i).streamed_nbytes for i in ids)
         return nbytes / (time.perf_counter() - begin)
 
-    def _start(self, part: int, under_way: list[int]) -> _Arriving:
-        kind = self._kind(part)
-        cache, stats = self._caches[kind], self.stats[self._names[kind]]
-        (slot,) = cache.lookup([part])
-        if slot != ABSENT:
+    # -- one part ----------------------------------------------------------------------------------
+
+    def _start(self, kind: int, part: int) -> _Arriving:
+        stats = self.stats[self._names[kind]]
+        if (place := self._hbm.at(part)) != ABSENT:
+            stats.compute += 1
+            return _Arriving(part, place, in_hbm=True)
+        if (place := self._dram.at(part)) != ABSENT:
             stats.dram += 1
-            return _Arriving(part, self._first[kind] + int(slot), None)
+            return _Arriving(part, place)
         stats.ssd += 1
-        (slot,) = cache.admit([part], keep=sorted(under_way))
-        at = self._spare.pop() if slot == ABSENT else self._first[kind] + int(slot)
-        one = _Arriving(part, at, Pending([]))
+        one = _Arriving(part, self._dram.spare.popleft(), spare=True)
         try:
-            one.pending = self._read(part, one.slot)
+            one.pending = self._read(part, one.place)
         except BaseException:
-            self._drop(one)
+            self._give_back(one)
             raise
         return one
 
-    def _read(self, part: int, slot: int) -> Pending:
-        self._fills[slot] += 1
-        return self._block(part).read(self._reader, self._bytes(slot), now=True)
+    def _arrived(self, one: _Arriving, keep: Sequence[int], *, to_hbm: bool) -> None:
+        """Wait for a part that is read; only then may it take a slot, in the highest tier that has
+        one for it."""
+        assert one.pending is not None
+        one.pending.wait()
+        one.pending = None
+        if to_hbm and self._promote(one, keep):
+            return
+        taken = self._dram.take(one.part, one.place, keep)
+        if taken is not None:
+            self._dram.spare.append(taken[0])
+            one.spare = False
+
+    def _promote(self, one: _Arriving, keep: Sequence[int]) -> bool:
+        """A part in DRAM gets a slot in HBM, if the policy has one for it. What was there goes to
+        the place that becomes free, unless DRAM has it."""
+        place = self._hbm.spare[0] if self._hbm.spare else ABSENT
+        taken = self._hbm.take(one.part, place, keep)
+        if taken is None:
+            return False
+        self._hbm.spare[0], gone = taken
+        self._copy(one, place)
+        if self._dram.at(gone) == ABSENT:
+            self._demote(gone, self._hbm.spare[0], one, keep)
+        else:
+            self._give_back(one)
+        one.place, one.in_hbm, one.spare = place, True, False
+        return True
+
+    def _demote(self, part: int, place: int, one: _Arriving, keep: Sequence[int]) -> None:
+        """A part that was driven out of HBM, where it still lies at `place`, goes to the place in
+        DRAM from which `one` was copied, if it gets a slot there."""
+        assert self._link is not None
+        if not one.spare:
+            self._dram.leave(one.part)
+        taken = self._dram.take(part, one.place, keep)
+        if taken is None:
+            self._dram.spare.append(one.place)
+            return
+        nbytes = self._block(part).streamed_nbytes
+        into = self._bytes(one.place)[:nbytes]
+        self._leaving[one.place] = self._link.fetch(self.hbm_buffer[place, :nbytes], into)
+        self._fills[False][one.place] += 1
+        if taken[0] != ABSENT:
+            self._dram.spare.append(taken[0])
+
+    def _copy(self, one: _Arriving, place: int) -> None:
+        """Bytes in DRAM to a place in HBM."""
+        assert self._link is not None
+        nbytes = self._block(one.part).streamed_nbytes
+        copied = self._link.put(self._bytes(one.place)[:nbytes], self.hbm_buffer[place, :nbytes])
+        self._leaving[one.place] = self._coming[place] = copied
+        self._fills[True][place] += 1
+
+    def _read(self, part: int, place: int) -> Pending:
+        finished(self._leaving[place])  # else the copy would take what is read now
+        self._leaving[place] = None
+        self._fills[False][place] += 1
+        return self._block(part).read(self._reader, self._bytes(place), now=True)
 
     def _operand(self, layer: int, group: list[_Arriving]) -> Rows:
-        slots = [one.slot for one in group]
-        fills, key = [self._fills[slot] for slot in slots], (slots[0], len(slots))
+        pieces = [self._piece(one) for one in group]
+        moved = [one for one in group if self._link is not None and not one.in_hbm]
+        places = [one.place for one in group]
+        fills = [self._fills[one.in_hbm][one.place] for one in group]
+        key = group[0].in_hbm, places[0], len(places)
         made = self._made.get(key)
-        if made is not None and made.slots == slots and made.fills == fills:
+        if made is not None and not moved and made.places == places and made.fills == fills:
             return made.rows
-        parts = [(self._block(one.part), self._bytes(one.slot)) for one in group]
-        rows, stays = self._to_rows(layer, parts)
-        if stays:
-            self._made[key] = _Made(slots, fills, rows)
+        if self._link is not None and moved:
+            raw = [piece for piece in pieces if not isinstance(piece, Tensor)]
+            parts = iter(self._link.move(*raw).split([len(piece) for piece in raw]))
+            pieces = [piece if isinstance(piece, Tensor) else next(parts) for piece in pieces]
+            for one in moved:
+                self._leaving[one.place] = self._link.last
+        blocks = [self._block(one.part) for one in group]
+        rows = self._to_rows(layer, list(zip(blocks, pieces, strict=True)))
+        if not moved:
+            self._made[key] = _Made(places, fills, rows)
         return rows
 
+    def _piece(self, one: _Arriving) -> U8 | Tensor:
+        """A part's bytes; of those in HBM, kernels asked for from now on find them."""
+        nbytes = self._block(one.part).streamed_nbytes
+        if not one.in_hbm:
+            return self._bytes(one.place)[:nbytes]
+        if self._link is not None:
+            self._link.await_copy(self._coming[one.place])
+        self._coming[one.place] = None
+        return self.hbm_buffer[one.place, :nbytes]
+
     def _give_back(self, one: _Arriving) -> None:
-        if one.slot >= self._slots:
-            self._spare.append(one.slot)
-
-    def _drop(self, one: _Arriving) -> None:
-        """One that nobody will use: a slot may not hold what the cache says it does."""
-        if one.pending is not None:
-            one.pending.cancel()
-            if one.slot < self._slots:
-                self._caches[self._kind(one.part)].evict([one.part])
-        self._give_back(one)
-
-    def _kind(self, part: int) -> int:
-        """Which part of its expert it is."""
-        return self._facts.ranking[part] // self._facts.of_a_part
+        if one.spare:
+            self._dram.spare.append(one.place)
+            one.spare = False
 
     def _block(self, part: int) -> Block:
         found = self._blocks.get(part)
@@ -226,80 +339,5 @@ class ExpertCache:
             self._blocks[part] = found
         return found
 
-    def _bytes(self, slot: int) -> U8:
-        return self.buffer[slot * self._slot_nbytes : (slot + 1) * self._slot_nbytes]
-
-
-def parts_of(whole: Block, parts: int) -> list[Block]:
-    """The block of all of a layer's experts as one part, or as one part for every plane."""
-    if parts == 1:
-        return [whole]
-    return [replace(whole, shards=whole.shards[: n + 1], held=n) for n in range(parts)]
-
-
-def joined(
-    parts: list[tuple[Block, U8]], below: Mapping[str, PackedRows] | None, link: Link | None
-) -> Mapping[str, PackedRows]:
-    """Operands of an expert's parts, the lowest first, copied to HBM if there is a link.
-
-    below: of all of the layer's experts in the planes that are held besides."""
-    raw = [payload[: block.streamed_nbytes] for block, payload in parts]
-    pieces: Sequence[U8 | Tensor] = raw
-    if link is not None:
-        pieces = link.move(*raw).split([len(piece) for piece in raw])
-    for (block, _), piece in zip(parts, pieces, strict=True):
-        below = block.rows(piece, below)
-    assert below is not None
-    return below
-
-
-def expert_nbytes(whole: Block, count: int) -> npt.NDArray[np.int64]:
-    """Bytes that each of the `count` experts of a layer reads: [count]."""
-    total = np.zeros(count, np.int64)
-    for index in whole.shards[whole.held :]:
-        (section,) = index.header.sections
-        size = section.records // count
-        if section.frames:
-            nbytes = index.frame_nbytes[section.name].astype(np.int64)
-            ends = np.concatenate(([0], np.cumsum(nbytes)))[::size]
-        else:
-            ends = np.arange(count + 1, dtype=np.int64) * record_offset(index, section, size)
-        first, stop = ends[:-1] // BLOCK * BLOCK, -(-ends[1:] // BLOCK) * BLOCK
-        total += np.minimum(stop, index.header.payload_nbytes) - first
-    return total
-
-
-class ExpertParts:
-    """The experts of rows that hold all of a layer's, made once each at each precision."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self._made: dict[tuple[int, int, int], tuple[Rows, Rows]] = {}
-
-    def of(self, layer: int, whole: Rows, experts: Ids, planes: Ids) -> Iterator[Rows]:
-        for expert, lowest in zip(experts.tolist(), planes.tolist(), strict=True):
-            key = layer, expert, lowest
-            known = self._made.get(key)
-            if known is None or known[0] is not whole:
-                own = cut(whole, expert, self.count)
-                own = own if isinstance(own, ExactRows) else own.lowest(lowest)
-                known = self._made[key] = whole, own
-            yield known[1]
-
-
-def cut(rows: Rows, expert: int, count: int) -> Rows:
-    """One expert's rows of all `count` experts' rows, which are not copied."""
-    size = len(rows) // count
-    some = slice(expert * size, (expert + 1) * size)
-    if isinstance(rows, ExactRows):
-        return ExactRows(rows.layout, rows.weights[some])
-    assert rows.frames is None or rows.frames.frame_records == 1
-    frames = rows.frames
-    if frames is not None:
-        ends = np.concatenate(([0], np.cumsum(frames.nbytes, dtype=np.int64)))
-        data = frames.data[ends[some.start] : ends[some.stop]]
-        frames = replace(
-            frames, data=data, nbytes=frames.nbytes[some], escapes=frames.escapes[some]
-        )
-    int8 = None if rows.int8 is None else rows.int8[some]
-    return PackedRows(rows.layout, rows.int4[some], int8, frames)
+    def _bytes(self, place: int) -> U8:
+        return self.buffer[place * self._slot_nbytes : (place + 1) * self._slot_nbytes]

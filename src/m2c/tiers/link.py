@@ -1,10 +1,13 @@
-"""The link: copies of streamed weights from DRAM into HBM, under way while a GPU computes.
+"""The link: copies of weights between DRAM and HBM, under way while a GPU computes.
 
-Two slots take turns: kernels read one while the next copy fills the other. Without a GPU the slots
-are host memory and a copy is over when `move` returns. Knows nothing about what is copied.
+Two slots take turns for what streams: kernels read one while the next copy fills the other. Other
+copies go to places in HBM that are the caller's, or come from there. All happen one after the other
+in the order they were asked for. Without a GPU the slots are host memory and a copy is over when
+the call returns. Knows nothing about what is copied.
 """
 
 import time
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -19,16 +22,26 @@ U8 = npt.NDArray[np.uint8]
 _TIMED: Final = 256  # copies whose times are kept, at most
 _PROBES: Final = 3
 
+# a copy that was asked for; None: it is over
+Copied = torch.cuda.Event | None
+
+
+def finished(copied: Copied) -> None:
+    """Wait until a copy is over, so that what it took from DRAM may be overwritten."""
+    if copied is not None:
+        copied.synchronize()
+
 
 class Link:
     """nbytes: of both slots together."""
 
     def __init__(self, device: torch.device, nbytes: int) -> None:
-        self._device = device
+        self.device = device
         self._slots = [torch.empty(nbytes // 2, dtype=torch.uint8, device=device) for _ in range(2)]
         self._turn = 0
         self._pinned: list[int] = []
         self._stats = LinkStats()
+        self._last: Copied = None
         self._on_gpu = device.type == "cuda"
         if self._on_gpu:
             self._copies = torch.cuda.Stream(device)
@@ -58,33 +71,65 @@ class Link:
         sizes = [len(payload) for payload in payloads]
         slot = self._slots[self._turn][: sum(sizes)]
         pairs = list(zip(slot.split(sizes), map(torch.from_numpy, payloads), strict=True))
-        if not self._on_gpu:
-            begin = time.perf_counter()
-            for part, source in pairs:
-                part.copy_(source)
-            self._stats.busy_s += time.perf_counter() - begin
-        else:
-            computes = torch.cuda.current_stream(self._device)
-            self._used[1 - self._turn].record(computes)
-            begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            with torch.cuda.stream(self._copies):
-                self._copies.wait_event(self._used[self._turn])
-                begin_event.record(self._copies)
-                for part, source in pairs:
-                    part.copy_(source, non_blocking=True)
-                end_event.record(self._copies)
-            computes.wait_event(end_event)
-            self._timed.append((begin_event, end_event))
-            if len(self._timed) >= _TIMED:
-                self._add_up(self._timed[: _TIMED // 2])
-        self._stats.nbytes += len(slot)
+        used = None
+        if self._on_gpu:
+            self._used[1 - self._turn].record(torch.cuda.current_stream(self.device))
+            used = self._used[self._turn]
+        self.await_copy(self._copy(pairs, after=used))
         self._turn = 1 - self._turn
         return slot
 
+    def put(self, payload: U8, into: Tensor) -> Copied:
+        """payload u8 [n] to `into` in HBM, once the kernels that were asked for before have ended.
+        Those that read it are asked for after `await_copy`."""
+        asked = None
+        if self._on_gpu:
+            asked = torch.cuda.Event()
+            asked.record(torch.cuda.current_stream(self.device))
+        return self._copy([(into, torch.from_numpy(payload))], after=asked)
+
+    def fetch(self, source: Tensor, into: U8) -> Copied:
+        """What `put` brought, back to DRAM: u8 [n]. It may be overwritten by later copies only."""
+        return self._copy([(torch.from_numpy(into), source)])
+
+    def await_copy(self, copied: Copied) -> None:
+        """Kernels asked for from now on find what was copied."""
+        if copied is not None:
+            torch.cuda.current_stream(self.device).wait_event(copied)
+
+    @property
+    def last(self) -> Copied:
+        """The copy that was asked for last."""
+        return self._last
+
     def arrived(self) -> None:
         """Wait until what was moved last has left its place in DRAM."""
-        if self._on_gpu and self._timed:
-            self._timed[-1][1].synchronize()
+        finished(self._last)
+
+    def _copy(
+        self, pairs: Sequence[tuple[Tensor, Tensor]], *, after: "torch.cuda.Event | None" = None
+    ) -> Copied:
+        """Each second to its first, when what is `after` has come."""
+        self._stats.nbytes += sum(len(target) for target, _ in pairs)
+        if not self._on_gpu:
+            begin = time.perf_counter()
+            for target, source in pairs:
+                target.copy_(source)
+            self._stats.busy_s += time.perf_counter() - begin
+            return None
+        begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with torch.cuda.stream(self._copies):
+            if after is not None:
+                self._copies.wait_event(after)
+            begin_event.record(self._copies)
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
+            end_event.record(self._copies)
+        self._timed.append((begin_event, end_event))
+        if len(self._timed) >= _TIMED:
+            self._add_up(self._timed[: _TIMED // 2])
+        self._last = end_event
+        return end_event
 
     def count(self, nbytes: int, seconds: float) -> None:
         """Bytes that crossed the link in another way."""
@@ -113,7 +158,7 @@ class Link:
     def close(self) -> None:
         """Before the buffers that were pinned are given back."""
         if self._on_gpu:
-            torch.cuda.synchronize(self._device)
+            torch.cuda.synchronize(self.device)
         for address in self._pinned:
             cuda_driver.unpin(address)
         self._pinned.clear()

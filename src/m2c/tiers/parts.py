@@ -32,6 +32,7 @@ def hbm_parts(plan: Plan) -> Parts:
         return {}
     parts = _blocks(plan, plan.in_hbm, resident=True)
     parts[UPGRADES] = plan.slab_nbytes
+    parts[EXPERTS] = plan.hbm_experts_nbytes
     parts[RING] = plan.hbm_staging_nbytes
     return _without_nothing({**parts, **_working(plan)})
 

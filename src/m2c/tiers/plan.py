@@ -7,13 +7,15 @@ ahead; so that the SSD is never idle, what is resident is spread evenly over the
 remains holds the upgrade planes of the hottest neurons.
 
 Neurons in experts are such blocks only if memory holds everything. Otherwise attention and head are
-placed, and what remains holds experts (`expert_plan.py`).
+placed, and what remains holds experts (`expert_plan.py`): in HBM the hottest, in DRAM those that
+come next, so that nothing is held twice while anything is held nowhere. Where DRAM has room for all
+of them it holds all, unless they are pinned: what HBM drives out then need not go back.
 
 Knows only sizes; reads nothing, allocates nothing.
 """
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from m2c.bundle.shard import BLOCK
@@ -42,22 +44,37 @@ class Plan:
     expert_slots: int | None = (
         None  # parts of experts cached in DRAM; None: they are blocks, or there are none
     )
+    hbm_expert_slots: int = 0  # likewise in HBM, the hottest
 
     @property
     def experts_nbytes(self) -> int:
-        """Of slots for experts, those for experts under way included."""
+        """Of slots for experts in DRAM, those for experts under way included."""
         if self.expert_slots is None:
             return 0
         assert self.footprint.experts is not None
         facts = self.footprint.experts
         return self.expert_slots * facts.slot_nbytes + facts.window_nbytes
 
+    @property
+    def hbm_experts_nbytes(self) -> int:
+        """Likewise in HBM."""
+        facts = self.footprint.experts
+        return facts.in_hbm_nbytes(self.hbm_expert_slots) if facts is not None else 0
+
     def expert_reads(self, tokens: int = 1) -> int:
         """Bytes of experts that a pass of `tokens` tokens is expected to read from the SSD."""
+        return self._missed(self.hbm_expert_slots + (self.expert_slots or 0), tokens)
+
+    def expert_moves(self, tokens: int = 1) -> int:
+        """Likewise to copy from DRAM to HBM."""
+        return self._missed(self.hbm_expert_slots, tokens) if self.budget.hbm else 0
+
+    def _missed(self, held: int, tokens: int) -> int:
+        """Bytes of experts that are not among the `held` hottest, for a pass of `tokens` tokens."""
         if self.expert_slots is None:
             return 0
         assert self.footprint.experts is not None
-        return self.footprint.experts.reads(self.expert_slots, tokens)
+        return self.footprint.experts.reads(min(held, self.footprint.experts.total), tokens)
 
     @property
     def slab_nbytes(self) -> int:
@@ -83,7 +100,7 @@ class Plan:
         if not self.budget.hbm:
             return 0
         used = self._resident(self.in_hbm) + self.hbm_staging_nbytes
-        return used + self.working_nbytes + self.slab_nbytes
+        return used + self.working_nbytes + self.slab_nbytes + self.hbm_experts_nbytes
 
     @property
     def ssd_nbytes_per_token(self) -> int:
@@ -109,8 +126,7 @@ class Plan:
             return 0
         blocks = self.footprint.blocks
         moved = sum(blocks[i].streamed_nbytes for i in (*self.in_dram, *self.streamed))
-        if self.expert_slots is not None and (facts := self.footprint.experts):
-            moved += facts.layers * facts.used_nbytes
+        moved += self.expert_moves()
         for u in self.footprint.upgrades:
             missing = 1 - min(1.0, self.slab_slots[u.plane] / self.footprint.neurons)
             moved += int(self.footprint.layers * u.active * missing) * u.slot_nbytes
@@ -231,10 +247,14 @@ def _three_tiers_with(
         room -= more * f.layers * u.slot_nbytes
     if len(in_hbm) == len(f.blocks):
         staging = 0
-    slots, fixed = None, f.staging_nbytes
+    slots, in_slots, fixed = None, 0, f.staging_nbytes
     if f.experts is not None and staging:
-        # experts that a token does not use must not cross the link: in HBM are all of them or none
+        # experts that a token does not use must not cross the link: in HBM they lie all as blocks,
+        # or the hottest in slots
+        own = [i for i in in_hbm if f.blocks[i].kind == "neurons"]
+        room += sum(f.blocks[i].resident_nbytes for i in own)
         in_hbm = [i for i in in_hbm if f.blocks[i].kind != "neurons"]
+        in_slots = f.experts.slots_of_hbm(room)
         slots, fixed = 0, fixed + f.experts.window_nbytes
     rest = [
         i
@@ -245,9 +265,11 @@ def _three_tiers_with(
     placement = place(f, tier, depth, rest)
     room = budget.dram - fixed - placement.nbytes
     if f.experts is not None and slots is not None:
-        slots = min(f.experts.total, room // f.experts.slot_nbytes)
+        most = f.experts.total - (in_slots if policy == "pinned" else 0)
+        slots = min(most, room // f.experts.slot_nbytes)
         room -= slots * f.experts.slot_nbytes
-    return _plan(f, budget, policy, tuple(sorted(in_hbm)), placement, staging, slabs, room, slots)
+    made = _plan(f, budget, policy, tuple(sorted(in_hbm)), placement, staging, slabs, room, slots)
+    return replace(made, hbm_expert_slots=in_slots)
 
 
 def _plan(

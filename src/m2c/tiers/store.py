@@ -18,7 +18,8 @@ from m2c.kernels.dispatch import exact_weights
 from m2c.kernels.rows import EXACT_DTYPES, ExactRows, PackedRows, Rows
 from m2c.tiers.blocks import Block, BlockUse, Precisions, block_of, head_name, planes_of
 from m2c.tiers.drafts import EMBED, DraftPlanes
-from m2c.tiers.experts import ExpertCache, ExpertParts, joined
+from m2c.tiers.expert_parts import ExpertParts, joined
+from m2c.tiers.experts import ExpertCache
 from m2c.tiers.facts import BlockFact
 from m2c.tiers.fetch import Decode, PlaneSource, RowSource
 from m2c.tiers.link import Link
@@ -259,12 +260,14 @@ class NeuronStore:
         assert facts is not None
         blocks = [self._block(fact) for fact in plan.footprint.blocks if fact.kind == "neurons"]
 
-        def to_rows(layer: int, parts: list[tuple[Block, U8]]) -> tuple[Rows, bool]:
+        def to_rows(layer: int, parts: list[tuple[Block, U8 | torch.Tensor]]) -> Rows:
             below = None if self.draft is None else self.draft.operands("neurons", layer)
-            link = self._link if plan.budget.hbm else None
-            return joined(parts, below, link)[FFN], link is None
+            return joined(parts, below)[FFN]
 
-        return ExpertCache(self.reader, facts, blocks, slots, policy=plan.policy, to_rows=to_rows)
+        return ExpertCache(
+            self.reader, facts, blocks, slots, policy=plan.policy, to_rows=to_rows,
+            link=self._link if plan.budget.hbm else None, hbm_slots=plan.hbm_expert_slots,
+        )  # fmt: skip
 
     def _load_embed(self) -> Rows:
         block = block_of(self._bundle, "dense", "embed", self._precisions.dense)
@@ -319,12 +322,10 @@ class NeuronStore:
         return None if isinstance(rows, PackedRows) and rows.frames is not None else rows
 
     def _block(self, fact: BlockFact) -> Block:
-        if fact.kind == "head":
-            name, precision = head_name(self._bundle), self._precisions.dense
-            whole = block_of(self._bundle, "dense", name, precision)
-        else:
-            precision = self._precisions.dense if fact.kind == "dense" else self._precisions.floor
-            whole = block_of(self._bundle, fact.kind, fact.layer, precision)
+        neurons, head = fact.kind == "neurons", fact.kind == "head"
+        name = head_name(self._bundle) if head else fact.layer
+        precision = self._precisions.floor if neurons else self._precisions.dense
+        whole = block_of(self._bundle, "neurons" if neurons else "dense", name, precision)
         held, stored = int(self._precisions.drafts), self._precisions.stored
         return replace(whole, start=fact.start, end=fact.end, held=held, stored=stored)
 
