@@ -382,7 +382,7 @@ RUNS: Final = (
     ),
     Guard(
         "kernels wait for an expert that is copied to HBM", "tiers/experts.py",
-        "            self._link.await_copy(self._coming[one.place])\n", "            pass\n",
+        "                self._link.await_copy(copied)\n", "",
         "tests/test_expert_tiers.py",
     ),
     Guard(

@@ -64,7 +64,7 @@ class Block:
     def is_exact(self) -> bool:
         return len(self.shards) == len(PLANES)
 
-    @property
+    @cached_property
     def streamed_nbytes(self) -> int:
         return sum(span.nbytes for span in self._spans)
 

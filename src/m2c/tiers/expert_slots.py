@@ -32,6 +32,7 @@ class ExpertSlots:
         self._static = policy == "pinned"
         self._places = list(range(len(contents)))  # of each slot
         self._parts = [ABSENT] * len(contents)  # in each slot
+        self._at = [ABSENT] * facts.total  # place of each part
         self.places = len(contents) + spare
         self.spare = deque(range(len(contents), self.places))
 
@@ -42,7 +43,8 @@ class ExpertSlots:
             move = cache.pin(first)
             for part, slot in zip(move.load_ids.tolist(), move.load_slots.tolist(), strict=True):
                 self._parts[self._first[kind] + slot] = part
-                yield part, self._places[self._first[kind] + slot]
+                self._at[part] = self._places[self._first[kind] + slot]
+                yield part, self._at[part]
             if not self._static:
                 cache.unpin(first)
 
@@ -63,9 +65,7 @@ class ExpertSlots:
 
     def at(self, part: int) -> int:
         """The place of a part; ABSENT where it has no slot."""
-        kind = self._kind(part)
-        (slot,) = self._caches[kind].lookup([part])
-        return ABSENT if slot == ABSENT else self._places[self._first[kind] + int(slot)]
+        return self._at[part]
 
     def take(self, part: int, place: int, keep: Sequence[int]) -> tuple[int, int] | None:
         """A part whose bytes are at `place`, which is nobody's, gets a slot, if the policy has one
@@ -77,7 +77,9 @@ class ExpertSlots:
             return None
         at = self._first[kind] + int(slot)
         gone = self._places[at], self._parts[at]
-        self._places[at], self._parts[at] = place, part
+        if gone[1] != ABSENT:
+            self._at[gone[1]] = ABSENT
+        self._places[at], self._parts[at], self._at[part] = place, part, place
         return gone
 
     def leave(self, part: int) -> int:
@@ -87,7 +89,7 @@ class ExpertSlots:
         self._caches[kind].evict([part])
         at = self._first[kind] + int(slot)
         place = self._places[at]
-        self._places[at] = self._parts[at] = ABSENT
+        self._places[at] = self._parts[at] = self._at[part] = ABSENT
         return place
 
     def _kind(self, part: int) -> int:

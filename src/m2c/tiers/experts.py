@@ -293,35 +293,45 @@ class ExpertCache:
         return self._block(part).read(self._reader, self._bytes(place), now=True)
 
     def _operand(self, layer: int, group: list[_Arriving]) -> Rows:
-        pieces = [self._piece(one) for one in group]
+        """Kernels asked for from now on find its bytes."""
         moved = [one for one in group if self._link is not None and not one.in_hbm]
+        for one in group:
+            if one.in_hbm and (copied := self._coming[one.place]) is not None:
+                assert self._link is not None
+                self._link.await_copy(copied)
+                self._coming[one.place] = None
         places = [one.place for one in group]
         fills = [self._fills[one.in_hbm][one.place] for one in group]
         key = group[0].in_hbm, places[0], len(places)
         made = self._made.get(key)
         if made is not None and not moved and made.places == places and made.fills == fills:
             return made.rows
-        if self._link is not None and moved:
-            raw = [piece for piece in pieces if not isinstance(piece, Tensor)]
-            parts = iter(self._link.move(*raw).split([len(piece) for piece in raw]))
-            pieces = [piece if isinstance(piece, Tensor) else next(parts) for piece in pieces]
-            for one in moved:
-                self._leaving[one.place] = self._link.last
-        blocks = [self._block(one.part) for one in group]
-        rows = self._to_rows(layer, list(zip(blocks, pieces, strict=True)))
+        came = iter(self._moved(moved))
+        parts = [
+            (self._block(one.part), next(came) if one in moved else self._held(one))
+            for one in group
+        ]  # fmt: skip
+        rows = self._to_rows(layer, parts)
         if not moved:
             self._made[key] = _Made(places, fills, rows)
         return rows
 
-    def _piece(self, one: _Arriving) -> U8 | Tensor:
-        """A part's bytes; of those in HBM, kernels asked for from now on find them."""
+    def _held(self, one: _Arriving) -> U8 | Tensor:
+        """A part's bytes where they lie."""
         nbytes = self._block(one.part).streamed_nbytes
-        if not one.in_hbm:
-            return self._bytes(one.place)[:nbytes]
-        if self._link is not None:
-            self._link.await_copy(self._coming[one.place])
-        self._coming[one.place] = None
-        return self.hbm_buffer[one.place, :nbytes]
+        if one.in_hbm:
+            return self.hbm_buffer[one.place, :nbytes]
+        return self._bytes(one.place)[:nbytes]
+
+    def _moved(self, parts: list[_Arriving]) -> Sequence[Tensor]:
+        """Parts that have no slot in HBM, copied there for once."""
+        if self._link is None or not parts:
+            return []
+        raw = [self._bytes(one.place)[: self._block(one.part).streamed_nbytes] for one in parts]
+        slot = self._link.move(*raw)
+        for one in parts:
+            self._leaving[one.place] = self._link.last
+        return slot.split([len(piece) for piece in raw])
 
     def _give_back(self, one: _Arriving) -> None:
         if one.spare:
