@@ -341,10 +341,10 @@ RUNS: Final = (
         "        self._engine.encode_special_tokens = False", "tests/test_tokenizer.py",
     ),
     Guard(
-        "an expert that was not read is not kept", "tiers/experts.py",
+        "an expert that was not read is not kept", "tiers/expert_memory.py",
         "        one.pending.wait()\n        one.pending = None\n        if to_hbm",
         "        one.pending, waited = None, one.pending\n"
-        "        self._dram.take(one.part, one.place, keep)\n        waited.wait()\n"
+        "        self.dram.take(one.part, one.place, keep)\n        waited.wait()\n"
         "        if to_hbm",
         "tests/test_experts.py",
     ),
@@ -353,11 +353,11 @@ RUNS: Final = (
         "keep=[]", "tests/test_experts.py",
     ),
     Guard(
-        "a slot's operands go with its expert", "tiers/experts.py",
+        "a slot's operands go with its expert", "tiers/expert_memory.py",
         "        self._fills[False][place] += 1\n", "", "tests/test_experts.py",
     ),
     Guard(
-        "operands in HBM go with their expert", "tiers/experts.py",
+        "operands in HBM go with their expert", "tiers/expert_memory.py",
         "        self._fills[True][place] += 1\n", "", "tests/test_expert_tiers.py",
     ),
     Guard(
@@ -376,13 +376,13 @@ RUNS: Final = (
         "tests/test_expert_mixes.py",
     ),
     Guard(
-        "what is read does not overwrite what is being copied to HBM", "tiers/experts.py",
+        "what is read does not overwrite what is being copied to HBM", "tiers/expert_memory.py",
         "        finished(self._leaving[place])", "        finished(None)",
         "tests/test_expert_tiers.py",
     ),
     Guard(
-        "kernels wait for an expert that is copied to HBM", "tiers/experts.py",
-        "                self._link.await_copy(copied)\n", "",
+        "kernels wait for an expert that is copied to HBM", "tiers/expert_memory.py",
+        "            self.link.await_copy(copied)\n", "",
         "tests/test_expert_tiers.py",
     ),
     Guard(
@@ -390,8 +390,8 @@ RUNS: Final = (
         "after=asked)", "after=None)", "tests/test_expert_tiers.py",
     ),
     Guard(
-        "what HBM drives out goes to DRAM", "tiers/experts.py",
-        "        if self._dram.at(gone) == ABSENT:", "        if False:",
+        "what HBM drives out goes to DRAM", "tiers/expert_memory.py",
+        "        if self.dram.at(gone) == ABSENT:", "        if False:",
         "tests/test_expert_tiers.py",
     ),
     Guard(

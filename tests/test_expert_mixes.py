@@ -262,7 +262,7 @@ def test_a_token_reads_the_planes_that_its_experts_are_computed_with(bundle: Bun
             engine.model.forward(np.array([9], np.int32))
         stats = engine.store.stats
         assert engine.store._experts is not None
-        whole = engine.store._experts._whole
+        whole = engine.store._experts.memory.whole
         assert engine.plan.expert_reads() == facts.layers * facts.used_nbytes
     assert set(stats.upgrades) == {"experts int4", "experts int8"}
     low, high = stats.upgrades["experts int4"], stats.upgrades["experts int8"]
@@ -371,7 +371,7 @@ def test_a_damaged_plane_ends_the_pass_and_nothing_of_it_is_kept(
         assert same(decode(engine), expected[QUARTER])
         cache = engine.store._experts
         assert cache is not None
-        assert len(cache._dram.spare) == cache._facts.window
+        assert len(cache.memory.dram.spare) == cache._facts.window
 
 
 def test_a_plane_whose_read_cannot_begin_takes_the_one_before_it_along(
@@ -550,7 +550,7 @@ def test_parts_are_planes_or_all_of_them(bundle: Bundle) -> None:
     with Engine(bundle, with_slots(bundle, options_for(Mix(25, 25, 50)), 1)) as engine:
         cache = engine.store._experts
         assert cache is not None
-        parts = cache._whole[0]
+        parts = cache.memory.whole[0]
         assert [len(part.shards) - part.held for part in parts] == [1, 1, 1]
         read = [one.shards[-1].header.plane for one in parts]
         assert read == ["int4", "int8", "fp16"]

@@ -237,7 +237,7 @@ def test_the_budget_is_kept_and_what_is_planned_is_allocated(bundle: Bundle, mix
     with Engine(bundle, with_slots(bundle, options, 4)) as engine:
         cache = engine.store._experts
         assert cache is not None
-        assert len(cache.buffer) <= engine.plan.experts_nbytes
+        assert len(cache.memory.buffer) <= engine.plan.experts_nbytes
     assert plan_of(bundle, replace(options, dram=most)).expert_slots is None
 
 

@@ -18,6 +18,7 @@ from m2c.kernels.dispatch import exact_weights
 from m2c.kernels.rows import EXACT_DTYPES, ExactRows, PackedRows, Rows
 from m2c.tiers.blocks import Block, BlockUse, Precisions, block_of, head_name, planes_of
 from m2c.tiers.drafts import EMBED, DraftPlanes
+from m2c.tiers.expert_memory import ExpertMemory
 from m2c.tiers.expert_parts import ExpertParts, joined
 from m2c.tiers.experts import ExpertCache
 from m2c.tiers.facts import BlockFact
@@ -175,9 +176,9 @@ class NeuronStore:
     def link_speed(self) -> float:
         """Bytes per second from DRAM to HBM of experts, or of a block that lies in DRAM or passes
         through it."""
-        if self._experts is not None:
-            return self._link.speed(self._experts.buffer)
         held = [use.raw for uses in self._uses.values() for use in uses if use.raw is not None]
+        if self._experts is not None:
+            held = [self._experts.memory.buffer]
         if held:
             return self._link.speed(max(held, key=len))
         return self._link.speed(self._ring.buffer) if self._ring is not None else 0.0
@@ -214,8 +215,8 @@ class NeuronStore:
         # whether `uses` gives each layer's rows whole, and the same for every token
         self.holds_all = all(len(u) == 1 and u[0].rows is not None for u in self._uses.values())
         if plan.expert_slots is not None:
-            self._experts = self._expert_cache(plan.expert_slots)
-            self._progress(self._experts.load())
+            self._experts = self._expert_cache()
+            self._progress(self._experts.memory.load())
         if plan.holds_embed:
             self._pinned_embed = self._load_embed()
             if self.draft is not None:
@@ -255,7 +256,7 @@ class NeuronStore:
         else:
             use.rows = dict(use.block.rows(torch.from_numpy(raw).to(self.device), use.below))
 
-    def _expert_cache(self, slots: int) -> ExpertCache:
+    def _expert_cache(self) -> ExpertCache:
         plan, facts = self.plan, self.plan.footprint.experts
         assert facts is not None
         blocks = [self._block(fact) for fact in plan.footprint.blocks if fact.kind == "neurons"]
@@ -264,10 +265,8 @@ class NeuronStore:
             below = None if self.draft is None else self.draft.operands("neurons", layer)
             return joined(parts, below)[FFN]
 
-        return ExpertCache(
-            self.reader, facts, blocks, slots, policy=plan.policy, to_rows=to_rows,
-            link=self._link if plan.budget.hbm else None, hbm_slots=plan.hbm_expert_slots,
-        )  # fmt: skip
+        memory = ExpertMemory(self.reader, plan, blocks, self._link if plan.budget.hbm else None)
+        return ExpertCache(facts, memory, to_rows)
 
     def _load_embed(self) -> Rows:
         block = block_of(self._bundle, "dense", "embed", self._precisions.dense)
