@@ -78,7 +78,8 @@ def slotted(bundle: Bundle, options: RunOptions, hbm: int, dram: int) -> RunOpti
     options = replace(options, dram=least + min(dram, facts.total) * facts.slot_nbytes)
     plan = plan_of(bundle, options)
     assert plan.hbm_expert_slots == hbm
-    assert plan.expert_slots == min(dram, facts.total - hbm * (options.policy == "pinned"))
+    moves = options.policy != "pinned" and hbm < facts.total
+    assert plan.expert_slots == min(dram, facts.total - (0 if moves else hbm))
     return options
 
 

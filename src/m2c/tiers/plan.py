@@ -265,7 +265,8 @@ def _three_tiers_with(
     placement = place(f, tier, depth, rest)
     room = budget.dram - fixed - placement.nbytes
     if f.experts is not None and slots is not None:
-        most = f.experts.total - (in_slots if policy == "pinned" else 0)
+        moves = policy != "pinned" and in_slots < f.experts.total
+        most = f.experts.total - (0 if moves else in_slots)
         slots = min(most, room // f.experts.slot_nbytes)
         room -= slots * f.experts.slot_nbytes
     made = _plan(f, budget, policy, tuple(sorted(in_hbm)), placement, staging, slabs, room, slots)
