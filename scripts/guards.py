@@ -350,7 +350,7 @@ RUNS: Final = (
     ),
     Guard(
         "an expert under way keeps its slot", "tiers/expert_slots.py", "keep=sorted(keep)",
-        "keep=[]", "tests/test_experts.py",
+        "keep=[]", "tests/test_expert_tiers.py",
     ),
     Guard(
         "a slot's operands go with its expert", "tiers/expert_memory.py",

@@ -1,6 +1,8 @@
 """Experts in HBM, in DRAM and on the SSD: the same bits wherever they lie, and nothing lies twice
 that could lie once. On a CPU whose memory is also HBM, and on a GPU that is not there."""
 
+import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command_line import m2c
 from emulated import Emulator
 from running import GiB, Run, decode, options_for, plan_of, same, smallest_dram
 from strict_gpu import CUDA, Event, StrictGpu, install
@@ -32,6 +35,8 @@ from m2c.kernels.gpu import GpuKernels
 from m2c.model.mix import Mix
 from m2c.predict import Speeds, predicted_tps
 from m2c.tiers.cache import ABSENT
+from m2c.tiers.expert_plan import ExpertFact
+from m2c.tiers.expert_slots import ExpertSlots
 from m2c.tiers.experts import ExpertCache
 from m2c.tiers.parts import dram_parts, hbm_parts
 from m2c.tiers.policies import POLICY_NAMES
@@ -207,6 +212,39 @@ def test_what_was_used_last_is_in_hbm_unless_a_pass_would_drive_it_out(bundle: B
             assert hits(engine) == (1 - taken, taken, 0)
         assert len(held()) == 18
         assert held()[-1] == 47
+
+
+def test_a_part_takes_no_slot_of_one_that_is_under_way() -> None:
+    """Nor of another kind; it brings its place, and leaves with it."""
+    facts = ExpertFact(1, 4, (2, 1), 100, (100, 100))
+    assert facts.ranking == (0, 1, 2, 3, 4, 5, 6, 7)  # four of each kind
+    slots = ExpertSlots(facts, [2, 3, 4], 2, "lru")
+    assert dict(slots.begin()) == {2: 0, 3: 1, 4: 2}
+    assert list(slots.spare) == [3, 4]
+    slots.touch([[2], [3, 7]])
+    assert slots.take(1, 3, keep=[3, 2]) is None
+    assert slots.take(1, 3, keep=[2]) == (1, 3)
+    assert [slots.at(part) for part in range(8)] == [ABSENT, 3, 0, ABSENT, 2, *[ABSENT] * 3]
+    assert slots.take(7, 4, keep=[1]) == (2, 4)
+    assert slots.leave(1) == 3
+    assert slots.take(0, 1, keep=[]) == (ABSENT, ABSENT)
+    assert (slots.at(0), slots.at(1), slots.at(7)) == (1, ABSENT, 4)
+    assert slots.keeps([[0, 4], [1]]) == [True, True]
+    assert slots.keeps([[0, 4], [1], [2, 5]]) == [False, False]
+
+
+def test_a_run_says_which_tier_served(bundle: Bundle, tmp_path: Path) -> None:
+    options = slotted(bundle, options_for(INT4, ctx_size=None), 20, ALL)
+    run = ("run", bundle.path, "-p", "a", "-n", 4, "-t", 1, "--mode", "mixed", "--mix", "0/0/100",
+           "--hbm", f"{(options.hbm or 0) >> 10}KiB", "--dram", "1GiB")  # fmt: skip
+    said = m2c(*run, "--stats", tmp_path / "stats.json", "--report", tmp_path / "report.html")
+    assert said.code == 0, said.err
+    assert re.search(r"experts from \d+% HBM \+ \d+% DRAM", said.err)
+    assert "HBM (" in (tmp_path / "report.html").read_text()
+    served = json.loads((tmp_path / "stats.json").read_text())["upgrades"]["experts"]
+    assert served["hbm_or_cache"] > 0
+    assert served["dram"] > 0
+    assert served["ssd"] == 0
 
 
 # -- plans -----------------------------------------------------------------------------------------

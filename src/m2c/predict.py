@@ -84,9 +84,8 @@ def predicted_tps(plan: Plan, speeds: Speeds, *, decode_s: float = 0.0) -> float
     if speeds.ssd:
         seconds.append(plan.streamed_nbytes_per_token / speeds.ssd + waited_s)
     if speeds.link:
-        waited_s += plan.expert_moves() / speeds.link
-    if speeds.link:
         seconds.append(plan.link_nbytes_per_token / speeds.link)
+        waited_s += plan.expert_moves() / speeds.link
     if speeds.memory:
         layer_s = _MIXED_LAYER_S if plan.footprint.upgrades else _LAYER_S
         if (facts := plan.footprint.experts) is not None:

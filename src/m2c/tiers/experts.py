@@ -124,17 +124,13 @@ class ExpertCache:
 
     def read_speed(self) -> float:
         """Bytes per second of reading a token's experts, some layers'."""
-        nbytes, begin = 0, time.perf_counter()
+        memory, nbytes, begin = self.memory, 0, time.perf_counter()
         for probe in range(_PROBES):
-            layer = probe * self._facts.layers // _PROBES
-            ids = self._position[layer * self._facts.count :][
-                : len(self.memory.dram.spare)
-            ].tolist()
-            started = [
-                self.memory.read(i, at) for i, at in zip(ids, self.memory.dram.spare, strict=False)
-            ]
+            layer, places = probe * self._facts.layers // _PROBES, list(memory.dram.spare)
+            ids = self._position[layer * self._facts.count :][: len(places)].tolist()
+            started = [memory.read(i, at) for i, at in zip(ids, places, strict=False)]
             Pending.all_of(started).wait()
-            nbytes += sum(self.memory.block(i).streamed_nbytes for i in ids)
+            nbytes += sum(memory.block(i).streamed_nbytes for i in ids)
         return nbytes / (time.perf_counter() - begin)
 
     def _found(self, kind: int, part: int) -> Arriving:
