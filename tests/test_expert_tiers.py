@@ -113,13 +113,14 @@ def hits(engine: Engine) -> tuple[int, int, int]:
 # -- the same bits ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", ["lru", "pinned"])
-@pytest.mark.parametrize("mix", MIXES, ids=str)
+@pytest.mark.parametrize(
+    ("mix", "policy"), [*((mix, "lru") for mix in MIXES), (INT4, "pinned"), (QUARTER, "pinned")]
+)
 def test_where_experts_lie_does_not_change_a_bit(
     bundle: Bundle, expected: dict[Mix, Run], mix: Mix, policy: str
 ) -> None:
     options = options_for(mix, policy=policy)
-    for hbm, dram in ((0, 0), (1, 0), (3, 5), (20, 0), (20, 9), (ALL, 4), (18, ALL), (1, ALL)):
+    for hbm, dram in ((0, 0), (1, 0), (3, 5), (20, 9), (ALL, 4), (18, ALL)):
         with Engine(bundle, slotted(bundle, options, hbm, dram)) as engine:
             for _ in range(2):
                 assert same(decode(engine), expected[mix])
@@ -319,7 +320,6 @@ def gpu(emulated: GpuKernels, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stric
         ("0/0/100", "lru", [(0, 0), (1, 0), (7, 0), (9, 3), (9, ALL), (3, ALL)]),
         ("0/50/50", "lru", [(1, 0), (9, 3), (12, ALL)]),
         ("0/50/50", "pinned", [(9, 3)]),
-        pytest.param("50/0/50", "lru", [(9, 3)], marks=pytest.mark.slow),
     ],
 )
 def test_a_gpu_gives_the_bits_of_its_kernels(
@@ -360,7 +360,6 @@ def test_exact_mode_on_a_gpu(
         assert engine.plan.expert_slots == 4
         assert speculated(engine, len(ids)) == ids
         assert all(hits(engine))
-        assert speculated(engine, len(ids)) == ids
 
 
 def test_a_gpu_that_is_not_waited_for_is_found_out(
