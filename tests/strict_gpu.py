@@ -271,6 +271,7 @@ def install(monkeypatch: pytest.MonkeyPatch, emulator: Emulator) -> tuple[Strict
     monkeypatch.setattr(devices, "CudaDriver", lambda device, cache: gpu)
     monkeypatch.setattr(cuda_driver, "pin", pinned.pin)
     monkeypatch.setattr(cuda_driver, "unpin", pinned.remove)
+    monkeypatch.setattr(cuda_driver, "seen_at", lambda address: address)
     return gpu, pinned
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from emulated import Emulator
-from running import PROMPT, decode, options_for, same
+from running import PROMPT, decode, options_for, plan_of, same, smallest_dram
 from strict_gpu import CUDA, StrictGpu, install, on_gpu
 from test_experts import SHARED
 from test_gpu import smallest_hbm, speculated
@@ -76,6 +76,36 @@ def test_tokens_are_those_of_the_kernels(
     assert same((again[0], again[1].cpu()), expected)
     if hbm == "all":
         assert steady == (mix in ("0/0/100", "0/25/75", "0/100/0", "100/0/0"))
+
+
+@pytest.mark.parametrize("policy", ["atu", "pinned"])
+@pytest.mark.parametrize("share", [0.0, 0.5])
+@pytest.mark.parametrize("in_dram", ["all", "some", "none"])
+def test_kernels_take_chosen_records_from_dram_themselves(
+    tiny_bundle: Bundle, emulated: GpuKernels, gpu: StrictGpu, in_dram: str, share: float,
+    policy: str,
+) -> None:  # fmt: skip
+    launched = emulated._launch.__self__.launched  # type: ignore[attr-defined]
+    options = options_for(Mix.parse("0/40/60"), hbm=HBM, device="cuda", policy=policy)
+    with torch._C.DisableTorchFunction():
+        expected = without(tiny_bundle, options, emulated)
+        everything = plan_of(tiny_bundle, options).used_hbm
+        options = smallest_hbm(tiny_bundle, options)
+        assert options.hbm is not None
+        options = replace(options, hbm=int(options.hbm + (everything - options.hbm) * share))
+        if in_dram != "all":
+            dram = smallest_dram(tiny_bundle, options)
+            options = replace(options, dram=dram + (3000 if in_dram == "some" else 0))
+        prefix = plan_of(tiny_bundle, options).prefix["int8"]
+        neurons = config_of(tiny_bundle).intermediate_size
+        assert (prefix == neurons, prefix > 0) == (in_dram == "all", in_dram != "none")
+    launched.clear()
+    with Engine(tiny_bundle, options) as engine:
+        ids, logits = decode(engine)
+        stats = engine.store.stats
+    assert same((ids, logits.cpu()), expected)
+    assert ("m2c_gather" in launched) == (prefix > 0)
+    assert (stats.upgrades["int8"].ssd > 0) == (prefix < neurons)
 
 
 @pytest.mark.parametrize("hbm", ["all", "least"])

@@ -107,7 +107,7 @@ class Engine:
         self.store = NeuronStore(
             bundle, self.plan, self.shape.precisions, device=device, progress=progress,
             io_threads=self.disk.depth, request_blocks=self.disk.request_nbytes // BLOCK,
-            decode=partial(exact_weights, workers=self.workers),
+            decode=partial(exact_weights, workers=self.workers), gather=self.workers.gather,
         )  # fmt: skip
         self.closing.callback(self.store.close)
         vectors = in_shard_order(vectors_of(bundle, self.config), importance)

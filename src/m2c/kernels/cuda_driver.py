@@ -18,11 +18,20 @@ from m2c.bundle.files import write_atomic
 from m2c.errors import M2CError
 
 FOLDER: Final = Path(__file__).parent / "cuda"
-SOURCES: Final = ("base.cu", "inputs.cu", "products.cu", "columns.cu", "attention.cu", "frames.cu")
+SOURCES: Final = (
+    "base.cu",
+    "inputs.cu",
+    "products.cu",
+    "columns.cu",
+    "attention.cu",
+    "frames.cu",
+    "gather.cu",
+)
 # no contraction: sums must not depend on what the compiler made of a loop
 OPTIONS: Final = ("--fmad=false", "--std=c++17", "-default-device")
 _DIGEST_NBYTES: Final = 32
 _POINTER: Final = ctypes.c_void_p
+_MAPPED: Final = 2  # CU_MEMHOSTREGISTER_DEVICEMAP
 
 
 class NoKernels(M2CError):
@@ -110,7 +119,16 @@ def pin(address: int, nbytes: int) -> bool:
     """Tell the driver that host memory stays where it is; whether it agrees. Not by the runtime: it
     would remember a refusal, and torch would take it for an error of its next kernel."""
     driver = _library("libcuda.so.1")
-    return not driver.cuMemHostRegister_v2(_POINTER(address), ctypes.c_size_t(nbytes), 0)
+    return not driver.cuMemHostRegister_v2(_POINTER(address), ctypes.c_size_t(nbytes), _MAPPED)
+
+
+def seen_at(address: int) -> int | None:
+    """Where kernels find pinned memory of the host; None: they do not."""
+    found = _POINTER()
+    driver = _library("libcuda.so.1")
+    if driver.cuMemHostGetDevicePointer_v2(ctypes.byref(found), _POINTER(address), 0):
+        return None
+    return found.value
 
 
 def unpin(address: int) -> None:

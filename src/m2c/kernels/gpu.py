@@ -226,6 +226,18 @@ class GpuKernels:
                 self._recording = False
         return replay(x)
 
+    def gather(self, source: int, ids: Tensor, into: Tensor, slots: Tensor | None) -> None:
+        """Records `ids` int32 [n] of those at `source`, which the GPU sees and whose rows are of
+        those of `into` [any, nbytes] u8, into its rows `slots` int32 [n], or in order."""
+        nbytes = into.shape[1]
+        if nbytes % 2:
+            raise ValueError(f"records of {nbytes} bytes")
+        self._launch(
+            "m2c_gather", -(-len(ids) * 32 // BLOCK), BLOCK,
+            (ctypes.c_void_p(source), at(ids), at(slots), at(into), ctypes.c_int64(nbytes),
+             _int(len(ids))),
+        )  # fmt: skip
+
     def decode(self, rows: PackedRows) -> Tensor:
         """The 16-bit weights [rows, vectors * length] of rows with frames."""
         return self._do.decode(rows)

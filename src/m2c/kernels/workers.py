@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from m2c.kernels.gpu import GpuKernels
 from m2c.kernels.native import NativeKernels, load_native
@@ -62,6 +63,11 @@ class Workers:
         """What computes, if it can record a pass and replay it."""
         gpu = self.native
         return gpu if isinstance(gpu, GpuKernels) and gpu.replays else None
+
+    @property
+    def gather(self) -> Callable[[int, Tensor, Tensor, Tensor | None], None] | None:
+        """`GpuKernels.gather`, if there is a GPU."""
+        return self.native.gather if isinstance(self.native, GpuKernels) else None
 
     def check(self) -> None:
         """Raises BadInput if weights that were decoded since were damaged."""

@@ -63,6 +63,11 @@ class PlaneSource:
     def prefix_nbytes(self) -> int:
         return len(self._prefix)
 
+    @property
+    def prefix(self) -> U8:
+        """The ranges that lie in DRAM, one after the other."""
+        return self._prefix
+
     def pin_prefix(self, records: int) -> None:
         """Read the first `records` ranges into DRAM, verified."""
         if not records:

@@ -7,7 +7,8 @@ the call returns. Knows nothing about what is copied.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Final
 
 import numpy as np
@@ -55,13 +56,16 @@ class Link:
         """The slot that the next copy goes to."""
         return self._turn
 
-    def pin(self, buffer: U8) -> None:
+    def pin(self, buffer: U8) -> int | None:
         """Tell the driver that `buffer` stays where it is: copies from it need no help of a CPU.
+        Where kernels find it, if they do.
 
         Where it cannot be, copies are slower and still right.
         """
-        if self._on_gpu and cuda_driver.pin(buffer.ctypes.data, buffer.nbytes):
-            self._pinned.append(buffer.ctypes.data)
+        if not self._on_gpu or not cuda_driver.pin(buffer.ctypes.data, buffer.nbytes):
+            return None
+        self._pinned.append(buffer.ctypes.data)
+        return cuda_driver.seen_at(buffer.ctypes.data)
 
     def move(self, *payloads: U8) -> Tensor:
         """The payloads u8 [n] one after the other in a slot, for kernels that are asked for from
@@ -125,11 +129,19 @@ class Link:
             for target, source in pairs:
                 target.copy_(source, non_blocking=True)
             end_event.record(self._copies)
-        self._timed.append((begin_event, end_event))
-        if len(self._timed) >= _TIMED:
-            self._add_up(self._timed[: _TIMED // 2])
+        self._timed_too(begin_event, end_event)
         self._last = end_event
         return end_event
+
+    @contextmanager
+    def crossed(self, nbytes: int) -> Iterator[None]:
+        """Around asking for kernels that take so many bytes from DRAM themselves."""
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        events[0].record(torch.cuda.current_stream(self.device))
+        yield
+        events[1].record(torch.cuda.current_stream(self.device))
+        self._timed_too(events[0], events[1])
+        self._stats.nbytes += nbytes
 
     def count(self, nbytes: int, seconds: float) -> None:
         """Bytes that crossed the link in another way."""
@@ -162,6 +174,11 @@ class Link:
         for address in self._pinned:
             cuda_driver.unpin(address)
         self._pinned.clear()
+
+    def _timed_too(self, begin: "torch.cuda.Event", end: "torch.cuda.Event") -> None:
+        self._timed.append((begin, end))
+        if len(self._timed) >= _TIMED:
+            self._add_up(self._timed[: _TIMED // 2])
 
     def _add_up(self, first: "list[tuple[torch.cuda.Event, torch.cuda.Event]]") -> None:
         """Count the times of the first copies, which have ended or soon will have."""

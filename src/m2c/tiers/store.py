@@ -29,6 +29,7 @@ from m2c.tiers.memory import aligned_buffer
 from m2c.tiers.neighbours import runs
 from m2c.tiers.plan import Plan
 from m2c.tiers.ring import BlockRing
+from m2c.tiers.seen import Gather, seen_records
 from m2c.tiers.ssd import REQUEST_BLOCKS, THREADS, SsdReader
 from m2c.tiers.traffic import StoreStats
 from m2c.tiers.upgrades import HitStats, UpgradePlane
@@ -45,15 +46,16 @@ class NeuronStore:
         self, bundle: Bundle, plan: Plan, precisions: Precisions, *,
         device: torch.device, io_threads: int = THREADS, request_blocks: int = REQUEST_BLOCKS,
         progress: Callable[[int], None] = lambda nbytes: None,
-        decode: Decode = exact_weights,
+        decode: Decode = exact_weights, gather: Gather | None = None,
     ) -> None:  # fmt: skip
-        """decode: from rows with frames to their 16-bit weights."""
+        """decode: from rows with frames to their 16-bit weights. gather: of the GPU's kernels."""
         self.plan = plan
         self.device = device
         self.reader = SsdReader(io_threads, request_blocks)
         self._bundle = bundle
         self._precisions = precisions
         self._progress = progress
+        self._gather = gather
         self._link = Link(device, plan.hbm_staging_nbytes)
         self._staging = aligned_buffer(plan.footprint.staging_nbytes)
         self._upgrades: dict[tuple[int, str], UpgradePlane] = {}
@@ -234,9 +236,8 @@ class NeuronStore:
         for kind, layer, run in runs(plan, ready):
             first, last = plan.footprint.blocks[run[0]], plan.footprint.blocks[run[-1]]
             below = None if self.draft is None else self.draft.operands(kind, layer)
-            use = BlockUse(self._block(replace(first, end=last.end)), below)
+            use = BlockUse(self._block(replace(first, end=last.end)), below, ring=ring)
             if run[0] not in ready | waiting:
-                use.ring = ring
                 ring += 1
             elif run[0] in ready and use.block.is_exact and not use.block.stored:
                 use.rows = {n: self._load_exact(use.block, n) for n in use.block.sections}
@@ -278,34 +279,34 @@ class NeuronStore:
         return block.rows(raw)[EMBED]
 
     def _load_exact(self, block: Block, name: str) -> Rows:
-        return load_exact(
-            self.reader, block, name, self._decode, self.device, progress=self._progress
-        )
+        decode, progress = self._decode, self._progress
+        return load_exact(self.reader, block, name, decode, self.device, progress=progress)
 
     def _upgrade_plane(self, layer: int, plane: str) -> UpgradePlane:
-        plan = self.plan
+        plan, neurons = self.plan, self.plan.footprint.neurons
         layout = self._bundle.shard("neurons", layer, "int4").header.section(FFN).layout
-        slots = plan.slab_slots.get(plane, 0)
-        slab = None
+        slots, slab = plan.slab_slots.get(plane, 0), None
+        exact_type = self._bundle.manifest.exact_type if plane == "fp16" else None
         if slots:
-            width = layout.nbytes("int8") if plane == "int8" else layout.vectors * layout.length
-            exact = EXACT_DTYPES[self._bundle.manifest.exact_type]
-            dtype = torch.uint8 if plane == "int8" else exact
+            width = layout.vectors * layout.length if exact_type else layout.nbytes("int8")
+            dtype = EXACT_DTYPES[exact_type] if exact_type else torch.uint8
             slab = torch.empty((slots, width), dtype=dtype, device=self.device)
         source = self._plane_source(layer, plane)
         source.pin_prefix(plan.prefix.get(plane, 0))
         self._progress(source.prefix_nbytes)
-        below = None
+        below = seen = None
+        if plane == "int8" and slots < neurons:
+            seen = seen_records(self._link, self._gather, source.prefix)
         if plane == "fp16" and self._precisions.floor == "int4":
             known = self._upgrades.get((layer, "int8"))
             below = known.source if known else self._plane_source(layer, "int8")
         upgrade = UpgradePlane(
-            source, below, exact_type=self._bundle.manifest.exact_type if plane == "fp16" else None,
-            slab=slab, neurons=plan.footprint.neurons, policy=plan.policy, device=self.device,
+            source, below, exact_type=exact_type, slab=slab, neurons=neurons, policy=plan.policy,
+            device=self.device,
             copied=self._link.count if plan.budget.hbm else lambda nbytes, seconds: None,
-            decode=self._decode,
+            decode=self._decode, seen=seen,
         )  # fmt: skip
-        if plan.budget.hbm and plane == "int8" and slots == plan.footprint.neurons:
+        if plan.budget.hbm and plane == "int8" and slots == neurons:
             self._progress(upgrade.load_whole())
         return upgrade
 

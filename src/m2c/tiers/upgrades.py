@@ -18,6 +18,7 @@ from torch import Tensor
 from m2c.kernels.rows import EXACT_DTYPES, PackedRows
 from m2c.tiers.cache import ABSENT, NeuronCache
 from m2c.tiers.fetch import Decode, PlaneSource, decode_rows, rows_at_once
+from m2c.tiers.seen import SeenRecords
 
 _PIECE_NBYTES: Final = 8 << 20  # loaded at a time
 
@@ -46,15 +47,17 @@ class UpgradePlane:
     """slab: [slots, record] on the compute device, or None when the plane has no slots there.
 
     below: sources of the planes under this one that the floor does not hold. `copied` is told the
-    bytes that cross into the compute tier. decode: from rows with frames to 16-bit weights.
+    bytes that cross into the compute tier. decode: from rows with frames to 16-bit weights. seen:
+    what of the INT8 plane lies in DRAM, where kernels can take it themselves.
     """
 
     def __init__(
         self, source: PlaneSource, below: PlaneSource | None, *, exact_type: str | None,
         slab: Tensor | None, neurons: int, policy: str, device: torch.device,
-        copied: Callable[[int, float], None], decode: Decode,
+        copied: Callable[[int, float], None], decode: Decode, seen: SeenRecords | None = None,
     ) -> None:  # fmt: skip
         self.source = source
+        self._seen = seen
         self.stats = HitStats()
         self._below = below
         self._exact_type = exact_type
@@ -136,6 +139,10 @@ class UpgradePlane:
     def _fill(self, ids: Ids, slots: Ids, floor: PackedRows) -> None:
         """Load `ids` into their slots, a piece at a time: at first use that is the whole slab."""
         assert self._slab is not None
+        if (cut := self._seen_of(ids)) and self._seen is not None:
+            self._seen.take(ids[:cut], self._slab, slots[:cut])
+            self.stats.dram += cut
+            ids, slots = ids[cut:], slots[cut:]
         step = rows_at_once(floor.layout)
         for start in range(0, len(ids), step):
             part = slice(start, start + step)
@@ -143,6 +150,14 @@ class UpgradePlane:
 
     def _load(self, ids: Ids, floor: PackedRows) -> Tensor:
         """Records from DRAM or SSD, decoded to 16 bits if this is the exact plane."""
+        if (cut := self._seen_of(ids)) and self._seen is not None:
+            shape = (len(ids), floor.layout.nbytes("int8"))
+            out = torch.empty(shape, dtype=torch.uint8, device=self._device)
+            self._seen.take(ids[:cut], out)
+            self.stats.dram += cut
+            if cut < len(ids):
+                out[cut:] = self._load_piece(ids[cut:], floor)
+            return out
         step = rows_at_once(floor.layout)
         if len(ids) <= step or self._exact_type is None:
             return self._load_piece(ids, floor)
@@ -152,6 +167,10 @@ class UpgradePlane:
         for start in range(0, len(ids), step):
             out[start : start + step] = self._load_piece(ids[start : start + step], floor)
         return out
+
+    def _seen_of(self, ids: Ids) -> int:
+        """How many of `ids`, the first, kernels can take themselves."""
+        return 0 if self._seen is None else int(np.searchsorted(ids, self.source.prefix_records))
 
     def _load_piece(self, ids: Ids, floor: PackedRows) -> Tensor:
         if self._exact_type is None:
