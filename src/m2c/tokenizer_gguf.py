@@ -7,20 +7,13 @@ import json
 from typing import Any
 
 from m2c.errors import BadInput, UnsupportedModel
-from m2c.tokenizer_bpe import added_token, bpe_json, byte_level
+from m2c.tokenizer_bpe import added_token, bpe_json
+from m2c.tokenizer_pre import PRE_TOKENIZERS, PreTokenizer
 from m2c.tokenizer_spm import CONTROL, UNUSED, USER_DEFINED, Vocabulary, build_spm
 
 _DOWNLOAD_AGAIN = "fetch the GGUF file again from where it came from"
 _BRING_TOKENIZER = "put the tokenizer.json of the original model beside it"
 
-# Pre-tokenizers of the GGUF files that can be rebuilt, under the names llama.cpp gives them.
-# The regular expressions are those of the models' own tokenizer.json.
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
-_PRE_TOKENIZERS = ("smollm", "gpt-2", "qwen2", "falcon", *_LLAMA3)
 _BPE, _SPM = "gpt2", "llama"  # values of tokenizer.ggml.model; gemma files say llama too
 
 
@@ -39,7 +32,8 @@ def build_from_gguf(metadata: dict[str, Any]) -> bytes:
             f"BPE) and {_SPM!r} (sentencepiece BPE) can be rebuilt",
             _BRING_TOKENIZER,
         )
-    normalizer, pre_tokenizer = _pipeline(metadata.get("tokenizer.ggml.pre"))
+    cut = _pre_tokenizer(metadata.get("tokenizer.ggml.pre"))
+    normalizer, pre_tokenizer = cut.pipeline()
     tokens = _strings(metadata, "tokenizer.ggml.tokens")
     vocab = {token: id for id, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
@@ -48,8 +42,7 @@ def build_from_gguf(metadata: dict[str, Any]) -> bytes:
         vocab, _strings(metadata, "tokenizer.ggml.merges"),
         _added_tokens(tokens, metadata.get("tokenizer.ggml.token_type")),
         normalizer=normalizer, pre_tokenizer=pre_tokenizer,
-        # whole words that no sequence of merges reaches
-        ignore_merges=metadata["tokenizer.ggml.pre"] in _LLAMA3, hint=_DOWNLOAD_AGAIN,
+        ignore_merges=cut.whole_words, hint=_DOWNLOAD_AGAIN,
     )  # fmt: skip
 
 
@@ -58,7 +51,8 @@ def build_tokenizer_config(metadata: dict[str, Any]) -> bytes:
     tokens = _strings(metadata, "tokenizer.ggml.tokens")
     # llama.cpp adds bos for these models even where the file does not say so
     kind = metadata.get("tokenizer.ggml.model")
-    implied = kind == _SPM or metadata.get("tokenizer.ggml.pre") in _LLAMA3
+    cut = PRE_TOKENIZERS.get(str(metadata.get("tokenizer.ggml.pre")))
+    implied = kind == _SPM or (cut is not None and cut.whole_words)
     config: dict[str, Any] = {
         "add_bos_token": bool(metadata.get("tokenizer.ggml.add_bos_token", implied))
     }
@@ -75,42 +69,15 @@ def build_tokenizer_config(metadata: dict[str, Any]) -> bytes:
     return json.dumps(config, ensure_ascii=False, indent=2, sort_keys=True).encode()
 
 
-def _pipeline(name: Any) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """(normalizer, pre-tokenizer) of a model family."""
-    if name == "gpt-2":
-        return None, byte_level(use_regex=True)
-    if name == "smollm":
-        steps = [{"type": "Digits", "individual_digits": True}, byte_level(use_regex=True)]
-        return None, {"type": "Sequence", "pretokenizers": steps}
-    if name == "qwen2":
-        return {"type": "NFC"}, _split_words(digits="")
-    if name == "falcon":
-        return None, _falcon()
-    if name in _LLAMA3:
-        return None, _split_words(digits="{1,3}")
-    raise UnsupportedModel(
-        f"the GGUF file's pre-tokenizer {repr(name)[:40]} is not one of "
-        f"{', '.join(_PRE_TOKENIZERS)}",
-        _BRING_TOKENIZER,
-    )
-
-
-def _split_words(*, digits: str) -> dict[str, Any]:
-    pattern = {"Regex": _WORDS.replace("DIGITS", digits)}
-    split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
-    return {"type": "Sequence", "pretokenizers": [split, byte_level()]}
-
-
-def _falcon() -> dict[str, Any]:
-    """Runs of punctuation apart, then GPT-2's words, digits three by three."""
-    digits = {"type": "Digits", "individual_digits": False}
-    threes = {
-        "type": "Split", "pattern": {"Regex": "[0-9][0-9][0-9]"}, "behavior": "Isolated",
-        "invert": False,
-    }  # fmt: skip
-    punctuation = {"type": "Punctuation", "behavior": "Contiguous"}
-    steps = [punctuation, byte_level(use_regex=True), digits, threes]
-    return {"type": "Sequence", "pretokenizers": steps}
+def _pre_tokenizer(name: Any) -> PreTokenizer:
+    found = PRE_TOKENIZERS.get(name) if isinstance(name, str) else None
+    if found is None:
+        raise UnsupportedModel(
+            f"the GGUF file's pre-tokenizer {repr(name)[:40]} is not one of "
+            f"{', '.join(PRE_TOKENIZERS)}",
+            _BRING_TOKENIZER,
+        )
+    return found
 
 
 def _spm_vocabulary(metadata: dict[str, Any]) -> Vocabulary:
