@@ -24,7 +24,13 @@ from m2c.errors import BadInput, M2CError, UnsupportedModel
 from m2c.model.checkpoint import Checkpoint, open_checkpoint, read_stored
 from m2c.model.config import ModelConfig
 from m2c.model.families import FAMILIES, by_pattern
-from m2c.model.gguf_config import LONG_FACTORS, ROPE_DIVISORS, SHORT_FACTORS, llama3_divisors
+from m2c.model.gguf_config import (
+    LONG_FACTORS,
+    PAIRED,
+    ROPE_DIVISORS,
+    SHORT_FACTORS,
+    llama3_divisors,
+)
 from m2c.model.places import file_name, stored_tensors
 from m2c.model.rope import LONGROPE
 
@@ -177,6 +183,11 @@ def add_metadata(writer: gguf.GGUFWriter, config: ModelConfig, name: str, kind: 
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
     if config.local_rope_theta:
         writer.add_rope_freq_base_swa(config.local_rope_theta)
+    if config.residual_multiplier:
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
     scaling = config.rope_scaling
     if scaling and scaling.rope_type == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
@@ -235,10 +246,8 @@ def arrays(
         parts = [read_stored(checkpoint, part, gguf=True) for part in stored]
         tensor = parts[0] if len(parts) == 1 else torch.stack(parts)
         del parts
-        if FAMILIES[config.model_type].gguf == "llama" and name.split(".")[-2] in (
-            "q_proj",
-            "k_proj",
-        ):
+        paired = FAMILIES[config.model_type].gguf in PAIRED
+        if paired and name.split(".")[-2] in ("q_proj", "k_proj"):
             tensor = permute(tensor, config.head_dim)
         if is_plain(name, tuple(tensor.shape)):
             yield tensor.float().numpy()

@@ -115,6 +115,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "opt": {"model_type": "opt", "ffn_dim": 96, "word_embed_proj_dim": 64},
     "opt-no-bias": {"model_type": "opt", "ffn_dim": 300, "word_embed_proj_dim": 64,
         "activation_function": "gelu", "enable_bias": False, "tie_word_embeddings": False},
+    "granite": {"model_type": "granite", "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.22, "attention_multiplier": 0.0625, "logits_scaling": 8.0,
+        "tie_word_embeddings": True},
+    "granite-odd": {"model_type": "granite", "residual_multiplier": 1.7, "logits_scaling": 0.3,
+        "rms_norm_eps": 0.01, "attention_bias": True},
     "mixtral": {"model_type": "mixtral", "head_dim": 16, "num_local_experts": 6,
         "num_experts_per_tok": 2, "intermediate_size": 600},
     "mixtral-windows": {"model_type": "mixtral", "sliding_window": 5, "num_local_experts": 3,
@@ -133,7 +138,7 @@ MODELS: dict[str, dict[str, Any]] = {
 IN_GGUF = [
     "mistral", "qwen3", "phi3", "phi3-windows", "phi3-long", "phi3-short", "phi3-partial",
     "phi4-mini", "phi3-factor", "phi3-odd", "gemma2", "gemma3", "falcon-7b", "falcon-40b",
-    "stablelm", "stablelm-parallel", "mixtral", "qwen3-moe", "qwen2-moe",
+    "stablelm", "stablelm-parallel", "granite", "granite-odd", "mixtral", "qwen3-moe", "qwen2-moe",
 ]  # fmt: skip
 WITHOUT_GGUF = [
     "mistral-windows", "qwen2-windows", "gemma3-odd", "sparsellama", "falcon-one-norm",

@@ -117,7 +117,7 @@ WORDS = {
 SAME = {
     "qwen2": "deepseek-r1-qwen megrez stablelm2",
     "llama-bpe": "llama3 llama-v3 falcon3 pixtral midm-2.0 dbrx smaug-bpe",
-    "smollm": "minerva-7b",
+    "smollm": "minerva-7b refact starcoder",
 }
 KINDS = {name: first for first, names in SAME.items() for name in names.split()}
 

@@ -84,7 +84,7 @@ _DEEPSEEK_END: Final = (_split(_of(_EAST_ASIAN) + "+"), _EACH_DIGIT, _BYTES)
 _BY_NAMES: Final = {
     "gpt-2": PreTokenizer((_GPT2,)),
     "olmo": PreTokenizer((_GPT2,), composed=True),
-    "smollm minerva-7b": PreTokenizer((_EACH_DIGIT, _GPT2)),
+    "smollm minerva-7b refact starcoder": PreTokenizer((_EACH_DIGIT, _GPT2)),
     "qwen2 deepseek-r1-qwen megrez stablelm2": PreTokenizer((_split(_QWEN2), _BYTES), True),
     "llama-bpe llama3 llama-v3 falcon3 pixtral midm-2.0": PreTokenizer(
         (_split(_LLAMA3), _BYTES), whole_words=True

@@ -64,8 +64,13 @@ def layer_facts(config: ModelConfig, tensors: Mapping[str, Tensor], layer: int) 
 
 
 def norm_of(config: ModelConfig, tensors: Mapping[str, Tensor], name: str) -> Norm:
-    """name: of the norm, without what ends its tensors' names."""
-    return Norm(tensors[f"{name}.weight"], config.rms_norm_eps, tensors.get(f"{name}.bias"))
+    """name: of the norm, without what ends its tensors' names.
+
+    Where layers multiply what they add, hidden states are kept divided by that factor, here and in
+    `embedded`: layers then simply add. Norms give the same of such states if eps is divided too.
+    """
+    eps = config.rms_norm_eps / (config.residual_multiplier or 1.0) ** 2
+    return Norm(tensors[f"{name}.weight"], eps, tensors.get(f"{name}.bias"))
 
 
 def embedded(
@@ -76,6 +81,8 @@ def embedded(
     if config.learned_positions:
         start += FIRST_POSITION
         return rows + tensors[POSITIONS][start : start + len(rows)]
+    if config.embedding_multiplier is not None:
+        return rows * (config.embedding_multiplier / (config.residual_multiplier or 1.0))
     return rows * math.sqrt(config.hidden_size) if config.scale_embeddings else rows
 
 
@@ -142,7 +149,8 @@ def attention_call(
     return AttentionCall(
         projections=(q, k, v, o), biases=facts.biases, keys=keys, values=values,
         cosines=cosines, sines=sines, heads=config.num_attention_heads,
-        scale=1 / math.sqrt(config.query_pre_attn_scalar or config.head_dim),
+        scale=config.attention_multiplier
+        or 1 / math.sqrt(config.query_pre_attn_scalar or config.head_dim),
         window=facts.window, qk_norms=facts.qk_norms, out_norm=facts.attn_out_norm,
         softcap=config.attn_logit_softcapping,
     )  # fmt: skip

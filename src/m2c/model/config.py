@@ -67,6 +67,10 @@ class ModelConfig:
     # neurons of one more expert, which every token uses, weighted by a gate of its own; 0: none
     shared_expert_intermediate_size: int = 0
     rotary_dim: int | None = None  # how many values of a head are rotated, the first; None: all
+    embedding_multiplier: float | None = None  # of embeddings; None of these four: 1
+    residual_multiplier: float | None = None  # of what attention and FFN give, before it is added
+    attention_multiplier: float | None = None  # of scores, in place of 1 / root of head_dim
+    logits_scaling: float | None = None  # what logits are divided by
 
     @classmethod
     def from_hf(cls, data: Mapping[str, Any], *, file: str = "config.json") -> "ModelConfig":
@@ -137,6 +141,10 @@ class ModelConfig:
             norm_topk_prob=read.flag("norm_topk_prob", False),
             shared_expert_intermediate_size=_shared_size(read),
             rotary_dim=rotary,
+            embedding_multiplier=read.maybe_number("embedding_multiplier", 1e-6, 1e6),
+            residual_multiplier=read.maybe_number("residual_multiplier", 1e-3, 1e3),
+            attention_multiplier=read.maybe_number("attention_multiplier", 1e-6, 1e6),
+            logits_scaling=read.maybe_number("logits_scaling", 1e-6, 1e6),
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -30,6 +30,8 @@ ARCHITECTURES: Final = {
     FAMILIES[name].gguf: name for name in reversed(MODEL_TYPES) if FAMILIES[name].gguf
 }
 _WITH_EXPERTS: Final = {family.gguf: name for name, family in FAMILIES.items() if family.mixture}
+# whose converters put the rows of q and k into pairs
+PAIRED: Final = ("llama", "granite")
 _EOS_KEYS: Final = ("eos", "eot", "eom")  # any of them ends a turn
 
 
@@ -80,6 +82,7 @@ def config_from_metadata(
         "eos_token_ids": _eos(metadata),
         **_windows(keys, family),
         **_gemma(keys, family, head_dim),
+        **_multipliers(keys, family, head_dim),
         **_parallel(family, names),
         **_experts(keys, family),
         **family.facts,
@@ -184,6 +187,22 @@ def _gemma(keys: _Keys, family: Family, head_dim: int) -> dict[str, Any]:
         default = family.defaults["local_rope_theta"]
         found["local_rope_theta"] = _shortest(keys.get("rope.freq_base_swa", default))
     return found
+
+
+def _multipliers(keys: _Keys, family: Family, head_dim: int) -> dict[str, Any]:
+    """Of granite; what the file does not say, or calls 0, is as in other models."""
+    if "residual_multiplier" not in family.defaults:
+        return {}
+    if keys.get("rope.scaling.finetuned") is False:  # what it means in these files
+        message = f"{keys.file}: {keys.arch} without rotary embedding is not supported"
+        raise UnsupportedModel(message, SUPPORTED)
+    usual = 1 / math.sqrt(head_dim)
+    return {
+        "embedding_multiplier": _shortest(keys.get("embedding_scale") or 1.0),
+        "residual_multiplier": _shortest(keys.get("residual_scale") or 1.0),
+        "attention_multiplier": _shortest(keys.get("attention.scale") or usual),
+        "logits_scaling": _shortest(keys.get("logit_scale") or 1.0),
+    }
 
 
 def _eps_key(family: Family) -> str:

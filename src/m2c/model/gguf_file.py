@@ -16,7 +16,7 @@ import torch
 
 from m2c.errors import BadInput, UnsupportedModel
 from m2c.model.families import FAMILIES, SUPPORTED
-from m2c.model.gguf_config import ROPE_TABLES, config_from_metadata
+from m2c.model.gguf_config import PAIRED, ROPE_TABLES, config_from_metadata
 from m2c.model.gguf_header import TensorInfo, read_header
 from m2c.model.mixture import MOST_EXPERTS
 from m2c.model.ranged_file import RangedFile, check_rows
@@ -107,7 +107,7 @@ class GgufFile:
         """
         info = self.tensors[name]
         end = check_rows(name, start, stop, info.shape[0])
-        permuted = FAMILIES[self.config.model_type].gguf == "llama"
+        permuted = FAMILIES[self.config.model_type].gguf in PAIRED
         if not permuted or name.split(".")[-2] not in ("q_proj", "k_proj"):
             return self._read(info, start, end)
         # a row moves within its head only: read whole heads, put their rows back, cut

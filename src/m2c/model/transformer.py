@@ -137,6 +137,8 @@ class Transformer:
         # before a soft cap, which makes a large number of an infinite one
         if not all(math.isfinite(end) for end in logits.aminmax()):
             raise BadInput("the model's output is not finite", "check the bundle with m2c check")
+        if self.config.logits_scaling is not None:
+            logits = logits / self.config.logits_scaling
         if self.config.final_logit_softcapping is not None:
             logits = soft_capped(logits, self.config.final_logit_softcapping)
         return logits if all_logits else logits[0]
