@@ -7,6 +7,7 @@ from typing import Any
 import gguf
 import numpy as np
 
+from m2c.model.gguf_config import PAIRED
 from m2c.model.gguf_file import hf_tensor_name
 
 HIDDEN, FFN, HEADS, KV_HEADS, VOCAB = 256, 512, 4, 2, 40
@@ -73,6 +74,8 @@ def write(
             writer.add_array(key, value)
         elif isinstance(value, float):
             writer.add_float32(key, value)
+        elif isinstance(value, bool):
+            writer.add_bool(key, value)
         else:
             writer.add_uint32(key, value)
     rng = np.random.default_rng(0)
@@ -80,9 +83,9 @@ def write(
     for name, shape in shapes(arch, biased).items():
         weight = rng.standard_normal(shape).astype(np.float32)
         weights[str(hf_tensor_name(name))] = weight
-        if arch == "llama" and "attn_q." in name:
+        if arch in PAIRED and "attn_q." in name:
             weight = permute(weight, HEADS)
-        elif arch == "llama" and "attn_k." in name:
+        elif arch in PAIRED and "attn_k." in name:
             weight = permute(weight, KV_HEADS)
         qtype = gguf.GGMLQuantizationType[kind if len(shape) > 1 else "F32"]
         writer.add_tensor(name, gguf.quants.quantize(weight, qtype), raw_dtype=qtype)

@@ -104,6 +104,8 @@ PUBLISHED = {
     "qwen2.5-coder-32b": 32_763_876_352,
     "prosparse-llama2-7b": 6_738_415_616,
     "prosparse-llama2-13b": 13_015_864_320,
+    "granite3.3-2b": 2_533_539_840,
+    "granite3.3-8b": 8_170_864_640,
     "falcon-7b": 7_217_189_760 - 65024 * 4544,  # the files hold the tied embeddings twice
     "falcon-40b": 41_835_970_560 - 65024 * 8192,  # likewise
     "opt-1.3b": 1_315_758_080,
@@ -272,6 +274,32 @@ def test_manifest_form_is_strict() -> None:
     for odd in ({"sliding_window": 9}, {"sliding_window": 9, "sliding_layers": [1, 0]}):
         with pytest.raises(BadInput, match="sliding"):
             ModelConfig.from_dict(data | odd)
+
+
+GRANITE = {
+    **TINY, "model_type": "granite", "embedding_multiplier": 12, "residual_multiplier": 0.22,
+    "attention_multiplier": 0.015625,
+}  # fmt: skip
+
+
+def test_factors_belong_to_granite_alone() -> None:
+    config = ModelConfig.from_hf(GRANITE)
+    assert (config.embedding_multiplier, config.logits_scaling) == (12.0, 1.0)
+    assert ModelConfig.from_hf(config.to_hf()) == config
+    data = config.to_dict()
+    assert ModelConfig.from_dict(data) == config
+    llama = ModelConfig.from_hf(TINY | {"residual_multiplier": 0.5})
+    assert llama.residual_multiplier is None
+    for odd in (
+        llama.to_dict() | {"residual_multiplier": 0.5},
+        data | {"residual_multiplier": 0.0},
+        data | {"logits_scaling": float("inf")},
+        data | {"qk_norm": True},
+        data | {"post_norms": True},
+        {key: data[key] for key in data if key != "attention_multiplier"},
+    ):
+        with pytest.raises(BadInput, match=r"multiplier|logits_scaling"):
+            ModelConfig.from_dict(odd)
 
 
 GEMMA3 = {key: TINY[key] for key in ("hidden_size", "num_hidden_layers", "intermediate_size")}

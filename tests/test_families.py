@@ -119,7 +119,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.22, "attention_multiplier": 0.0625, "logits_scaling": 8.0,
         "tie_word_embeddings": True},
     "granite-odd": {"model_type": "granite", "residual_multiplier": 1.7, "logits_scaling": 0.3,
-        "rms_norm_eps": 0.01, "attention_bias": True},
+        "attention_multiplier": 0.3, "rms_norm_eps": 0.01, "attention_bias": True},
     "mixtral": {"model_type": "mixtral", "head_dim": 16, "num_local_experts": 6,
         "num_experts_per_tok": 2, "intermediate_size": 600},
     "mixtral-windows": {"model_type": "mixtral", "sliding_window": 5, "num_local_experts": 3,

@@ -98,6 +98,18 @@ def test_config_from_metadata(tmp_path: Path) -> None:
     assert file.metadata["tokenizer.ggml.tokens"] == facts["tokenizer.ggml.tokens"]
 
 
+def test_factors_of_granite_and_those_it_leaves_out(tmp_path: Path) -> None:
+    said = {"embedding_scale": 12.0, "residual_scale": 0.22, "logit_scale": 8.0}
+    write(tmp_path / "a.gguf", "granite", meta=said | {"attention.scale": 0.015625})
+    config = GgufFile(tmp_path / "a.gguf").config
+    assert (config.embedding_multiplier, config.residual_multiplier) == (12.0, 0.22)
+    assert (config.attention_multiplier, config.logits_scaling) == (0.015625, 8.0)
+    write(tmp_path / "b.gguf", "granite", meta={"logit_scale": 8.0, "residual_scale": 0.0})
+    config = GgufFile(tmp_path / "b.gguf").config
+    assert (config.embedding_multiplier, config.residual_multiplier) == (1.0, 1.0)
+    assert config.attention_multiplier == HEAD_DIM**-0.5
+
+
 def llama3(factor: float = 8.0, low: float = 1.0) -> np.ndarray:
     facts = {
         "factor": factor,
@@ -226,6 +238,7 @@ def test_lying_factors(tmp_path: Path, meta: dict[str, Any], more: dict[str, np.
         ("llama", {"rope.freq_base": 5e5}, {"rope_freqs.weight": llama3()[1:].copy()}),
         ("llama", {"rope.scaling.factor": 4.0}, {"rope_freqs.weight": llama3()}),
         ("qwen2", {"expert_count": 8}, {}),
+        ("granite", {"rope.scaling.finetuned": False}, {}),
         ("llama", {"attention.key_length": 32, "attention.value_length": 64}, {}),
         ("llama", {"rope.dimension_count": 32}, {}),
         ("llama", {"split.count": 2}, {}),

@@ -220,6 +220,19 @@ _SMOLLM2: Final = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_GRANITE: Final = {
+    "model_type": "granite",
+    "hidden_act": "silu",
+    "vocab_size": 49159,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000000.0,
+    "max_position_embeddings": 131072,
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 _FALCON: Final = {
     "model_type": "falcon",
     "vocab_size": 65024,
@@ -325,6 +338,12 @@ ALIASES: Final[Mapping[str, Alias]] = {
     "smollm2-360m": _model("HuggingFaceTB/SmolLM2-360M-Instruct", _SMOLLM2, (960, 2560, 32, 15, 5)),
     "smollm2-1.7b": _model("HuggingFaceTB/SmolLM2-1.7B-Instruct", _SMOLLM2,
                            (2048, 8192, 24, 32, 32), rope_theta=130000.0),
+    "granite3.3-2b":
+        _model("ibm-granite/granite-3.3-2b-instruct", _GRANITE, (2048, 8192, 40, 32, 8),
+               attention_multiplier=0.015625, logits_scaling=8.0),
+    "granite3.3-8b":
+        _model("ibm-granite/granite-3.3-8b-instruct", _GRANITE, (4096, 12800, 40, 32, 8),
+               attention_multiplier=0.0078125, logits_scaling=16.0),
     "prosparse-llama2-7b":
         _model("SparseLLM/prosparse-llama-2-7b", _PROSPARSE, (4096, 11008, 32, 32, 32)),
     "prosparse-llama2-13b":

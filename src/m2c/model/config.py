@@ -11,6 +11,7 @@ from typing import Any
 
 from m2c.errors import BadInput
 from m2c.model.families import (
+    FACTORS,
     FAMILIES,
     HIDDEN_ACTS,
     MODEL_TYPES,
@@ -141,10 +142,7 @@ class ModelConfig:
             norm_topk_prob=read.flag("norm_topk_prob", False),
             shared_expert_intermediate_size=_shared_size(read),
             rotary_dim=rotary,
-            embedding_multiplier=read.maybe_number("embedding_multiplier", 1e-6, 1e6),
-            residual_multiplier=read.maybe_number("residual_multiplier", 1e-3, 1e3),
-            attention_multiplier=read.maybe_number("attention_multiplier", 1e-6, 1e6),
-            logits_scaling=read.maybe_number("logits_scaling", 1e-6, 1e6),
+            **_factors(read),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -234,6 +232,17 @@ def _shared_size(read: Fields) -> int:
     if read.data.get(SHARED_SIZE):
         raise BadInput(f"{read.file}: a shared expert in a model_type that has none")
     return 0
+
+
+def _factors(read: Fields) -> dict[str, float | None]:
+    """The factors of the families that have them, all four, and of no other."""
+    family = FAMILIES.get(str(read.data.get("model_type")))
+    known = family is not None and FACTORS.keys() <= family.defaults.keys()
+    if not known and any(read.data.get(name) is not None for name in FACTORS):
+        raise BadInput(f"{read.file}: multipliers in a model_type that has none")
+    if known and (read.flag("qk_norm", False) or read.flag("post_norms", False)):
+        raise BadInput(f"{read.file}: multipliers and norms within layers do not belong together")
+    return {name: read.number(name, *FACTORS[name]) for name in FACTORS} if known else {}
 
 
 def _rope(read: Fields, head_dim: int) -> tuple[int | None, RopeScaling | None]:

@@ -46,6 +46,11 @@ _GEMMA: Final = {
     "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True,
     "query_pre_attn_scalar": 256, "sliding_window": 4096,
 }  # fmt: skip
+# of granite, and from where to where they may go
+FACTORS: Final = {
+    "embedding_multiplier": (1e-6, 1e6), "residual_multiplier": (1e-3, 1e3),
+    "attention_multiplier": (1e-6, 1e6), "logits_scaling": (1e-6, 1e6),
+}  # fmt: skip
 FAMILIES: Final[Mapping[str, Family]] = {
     "llama": Family("LlamaForCausalLM", "llama"),
     "sparsellama": Family("SparseLlamaForCausalLM", "llama"),  # ProSparse: llama with FATReLU
@@ -105,13 +110,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
         "StableLmForCausalLM", "stablelm", {"layer_norms": True, "o_bias": False},
         {"layer_norm_eps": 1e-5, "max_position_embeddings": 4096, PARTIAL: 0.25}, own=STABLELM,
     ),
-    "granite": Family(
-        "GraniteForCausalLM", "granite", {},
-        {
-            "embedding_multiplier": 1.0, "residual_multiplier": 1.0, "attention_multiplier": 1.0,
-            "logits_scaling": 1.0,
-        },
-    ),
+    "granite": Family("GraniteForCausalLM", "granite", {}, dict.fromkeys(FACTORS, 1.0)),
     "mixtral": Family(
         "MixtralForCausalLM", "llama", {"qkv_bias": False, "o_bias": False, "norm_topk_prob": True},
         {
@@ -147,8 +146,7 @@ _COMMON: Final = (
 # facts that only the config.json of families whose defaults name them has
 _SAID_BY_SOME: Final = (
     "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar",
-    "local_rope_theta", "embedding_multiplier", "residual_multiplier", "attention_multiplier",
-    "logits_scaling",
+    "local_rope_theta", *FACTORS,
 )  # fmt: skip
 _OUTER: Final = ("bos_token_id", "eos_token_id", "quantization_config", "tie_word_embeddings")
 MODEL_TYPES: Final = tuple(FAMILIES)

@@ -191,7 +191,7 @@ def _gemma(keys: _Keys, family: Family, head_dim: int) -> dict[str, Any]:
 
 def _multipliers(keys: _Keys, family: Family, head_dim: int) -> dict[str, Any]:
     """Of granite; what the file does not say, or calls 0, is as in other models."""
-    if "residual_multiplier" not in family.defaults:
+    if family.gguf != "granite":
         return {}
     if keys.get("rope.scaling.finetuned") is False:  # what it means in these files
         message = f"{keys.file}: {keys.arch} without rotary embedding is not supported"
