@@ -1,4 +1,4 @@
-"""tokenizer_pre.py: hostile texts are cut into words as the models' own tokenizers cut them.
+"""tokenizer_gguf.py: hostile texts are cut into words as the models' own tokenizers cut them.
 
 The words were compared with llama.cpp's ids where it computes the same expression; what it only
 approximates (gpt-4o, tekken) is marked. Published vocabularies of these kinds were compared too.
@@ -8,8 +8,7 @@ import pytest
 from tokenizers import Tokenizer as Engine
 from vocabularies import small_metadata
 
-from m2c.tokenizer_gguf import build_from_gguf, build_tokenizer_config
-from m2c.tokenizer_pre import PRE_TOKENIZERS
+from m2c.tokenizer_gguf import PRE_TOKENIZERS, build_from_gguf, build_tokenizer_config
 
 TEXTS = (
     "I'll they'VE don't I'\u017ft",

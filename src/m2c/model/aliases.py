@@ -210,29 +210,14 @@ _GEMMA3_LARGE: Final = {
     "sliding_window": 1024,
 }
 _SMOLLM2: Final = {
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "vocab_size": 49152,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 100000.0,
-    "max_position_embeddings": 8192,
+    **_LLAMA2, "vocab_size": 49152, "rope_theta": 100000.0, "max_position_embeddings": 8192,
     "tie_word_embeddings": True,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+}  # fmt: skip
 _GRANITE: Final = {
-    "model_type": "granite",
-    "hidden_act": "silu",
-    "vocab_size": 49159,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000000.0,
-    "max_position_embeddings": 131072,
-    "embedding_multiplier": 12.0,
-    "residual_multiplier": 0.22,
-    "tie_word_embeddings": True,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
+    **_LLAMA2, "model_type": "granite", "vocab_size": 49159, "rope_theta": 10000000.0,
+    "max_position_embeddings": 131072, "tie_word_embeddings": True, "bos_token_id": 0,
+    "eos_token_id": 0, "embedding_multiplier": 12.0, "residual_multiplier": 0.22,
+}  # fmt: skip
 _FALCON: Final = {
     "model_type": "falcon",
     "vocab_size": 65024,
