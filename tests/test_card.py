@@ -18,7 +18,7 @@ from test_gpu import smallest_hbm, speculated
 from tiny_models import pack_folder, write_checkpoint
 
 from m2c.bundle.bundle import Bundle
-from m2c.device import workers_of
+from m2c.device import probe_gpu, workers_of
 from m2c.energy.nvml import gpu_source
 from m2c.energy.sources import Absent
 from m2c.engine import Engine, RunOptions
@@ -196,3 +196,8 @@ def test_perplexity_and_energy(big: Bundle, workers: Workers) -> None:
         assert len(list(islice(steps, 64))) == 64
     torch.cuda.synchronize()
     assert source.joules() > 0
+
+
+def test_what_is_predicted_without_weights() -> None:
+    link, memory = probe_gpu(torch.device("cuda", 0))
+    assert 1e8 < link < memory

@@ -138,6 +138,24 @@ def test_passes_are_recorded_once_and_replayed(tiny_bundle: Bundle, gpu: StrictG
         }
 
 
+def test_passes_of_few_sizes_are_recorded(tiny_bundle: Bundle, gpu: StrictGpu) -> None:
+    """Those of other sizes have tokens behind that leave nothing, where the context has room."""
+    options = options_for(Mix(100, 0, 0), hbm=HBM, device="cuda", ctx_size=16)
+    with Engine(tiny_bundle, options) as engine:
+        model, found = engine.model, []
+        for _ in range(3):
+            model.kv.truncate(0)
+            parts = [PROMPT[:3], PROMPT[3:6], PROMPT[:7], PROMPT[:3]]  # 16 tokens, the last 3 in 3
+            found.append([model.forward(part, all_logits=True).cpu() for part in parts])
+            assert model.kv.length == 16
+            assert [len(logits) for logits in found[-1]] == [3, 3, 7, 3]
+        assert {tokens for tokens, _ in model._replays} == {3, 4, 8}
+        model.kv.truncate(0)
+        alone = [model.forward(PROMPT[i : i + 1]).cpu() for i in range(6)]
+    assert torch.equal(torch.cat(found[0]), torch.cat(found[2]))
+    assert torch.equal(torch.cat(found[0][:2]), torch.stack(alone))
+
+
 def test_speeds_and_quality(tiny_bundle: Bundle, gpu: StrictGpu) -> None:
     options = smallest_hbm(
         tiny_bundle, options_for(Mix.parse("0/25/75"), hbm=HBM, device="cuda", ctx_size=64)

@@ -11,7 +11,7 @@ from typing import Final
 
 from m2c.bundle.bundle import Bundle
 from m2c.contents import config_of, importance_of
-from m2c.device import family_of, workers_of
+from m2c.device import device_of, family_of, probe_gpu, workers_of
 from m2c.disk import disk_profile
 from m2c.engine import RunOptions, plan_for, plan_without_weights, run_shape
 from m2c.errors import DoesNotFit
@@ -20,7 +20,7 @@ from m2c.model.config import ModelConfig
 from m2c.model.footprint import RunShape
 from m2c.model.mix import Mix
 from m2c.model.tensors import active_count
-from m2c.predict import Speeds, expert_decode_s, predicted_exact_tps, predicted_tps
+from m2c.predict import Speeds, decoding_s, predicted_exact_tps, predicted_tps
 from m2c.tiers.plan import Plan
 
 MODES: Final = ("auto", "exact", "mixed")
@@ -109,14 +109,12 @@ def outlooks(
                 refused = error
             continue
         speeds = speeds_for(shape, plan)
+        kernel = kernel_name(options)
         if shape.speculates:
-            kernel = kernel_name(options)
             tps = predicted_exact_tps(plan, shape, weights, speeds, kernel=kernel)
         else:
-            decode_s = 0.0
-            if shape.by_expert:
-                decode_s = expert_decode_s(planner.config, shape, plan, kernel_name(options))
-            tps = predicted_tps(plan, speeds, decode_s=decode_s)
+            decode_s = decoding_s(planner.config, shape, plan, kernel)
+            tps = predicted_tps(plan, speeds, decode_s=decode_s, kernel=kernel)
         found[mode] = Outlook(options, shape, plan, tps)
     if not found:
         assert refused is not None
@@ -134,7 +132,7 @@ def preferred(found: dict[str, Outlook]) -> str:
 def choose_mode(bundle: Bundle, options: RunOptions) -> Choice:
     """The preferred mode at the speeds of this machine. Raises DoesNotFit when neither fits."""
     ways = {"mixed": replace(options, draft=None), **_by_draft(exact_options(options))}
-    found = outlooks(planner_of_bundle(bundle), ways, _measured(bundle))
+    found = outlooks(planner_of_bundle(bundle), ways, _measured(bundle, options.device))
     exact = [outlook for way, outlook in found.items() if way != "mixed"]
     modes = {mode: outlook for mode, outlook in found.items() if mode == "mixed"}
     if exact:
@@ -149,7 +147,8 @@ def choose_draft(bundle: Bundle, options: RunOptions) -> Choice:
 
     Raises DoesNotFit when neither fits.
     """
-    found = outlooks(planner_of_bundle(bundle), _by_draft(options), _measured(bundle))
+    measured = _measured(bundle, options.device)
+    found = outlooks(planner_of_bundle(bundle), _by_draft(options), measured)
     best = max(found.values(), key=lambda outlook: outlook.tps)
     return Choice(best.options, {}, _promises(found.values()))
 
@@ -170,16 +169,21 @@ def _promises(found: Iterable[Outlook]) -> dict[str, float]:
     return promises
 
 
-def _measured(bundle: Bundle) -> Callable[[RunShape, Plan], Speeds]:
-    """Speeds of disk and memory, each measured once, when a plan first needs it."""
+def _measured(bundle: Bundle, device: str) -> Callable[[RunShape, Plan], Speeds]:
+    """Speeds of disk, link and memory, each measured once, when a plan first needs it."""
     speeds: Speeds | None = None
 
     def measured(shape: RunShape, plan: Plan) -> Speeds:
         nonlocal speeds
         if speeds is None or (plan.ssd_nbytes_per_token and not speeds.ssd):
             ssd = disk_profile(bundle).bytes_per_s if plan.ssd_nbytes_per_token else 0.0
-            memory = probe_dram(shape.threads) if speeds is None else speeds.memory
-            speeds = Speeds(ssd, 0.0, memory)
+            if speeds is not None:
+                link, memory = speeds.link, speeds.memory
+            elif device == "cpu":
+                link, memory = 0.0, probe_dram(shape.threads)
+            else:
+                link, memory = probe_gpu(device_of(device))
+            speeds = Speeds(ssd, link, memory)
         return speeds
 
     return measured

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from m2c.depth import MOST
+from m2c.device import probe_gpu
 from m2c.engine import Engine
 from m2c.hardware import probe_dram
 from m2c.model.config import ModelConfig
@@ -28,6 +29,9 @@ from m2c.units import MiB
 _EFFICIENCY: Final = 0.88
 _LAYER_S: Final = 0.0001  # Python between the kernels of a layer
 _MIXED_LAYER_S: Final = 0.0004  # ranking and gathering besides
+# the same where a GPU replays a recorded pass: kernels wait for each other
+_REPLAYED_LAYER_S: Final = 0.00008
+_REPLAYED_MIXED_LAYER_S: Final = 0.0002
 _EXPERT_S: Final = 0.00004  # the router, and likewise each expert
 # of a thread: weights decoded a second, by the kernels' name, two thirds of what a quiet machine
 # gives (BENCHMARKS.md, "Kernels");
@@ -73,11 +77,11 @@ def measured_speeds(engine: Engine, stats: StoreStats | None = None) -> Speeds:
     return Speeds(ssd, link, _memory_speed(engine))
 
 
-def predicted_tps(plan: Plan, speeds: Speeds, *, decode_s: float = 0.0) -> float:
+def predicted_tps(plan: Plan, speeds: Speeds, *, decode_s: float = 0.0, kernel: str = "") -> float:
     """Tokens per second while decoding; 0 when nothing that limits was measured.
 
     Experts are read, and copied to HBM, once they are chosen: nothing else is computed meanwhile.
-    decode_s: see `expert_decode_s`.
+    decode_s: see `decoding_s`; kernel: name of the kernels that compute.
     """
     seconds = [0.0]
     waited_s = plan.expert_reads() / speeds.ssd if speeds.ssd else 0.0
@@ -87,12 +91,30 @@ def predicted_tps(plan: Plan, speeds: Speeds, *, decode_s: float = 0.0) -> float
         seconds.append(plan.link_nbytes_per_token / speeds.link)
         waited_s += plan.expert_moves() / speeds.link
     if speeds.memory:
-        layer_s = _MIXED_LAYER_S if plan.footprint.upgrades else _LAYER_S
+        layer_s = _layer_s(plan, kernel)
         if (facts := plan.footprint.experts) is not None:
             layer_s += (1 + facts.active + facts.shared) * _EXPERT_S
         compute_s = plan.compute_nbytes_per_token / (_EFFICIENCY * speeds.memory)
         seconds.append(compute_s + plan.footprint.layers * layer_s + waited_s + decode_s)
     return 1 / max(seconds) if max(seconds) else 0.0
+
+
+def _layer_s(plan: Plan, kernel: str) -> float:
+    replayed = kernel == "cuda" and not plan.link_nbytes_per_token and not plan.footprint.experts
+    if plan.footprint.upgrades:
+        return _REPLAYED_MIXED_LAYER_S if replayed else _MIXED_LAYER_S
+    return _REPLAYED_LAYER_S if replayed else _LAYER_S
+
+
+def decoding_s(config: ModelConfig, shape: RunShape, plan: Plan, kernel: str) -> float:
+    """Seconds of a token, decoded by itself, that go into decoding exact planes: of experts, and
+    where a GPU computes of what crosses the link."""
+    if config.num_experts:
+        return expert_decode_s(config, shape, plan, kernel)
+    if kernel != "cuda" or not shape.mix.is_uniform or shape.mix.floor != "fp16" or shape.stored:
+        return 0.0
+    moved = (plan.footprint.blocks[i].resident_nbytes for i in (*plan.in_dram, *plan.streamed))
+    return sum(moved) / 2 / _DECODED[kernel]
 
 
 def expert_decode_s(config: ModelConfig, shape: RunShape, plan: Plan, kernel: str) -> float:
@@ -167,19 +189,19 @@ def expected_tps(engine: Engine) -> float:
 def predicted_mixed_tps(engine: Engine, speeds: Speeds) -> float:
     """Of an engine that does not speculate, at these speeds."""
     kernel = engine.workers.kernel
-    decode_s = expert_decode_s(engine.config, engine.shape, engine.plan, kernel)
-    return predicted_tps(engine.plan, speeds, decode_s=decode_s)
+    decode_s = decoding_s(engine.config, engine.shape, engine.plan, kernel)
+    return predicted_tps(engine.plan, speeds, decode_s=decode_s, kernel=kernel)
 
 
 def _memory_speed(engine: Engine) -> float:
-    """Plain reads of the largest weights in memory, the median of five: with all threads, or by the
-    GPU, where it is 0 if there are too few to tell."""
+    """Plain reads of the largest weights in memory, or where these are too few of others, the
+    median of five: with all threads, or by the GPU."""
     rows, native, device = engine.store.largest_resident, engine.workers.host, engine.store.device
     few = rows is None or rows.nbytes < _ENOUGH_NBYTES // 4
     if device.type == "cuda":
         read: Callable[[Tensor], object] = _read_on_gpu
         if few:
-            return 0.0
+            return probe_gpu(device)[1]
     elif few or native is None:
         return probe_dram(engine.shape.threads)
     else:

@@ -122,6 +122,7 @@ class Transformer:
         the context is full, BadInput when the logits are not finite, Stopped when `stop_asked`.
         """
         self.kv.require_room(len(ids))
+        count, ids = len(ids), self._filled(ids) if all_logits else ids
         x = embedded(self.config, self._vectors, self._store.embed(ids), self.kv.length)
         gpu = self._workers.replaying
         if gpu is not None and self._steady(len(ids)):
@@ -132,7 +133,8 @@ class Transformer:
                 self._upgrades.served_again()
         else:
             logits = self._pass(x, all_logits=all_logits)
-        self.kv.advance(len(ids))
+        logits = logits[:count]
+        self.kv.advance(count)
         self._workers.check()
         # before a soft cap, which makes a large number of an infinite one
         if not all(math.isfinite(end) for end in logits.aminmax()):
@@ -142,6 +144,16 @@ class Transformer:
         if self.config.final_logit_softcapping is not None:
             logits = soft_capped(logits, self.config.final_logit_softcapping)
         return logits if all_logits else logits[0]
+
+    def _filled(self, ids: Ids) -> Ids:
+        """Where passes are recorded, with so many tokens behind that there are few sizes of them:
+        to record one takes as long as many passes, and nobody keeps what the others leave."""
+        if self._workers.replaying is None or not self._steady(len(ids)):
+            return ids
+        size = 1 << (len(ids) - 1).bit_length()
+        if size > self.kv.ctx_size - self.kv.length:
+            return ids
+        return np.pad(ids, (0, size - len(ids)), mode="edge")
 
     def _pass(self, x: Tensor, *, all_logits: bool) -> Tensor:
         """Hidden states [tokens, hidden] through all layers to logits [tokens or 1, vocab]."""
