@@ -151,6 +151,29 @@ def test_experts(mixture: Bundle, workers: Workers, mix: str) -> None:
                 assert same(generated(engine), expected), (share, dram)
 
 
+@pytest.mark.parametrize("policy", ["lru", "lfu", "pinned"])
+@pytest.mark.parametrize("mix", ["0/100/0", "50/0/50"])
+def test_experts_go_to_hbm_and_back(
+    mixture: Bundle, workers: Workers, mix: str, policy: str
+) -> None:
+    """Some in each tier, or none in DRAM, or there as many as it has room for."""
+    options = on_card(mix, ctx_size=128, policy=policy)
+    with Engine(mixture, options, workers=workers) as engine:
+        expected = generated(engine)
+    some = between(mixture, options, 0.6)
+    for slots in (0, 24, 96):
+        facts = engine.plan.footprint.experts
+        assert facts is not None
+        dram = smallest_dram(mixture, some) + slots * facts.slot_nbytes
+        with Engine(mixture, replace(some, dram=dram), workers=workers) as cached:
+            assert cached.plan.hbm_expert_slots > 24  # more than a token uses
+            for _ in range(3):
+                assert same(generated(cached), expected), slots
+            hits = cached.store.stats.upgrades.values()
+            assert sum(hit.compute for hit in hits) > 0
+            assert sum(hit.dram + hit.ssd for hit in hits) > 0
+
+
 @pytest.mark.parametrize("hbm", ["all", "some", "least"])
 def test_exact_mode_of_experts(mixture: Bundle, workers: Workers, hbm: str) -> None:
     options = on_card("100/0/0", ctx_size=64)
