@@ -167,6 +167,7 @@ class BlockUse:
     rows: dict[str, Rows] | None = None
     raw: U8 | None = None
     ring: int = 0
+    following: "BlockUse | None" = None  # that waits in DRAM too, if no other is moved before it
     moved: dict[int, dict[str, Rows]] = field(default_factory=dict)  # by the slot in HBM
 
 

@@ -72,16 +72,27 @@ class Link:
         now on; valid until the next but one is moved. What was moved before may be used by kernels
         asked for before this.
         """
+        slot, copied = self.start(*payloads)
+        self.await_copy(copied)
+        return slot
+
+    def start(self, *payloads: U8, ahead: bool = False) -> tuple[Tensor, Copied]:
+        """As `move`, for kernels that are asked for after `await_copy`.
+
+        ahead: what was moved before is yet to be used, by kernels that are asked for later; what
+        lay in this slot is not.
+        """
         sizes = [len(payload) for payload in payloads]
         slot = self._slots[self._turn][: sum(sizes)]
         pairs = list(zip(slot.split(sizes), map(torch.from_numpy, payloads), strict=True))
         used = None
         if self._on_gpu:
-            self._used[1 - self._turn].record(torch.cuda.current_stream(self.device))
+            until_now = self._used[self._turn if ahead else 1 - self._turn]
+            until_now.record(torch.cuda.current_stream(self.device))
             used = self._used[self._turn]
-        self.await_copy(self._copy(pairs, after=used))
+        copied = self._copy(pairs, after=used)
         self._turn = 1 - self._turn
-        return slot
+        return slot, copied
 
     def put(self, payload: U8, into: Tensor) -> Copied:
         """payload u8 [n] to `into` in HBM, once the kernels that were asked for before have ended.

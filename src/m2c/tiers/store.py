@@ -26,6 +26,7 @@ from m2c.tiers.fetch import Decode, PlaneSource, RowSource
 from m2c.tiers.link import Link
 from m2c.tiers.loading import Loading, load_exact
 from m2c.tiers.memory import aligned_buffer
+from m2c.tiers.moved import MovedBlocks
 from m2c.tiers.neighbours import runs
 from m2c.tiers.plan import Plan
 from m2c.tiers.ring import BlockRing
@@ -57,6 +58,7 @@ class NeuronStore:
         self._progress = progress
         self._gather = gather
         self._link = Link(device, plan.hbm_staging_nbytes)
+        self._moved = MovedBlocks(self._link if plan.budget.hbm else None)
         self._staging = aligned_buffer(plan.footprint.staging_nbytes)
         self._upgrades: dict[tuple[int, str], UpgradePlane] = {}
         self._ring: BlockRing | None = None
@@ -99,10 +101,10 @@ class NeuronStore:
             if use.rows is not None:
                 yield use.rows
             elif use.raw is not None:
-                yield self._to_compute(use, use.raw)
+                yield self._moved.in_turn(use)
             else:
                 assert self._ring is not None
-                yield self._to_compute(use, self._ring.acquire(use.ring))
+                yield self._moved.rows(use, self._ring.acquire(use.ring))
                 self._link.arrived()
                 self._ring.release()
 
@@ -246,6 +248,10 @@ class NeuronStore:
                 loading.start(self.reader, use.block, partial(self._put, use, stays))
             found.setdefault((kind, layer), []).append(use)
         loading.finish()
+        if self.device.type == "cuda" and not plan.streamed and plan.expert_slots is None:
+            in_turn = [use for uses in found.values() for use in uses if use.raw is not None]
+            for use, following in zip(in_turn, in_turn[1:] + in_turn[:1], strict=True):
+                use.following = following
         return found
 
     def _put(self, use: BlockUse, stays: bool, raw: U8) -> None:
@@ -339,12 +345,3 @@ class NeuronStore:
 
     def _sources(self, shards: Sequence[ShardIndex], name: str) -> list[PlaneSource]:
         return [PlaneSource(self.reader, s, s.header.section(name), self._staging) for s in shards]
-
-    def _to_compute(self, use: BlockUse, payload: U8) -> dict[str, Rows]:
-        """Operands of a payload that lies in DRAM, copied to HBM if that is where we compute."""
-        if not self.plan.budget.hbm:
-            return dict(use.block.rows(payload, use.below))
-        slot, view = self._link.turn, self._link.move(payload[: use.block.streamed_nbytes])
-        if slot not in use.moved:
-            use.moved[slot] = dict(use.block.rows(view, use.below))
-        return use.moved[slot]
