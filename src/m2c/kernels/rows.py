@@ -80,6 +80,7 @@ class PackedRows:
     def take(self, index: Tensor) -> "PackedRows":
         """Rows at `index` (int64), copied. Only for rows without frames and as they lie."""
         assert self.frames is None
+        index = index.to(self.int4.device)
         int8 = None if self.int8 is None else self.int8[index]
         return PackedRows(self.layout, self.int4[index], int8)
 
@@ -130,7 +131,7 @@ class ExactRows:
         return rows.view(-1, last - first, length)
 
     def take(self, index: Tensor) -> "ExactRows":
-        return ExactRows(self.layout, self.weights[index])
+        return ExactRows(self.layout, self.weights[index.to(self.weights.device)])
 
 
 Rows = PackedRows | ExactRows

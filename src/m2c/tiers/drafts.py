@@ -84,7 +84,7 @@ class DraftPlanes:
         """As `NeuronStore.embed`."""
         resident = self.embedding or self._operands["head", self._layers].get(EMBED)
         if resident is not None:
-            rows = resident.take(torch.from_numpy(ids.astype(np.int64)).to(self.device))
+            rows = resident.take(torch.from_numpy(ids.astype(np.int64)))
             return rows.values(0, len(rows))[:, 0].to(self.device)
         wanted, back = np.unique(ids, return_inverse=True)
         rows = self._embed.rows(wanted.astype(np.int32))

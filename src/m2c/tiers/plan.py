@@ -280,8 +280,7 @@ def _plan(
     prefix = _prefixes(f, room)
     room -= f.layers * sum(prefix[u.plane] * u.record_nbytes for u in f.upgrades)
     # last: it saves a small read a token
-    spare = not budget.hbm and not placement.streamed
-    holds_embed = spare and 0 < f.embed_nbytes <= room
+    holds_embed = not placement.streamed and 0 < f.embed_nbytes <= room
     return Plan(
         budget, f, policy, in_hbm, placement.resident, placement.streamed, placement.ring_nbytes,
         staging, slabs, prefix, holds_embed, expert_slots,

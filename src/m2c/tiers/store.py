@@ -155,7 +155,7 @@ class NeuronStore:
         """Embeddings of token `ids` [tokens] as f32 [tokens, hidden] on the compute device."""
         resident = self._resident_embedding
         if resident is not None:
-            rows = resident.take(torch.from_numpy(ids.astype(np.int64)).to(self.device))
+            rows = resident.take(torch.from_numpy(ids.astype(np.int64)))
             return rows.values(0, len(rows))[:, 0].to(self.device)
         wanted, back = np.unique(ids, return_inverse=True)
         rows = self._embed.rows(wanted.astype(np.int32))
@@ -242,7 +242,8 @@ class NeuronStore:
             if run[0] not in ready | waiting:
                 ring += 1
             elif run[0] in ready and use.block.is_exact and not use.block.stored:
-                use.rows = {n: self._load_exact(use.block, n) for n in use.block.sections}
+                names, there = use.block.sections, self.device
+                use.rows = {n: self._load_exact(use.block, n, there) for n in names}
             else:
                 stays = run[0] in waiting
                 loading.start(self.reader, use.block, partial(self._put, use, stays))
@@ -276,17 +277,18 @@ class NeuronStore:
         return ExpertCache(facts, memory, to_rows)
 
     def _load_embed(self) -> Rows:
+        """In DRAM, wherever kernels compute: a token needs one row."""
         block = block_of(self._bundle, "dense", "embed", self._precisions.dense)
         if block.is_exact:
-            return self._load_exact(block, EMBED)
+            return self._load_exact(block, EMBED, torch.device("cpu"))
         raw = aligned_buffer(block.streamed_nbytes)
         block.read(self.reader, raw).wait()
         self._progress(block.streamed_nbytes)
         return block.rows(raw)[EMBED]
 
-    def _load_exact(self, block: Block, name: str) -> Rows:
+    def _load_exact(self, block: Block, name: str, device: torch.device) -> Rows:
         decode, progress = self._decode, self._progress
-        return load_exact(self.reader, block, name, decode, self.device, progress=progress)
+        return load_exact(self.reader, block, name, decode, device, progress=progress)
 
     def _upgrade_plane(self, layer: int, plane: str) -> UpgradePlane:
         plan, neurons = self.plan, self.plan.footprint.neurons
