@@ -29,6 +29,7 @@ from m2c.units import MiB
 _EFFICIENCY: Final = 0.88
 _LAYER_S: Final = 0.0001  # Python between the kernels of a layer
 _MIXED_LAYER_S: Final = 0.0004  # ranking and gathering besides
+_MOVED_S: Final = 0.0002  # of every block that is copied into HBM, besides
 # the same where a GPU replays a recorded pass: kernels wait for each other
 _REPLAYED_LAYER_S: Final = 0.00008
 _REPLAYED_MIXED_LAYER_S: Final = 0.0002
@@ -95,6 +96,8 @@ def predicted_tps(plan: Plan, speeds: Speeds, *, decode_s: float = 0.0, kernel: 
         if (facts := plan.footprint.experts) is not None:
             layer_s += (1 + facts.active + facts.shared) * _EXPERT_S
         compute_s = plan.compute_nbytes_per_token / (_EFFICIENCY * speeds.memory)
+        if kernel == "cuda":
+            compute_s += (len(plan.in_dram) + len(plan.streamed)) * _MOVED_S
         seconds.append(compute_s + plan.footprint.layers * layer_s + waited_s + decode_s)
     return 1 / max(seconds) if max(seconds) else 0.0
 

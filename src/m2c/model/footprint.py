@@ -34,10 +34,12 @@ _ACTIVATIONS_NBYTES: Final = 64 * MiB  # of a prefill batch
 LOGITS: Final = 4  # tokens whose logits by a piece of the head are computed at a time
 _STAGING_NBYTES: Final = 32 * MiB
 _DECODE_NBYTES: Final = 44  # temporary bytes per weight while the exact plane is decoded
-# neurons and head stream in pieces of about this size: the ring holds a few, whatever the model
 # sums of chunks, of spans of positions, and weights decoded at a time (kernels/gpu_products.py)
 CUDA_NBYTES: Final = 80 * MiB
+# neurons and head stream in pieces of about this size: the ring holds a few, whatever the model
 PIECE_NBYTES: Final = 8 * MiB
+# to ask a GPU for one takes 0.2 ms of Python, in which 10 MB cross a link
+_CUDA_PIECE_NBYTES: Final = 32 * MiB
 _CHANCE: Final = tuple(k / 100 for k in range(101))
 
 
@@ -251,7 +253,8 @@ def _blocks(
     """All records of one shard family, in pieces of whole chunks: how they are cut must not change
     a sum over neurons."""
     per_record = sizes.read(precision, shape.drafts) / sizes.records
-    step = max(1, round(PIECE_NBYTES / per_record / CHUNK)) * CHUNK
+    piece = _CUDA_PIECE_NBYTES if shape.kernels == "cuda" else PIECE_NBYTES
+    step = max(1, round(piece / per_record / CHUNK)) * CHUNK
     if not pieces or step >= sizes.records:
         return [replace(_block(kind, layer, sizes, precision, shape), end=sizes.records)]
     found = []
