@@ -18,7 +18,7 @@ from test_gpu import smallest_hbm, speculated
 from tiny_models import pack_folder, write_checkpoint
 
 from m2c.bundle.bundle import Bundle
-from m2c.device import probe_gpu, workers_of
+from m2c.device import workers_of
 from m2c.energy.nvml import gpu_source
 from m2c.energy.sources import Absent
 from m2c.engine import Engine, RunOptions
@@ -26,6 +26,7 @@ from m2c.evaluate import perplexity
 from m2c.generate import generate_step, prefill
 from m2c.kernels.workers import Workers
 from m2c.model.mix import Mix
+from m2c.predict import expected_tps
 from m2c.sampling import Sampler, SamplingParams
 from m2c.speculate import Speculator
 
@@ -221,6 +222,8 @@ def test_perplexity_and_energy(big: Bundle, workers: Workers) -> None:
     assert source.joules() > 0
 
 
-def test_what_is_predicted_without_weights() -> None:
-    link, memory = probe_gpu(torch.device("cuda", 0))
-    assert 1e8 < link < memory
+def test_a_small_model_is_promised_a_speed(big: Bundle, workers: Workers) -> None:
+    """Its weights are too few to tell how fast they are read."""
+    for mix in ("0/0/100", "0/25/75"):
+        with Engine(big, on_card(mix, ctx_size=64), workers=workers) as engine:
+            assert 10 < expected_tps(engine) < 10_000

@@ -11,7 +11,7 @@ from typing import Final
 
 from m2c.bundle.bundle import Bundle
 from m2c.contents import config_of, importance_of
-from m2c.device import device_of, family_of, probe_gpu, workers_of
+from m2c.device import family_of, workers_of
 from m2c.disk import disk_profile
 from m2c.engine import RunOptions, plan_for, plan_without_weights, run_shape
 from m2c.errors import DoesNotFit
@@ -132,7 +132,7 @@ def preferred(found: dict[str, Outlook]) -> str:
 def choose_mode(bundle: Bundle, options: RunOptions) -> Choice:
     """The preferred mode at the speeds of this machine. Raises DoesNotFit when neither fits."""
     ways = {"mixed": replace(options, draft=None), **_by_draft(exact_options(options))}
-    found = outlooks(planner_of_bundle(bundle), ways, _measured(bundle, options.device))
+    found = outlooks(planner_of_bundle(bundle), ways, _measured(bundle))
     exact = [outlook for way, outlook in found.items() if way != "mixed"]
     modes = {mode: outlook for mode, outlook in found.items() if mode == "mixed"}
     if exact:
@@ -147,8 +147,7 @@ def choose_draft(bundle: Bundle, options: RunOptions) -> Choice:
 
     Raises DoesNotFit when neither fits.
     """
-    measured = _measured(bundle, options.device)
-    found = outlooks(planner_of_bundle(bundle), _by_draft(options), measured)
+    found = outlooks(planner_of_bundle(bundle), _by_draft(options), _measured(bundle))
     best = max(found.values(), key=lambda outlook: outlook.tps)
     return Choice(best.options, {}, _promises(found.values()))
 
@@ -169,21 +168,16 @@ def _promises(found: Iterable[Outlook]) -> dict[str, float]:
     return promises
 
 
-def _measured(bundle: Bundle, device: str) -> Callable[[RunShape, Plan], Speeds]:
-    """Speeds of disk, link and memory, each measured once, when a plan first needs it."""
+def _measured(bundle: Bundle) -> Callable[[RunShape, Plan], Speeds]:
+    """Speeds of disk and memory, each measured once, when a plan first needs it."""
     speeds: Speeds | None = None
 
     def measured(shape: RunShape, plan: Plan) -> Speeds:
         nonlocal speeds
         if speeds is None or (plan.ssd_nbytes_per_token and not speeds.ssd):
             ssd = disk_profile(bundle).bytes_per_s if plan.ssd_nbytes_per_token else 0.0
-            if speeds is not None:
-                link, memory = speeds.link, speeds.memory
-            elif device == "cpu":
-                link, memory = 0.0, probe_dram(shape.threads)
-            else:
-                link, memory = probe_gpu(device_of(device))
-            speeds = Speeds(ssd, link, memory)
+            memory = probe_dram(shape.threads) if speeds is None else speeds.memory
+            speeds = Speeds(ssd, 0.0, memory)
         return speeds
 
     return measured

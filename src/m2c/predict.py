@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from m2c.depth import MOST
-from m2c.device import probe_gpu
 from m2c.engine import Engine
 from m2c.hardware import probe_dram
 from m2c.model.config import ModelConfig
@@ -197,19 +196,21 @@ def predicted_mixed_tps(engine: Engine, speeds: Speeds) -> float:
 
 
 def _memory_speed(engine: Engine) -> float:
-    """Plain reads of the largest weights in memory, or where these are too few of others, the
-    median of five: with all threads, or by the GPU."""
+    """Plain reads of the largest weights in memory, or where these are too few of zeros, the median
+    of five: with all threads, or by the GPU."""
     rows, native, device = engine.store.largest_resident, engine.workers.host, engine.store.device
     few = rows is None or rows.nbytes < _ENOUGH_NBYTES // 4
+    read: Callable[[Tensor], object]
     if device.type == "cuda":
-        read: Callable[[Tensor], object] = _read_on_gpu
+        read = _read_on_gpu
         if few:
-            return probe_gpu(device)[1]
+            rows = _zeros(device)
     elif few or native is None:
         return probe_dram(engine.shape.threads)
     else:
         read = native.read
-    assert rows is not None
+    if rows is None:
+        return 0.0
     data = rows.view(torch.uint8).flatten()[:_READ_NBYTES]
     seconds = []
     for _ in range(5):
@@ -217,6 +218,14 @@ def _memory_speed(engine: Engine) -> float:
         read(data)
         seconds.append(time.perf_counter() - begin)
     return data.nbytes / median(seconds)
+
+
+def _zeros(device: torch.device) -> Tensor | None:
+    """More than a GPU's cache holds, for a moment; None where there is not the memory."""
+    try:
+        return torch.zeros(_ENOUGH_NBYTES, dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError:
+        return None
 
 
 def _read_on_gpu(data: Tensor) -> None:
