@@ -4,7 +4,10 @@ What a file claims is in other tests; here it says the truth, and there is a lot
 """
 
 import json
+import os
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -130,3 +133,22 @@ def test_a_panic_of_the_engine_is_one_line(capfd: pytest.CaptureFixture[str]) ->
     document["post_processor"]["special_tokens"] = {}
     refused(lambda: Tokenizer.from_json(json.dumps(document).encode(), source="t"), "not a usable")
     assert capfd.readouterr().err == ""
+
+
+def test_a_panic_with_little_memory_ends(tmp_path: Path) -> None:
+    """Where Rust is asked to say where it was, it needs memory for that, and waited for itself."""
+    document = files.tokenizers()[0]
+    document["post_processor"]["special_tokens"] = {}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    code = (
+        "import sys; from pathlib import Path; from hostile import judge\n"
+        "from m2c.tokenizer import Tokenizer\n"
+        "data = Path(sys.argv[1]).read_bytes()\n"
+        "print(judge(lambda: Tokenizer.from_json(data, source='t'), 't'))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "tokenizer.json")], timeout=60,
+        capture_output=True, text=True, check=True,
+        env={**os.environ, "RUST_BACKTRACE": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert "not a usable tokenizer" in done.stdout

@@ -206,6 +206,8 @@ def _engine_errors(source: str) -> Iterator[None]:
 def _without_panics() -> Iterator[None]:
     """The engine's Rust also prints where it panicked, some lines: what is wrong we say in one."""
     with ExitStack() as undo:
+        # to find out where it was takes memory, and hangs where there is none
+        os.environ["RUST_BACKTRACE"] = "0"
         with suppress(OSError):  # a closed stderr
             kept = os.dup(2)
             undo.callback(os.close, kept)
