@@ -87,10 +87,10 @@ def describe_plan(plan: Plan, shape: RunShape, speeds: Speeds | None = None) -> 
     f = plan.footprint
     kinds = {"dense": "attention", "neurons": "FFN", "head": "head"}
 
-    def blocks(positions: tuple[int, ...]) -> str:
+    def blocks(positions: tuple[int, ...], *others: str) -> str:
         names = [f.blocks[i].kind for i in positions]
         parts = [f"{names.count(k)} {kinds[k]}" for k in kinds if k in names]
-        return ", ".join(parts) or "nothing"
+        return ", ".join([*parts, *filter(None, others)]) or "nothing"
 
     use = "pass" if shape.speculates else "token"
     context = f"context {shape.ctx_size} ({format_size(f.kv_nbytes)} of KV cache)"
@@ -102,8 +102,11 @@ def describe_plan(plan: Plan, shape: RunShape, speeds: Speeds | None = None) -> 
     else:
         lines = [f"mix {shape.mix} (FP16/INT8/INT4), attention and head {shape.dense}, {context}"]
     if plan.budget.hbm:
-        lines.append(_tier("HBM", plan.used_hbm, plan.budget.hbm, blocks(plan.in_hbm)))
-    lines.append(_tier("DRAM", plan.used_dram, plan.budget.dram, blocks(plan.in_dram)))
+        held = blocks(plan.in_hbm, "experts" if plan.hbm_expert_slots else "")
+        lines.append(_tier("HBM", plan.used_hbm, plan.budget.hbm, held))
+    pinned = "hottest neurons" if plan.prefix_nbytes else ""
+    held = blocks(plan.in_dram, "experts" if plan.expert_slots else "", pinned)
+    lines.append(_tier("DRAM", plan.used_dram, plan.budget.dram, held))
     if plan.streamed:
         lines.append(
             f"SSD   streams {blocks(plan.streamed)} for every {use}, through a ring of "
