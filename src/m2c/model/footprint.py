@@ -38,8 +38,7 @@ _DECODE_NBYTES: Final = 44  # temporary bytes per weight while the exact plane i
 CUDA_NBYTES: Final = 80 * MiB
 # neurons and head stream in pieces of about this size: the ring holds a few, whatever the model
 PIECE_NBYTES: Final = 8 * MiB
-# to ask a GPU for one takes 0.2 ms of Python, in which 10 MB cross a link
-_CUDA_PIECE_NBYTES: Final = 32 * MiB
+_CUDA_PIECE_NBYTES: Final = 32 * MiB  # to ask a GPU for one takes as long as 10 MB cross a link
 _CHANCE: Final = tuple(k / 100 for k in range(101))
 
 
@@ -240,9 +239,7 @@ def _embed_nbytes(config: ModelConfig, shape: RunShape, embed: _Sizes) -> int:
     return 2 * embed.weights if shape.dense == "fp16" else embed.read(shape.dense)
 
 
-def _block(
-    kind: str, layer: int, sizes: _Sizes, precision: str, shape: RunShape
-) -> BlockFact:  # fmt: skip
+def _block(kind: str, layer: int, sizes: _Sizes, precision: str, shape: RunShape) -> BlockFact:
     resident, read = sizes.resident(precision, shape), sizes.read(precision, shape.drafts)
     return BlockFact(kind, layer, resident, read)
 

@@ -168,7 +168,8 @@ class BlockUse:
     raw: U8 | None = None
     ring: int = 0
     following: "BlockUse | None" = None  # that waits in DRAM too, if no other is moved before it
-    moved: dict[int, dict[str, Rows]] = field(default_factory=dict)  # by the slot in HBM
+    # operands by where the payload lay: which slot in HBM, or the address
+    made: dict[int, dict[str, Rows]] = field(default_factory=dict)
 
 
 def record_offset(index: ShardIndex, section: Section, record: int) -> int:
