@@ -177,6 +177,19 @@ def test_speeds_and_quality(tiny_bundle: Bundle, gpu: StrictGpu) -> None:
         assert perplexity(engine, ids, window=32).value > 1
 
 
+def test_measuring_the_link_between_passes_leaves_the_next_one_right(
+    tiny_bundle: Bundle, gpu: StrictGpu
+) -> None:
+    """What was copied ahead lay in the slots that are measured with."""
+    options = smallest_hbm(tiny_bundle, options_for(Mix.parse("0/100/0"), hbm=HBM, device="cuda"))
+    with Engine(tiny_bundle, options) as engine:
+        ids, logits = decode(engine)
+        assert engine.store._moved._ahead is not None
+        assert engine.store.link_speed() > 0
+        again = decode(engine)
+    assert same((again[0], again[1].cpu()), (ids, logits.cpu()))
+
+
 @pytest.mark.parametrize("refuses", [False, True])
 @pytest.mark.parametrize("hbm", ["all", "least"])
 def test_what_is_pinned_is_given_back(

@@ -43,6 +43,7 @@ class Link:
         self._pinned: list[int] = []
         self._stats = LinkStats()
         self._last: Copied = None
+        self._ahead = False  # whether what was moved last was yet to be used when it was asked for
         self._on_gpu = device.type == "cuda"
         if self._on_gpu:
             self._copies = torch.cuda.Stream(device)
@@ -87,9 +88,13 @@ class Link:
         pairs = list(zip(slot.split(sizes), map(torch.from_numpy, payloads), strict=True))
         used = None
         if self._on_gpu:
-            until_now = self._used[self._turn if ahead else 1 - self._turn]
-            until_now.record(torch.cuda.current_stream(self.device))
+            slots = [self._turn if ahead else 1 - self._turn]
+            if self._ahead and not ahead:
+                slots = [0, 1]  # what was moved ahead has been used by now, or will not be
+            for i in slots:
+                self._used[i].record(torch.cuda.current_stream(self.device))
             used = self._used[self._turn]
+        self._ahead = ahead
         copied = self._copy(pairs, after=used)
         self._turn = 1 - self._turn
         return slot, copied

@@ -43,6 +43,10 @@ class MovedBlocks:
         self._ahead = following, *self._moved(following, following.raw, ahead=True)
         return found
 
+    def forget(self) -> None:
+        """What was copied ahead is there no more: the slots held something else since."""
+        self._ahead = None
+
     def _moved(self, use: BlockUse, payload: U8, *, ahead: bool) -> tuple[dict[str, Rows], Copied]:
         assert self._link is not None
         slot = self._link.turn

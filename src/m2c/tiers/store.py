@@ -179,7 +179,8 @@ class NeuronStore:
 
     def link_speed(self) -> float:
         """Bytes per second from DRAM to HBM of experts, or of a block that lies in DRAM or passes
-        through it."""
+        through it. Not within a pass: what is in the link's slots is lost."""
+        self._moved.forget()
         held = [use.raw for uses in self._uses.values() for use in uses if use.raw is not None]
         if self._experts is not None:
             held = [self._experts.memory.buffer]
