@@ -110,6 +110,14 @@ def test_bars_are_for_terminals() -> None:
     assert "not read while decoding" in plain
 
 
+@pytest.mark.parametrize(("dram", "held"), [("16GiB", "embeddings"), ("80MiB", "nothing")])
+def test_embeddings_alone_in_dram_are_not_nothing(dram: str, held: str) -> None:
+    size = ["--hbm", "24GiB", "--dram", dram, "--mix", "0/100/0"]
+    said = m2c_ok("plan", "llama2-7b", "--device", "cuda", *size)
+    (line,) = [line for line in said.splitlines() if line.startswith("DRAM  ")]
+    assert line.endswith(f": {held}")
+
+
 @pytest.mark.parametrize("options", [[], ["--exact"], ["--hbm", "24GiB", "--mix", "5/15/80"]])
 def test_a_page_keeps_to_80_columns(options: list[str]) -> None:
     said = m2c_ok("plan", "llama2-70b", "--dram", "64GiB", *options)

@@ -106,6 +106,8 @@ def describe_plan(plan: Plan, shape: RunShape, speeds: Speeds | None = None) -> 
         lines.append(_tier("HBM", plan.used_hbm, plan.budget.hbm, held))
     pinned = "hottest neurons" if plan.prefix_nbytes else ""
     held = blocks(plan.in_dram, "experts" if plan.expert_slots else "", pinned)
+    if held == "nothing" and plan.holds_embed:
+        held = "embeddings"
     lines.append(_tier("DRAM", plan.used_dram, plan.budget.dram, held))
     if plan.streamed:
         lines.append(
