@@ -2,15 +2,20 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from running import MIXES, decode, options_for, plan_of, same, smallest_dram
 
+from m2c import predict
 from m2c.bundle.bundle import Bundle
 from m2c.engine import Engine
 from m2c.predict import Speeds, measured_speeds, predicted_tps
 from m2c.tiers.ssd import LinkStats
 from m2c.tiers.traffic import StoreStats
+from m2c.units import MiB
 
 
 @pytest.fixture
@@ -54,6 +59,22 @@ def test_a_run_that_was_faster_than_the_probe_counts(
     assert measured_speeds(streaming, stats).ssd == (1 << 30) / 0.5
     little = StoreStats(LinkStats(1 << 10, 1e-9), LinkStats())
     assert measured_speeds(streaming, little).ssd == 1e6
+
+
+@pytest.mark.parametrize(("held", "read"), [(20 * MiB, 64 * MiB), (80 * MiB, 80 * MiB)])
+def test_what_a_gpu_caches_does_not_measure_its_memory(
+    monkeypatch: pytest.MonkeyPatch, held: int, read: int
+) -> None:
+    """An H100's second level holds 50 MB."""
+    found = list[int]()
+    zeros = torch.zeros(64 * MiB, dtype=torch.uint8)
+    monkeypatch.setattr(predict, "_zeros", lambda device: zeros)
+    monkeypatch.setattr(predict, "_read_on_gpu", lambda data: found.append(data.nbytes))
+    largest = torch.zeros(held, dtype=torch.uint8)
+    store = SimpleNamespace(largest_resident=largest, device=torch.device("cuda"))
+    engine: Any = SimpleNamespace(store=store, workers=SimpleNamespace(host=None))
+    assert predict._memory_speed(engine) > 0
+    assert set(found) == {read}
 
 
 def test_a_probe_leaves_the_model_as_it_was(streaming: Engine) -> None:

@@ -199,7 +199,9 @@ def _memory_speed(engine: Engine) -> float:
     """Plain reads of the largest weights in memory, or where these are too few of zeros, the median
     of five: with all threads, or by the GPU."""
     rows, native, device = engine.store.largest_resident, engine.workers.host, engine.store.device
-    few = rows is None or rows.nbytes < _ENOUGH_NBYTES // 4
+    # a GPU's cache holds more than a processor's
+    enough = _ENOUGH_NBYTES if device.type == "cuda" else _ENOUGH_NBYTES // 4
+    few = rows is None or rows.nbytes < enough
     read: Callable[[Tensor], object]
     if device.type == "cuda":
         read = _read_on_gpu
