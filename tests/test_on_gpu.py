@@ -6,8 +6,10 @@ What they give must be, to the bit, what the same kernels give without one.
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from emulated import Emulator
@@ -28,9 +30,11 @@ from m2c.kernels import gpu_products
 from m2c.kernels.gpu import GpuKernels
 from m2c.kernels.workers import Workers
 from m2c.model.mix import Mix
+from m2c.model.transformer import Stopped
 from m2c.modes import kernel_name
 from m2c.predict import expected_tps
 from m2c.speed import SpeedJob, measure_speed
+from m2c.tiers.link import Link
 
 HBM = 1 << 30
 
@@ -178,9 +182,11 @@ def test_speeds_and_quality(tiny_bundle: Bundle, gpu: StrictGpu) -> None:
 
 
 def test_measuring_the_link_between_passes_leaves_the_next_one_right(
-    tiny_bundle: Bundle, gpu: StrictGpu
+    tiny_bundle: Bundle, gpu: StrictGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was copied ahead lay in the slots that are measured with."""
+    plain = Link.speed  # of zeros: the largest block of this model is the one that is ahead
+    monkeypatch.setattr(Link, "speed", lambda link, some: plain(link, np.zeros_like(some)))
     options = smallest_hbm(tiny_bundle, options_for(Mix.parse("0/100/0"), hbm=HBM, device="cuda"))
     with Engine(tiny_bundle, options) as engine:
         ids, logits = decode(engine)
@@ -188,6 +194,30 @@ def test_measuring_the_link_between_passes_leaves_the_next_one_right(
         assert engine.store.link_speed() > 0
         again = decode(engine)
     assert same((again[0], again[1].cpu()), (ids, logits.cpu()))
+
+
+@pytest.mark.parametrize("dram", ["all", "least"])
+@pytest.mark.parametrize("mix", ["0/100/0", "0/40/60", "100/0/0"])
+def test_a_pass_that_was_broken_off_leaves_the_next_one_right(
+    tiny_bundle: Bundle, gpu: StrictGpu, mix: str, dram: str
+) -> None:
+    """Whatever was copied by then, and is still being copied."""
+    options = smallest_hbm(tiny_bundle, options_for(Mix.parse(mix), hbm=HBM, device="cuda"))
+    if dram == "least":
+        with torch._C.DisableTorchFunction():
+            options = replace(options, dram=smallest_dram(tiny_bundle, options))
+    with Engine(tiny_bundle, options) as engine:
+        ids, logits = decode(engine)
+        for after in range(engine.config.num_hidden_layers):
+            asked = iter([False] * (after + 2) + [True])
+            engine.stop_when(partial(next, asked, True))
+            length = engine.model.kv.length
+            with pytest.raises(Stopped):
+                engine.model.forward(PROMPT[:1])
+            assert engine.model.kv.length == length
+            engine.stop_when(lambda: False)
+            again = decode(engine)
+            assert same((again[0], again[1].cpu()), (ids, logits.cpu()))
 
 
 @pytest.mark.parametrize("refuses", [False, True])
