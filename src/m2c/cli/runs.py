@@ -85,13 +85,6 @@ def tracing_engine(
 def describe_plan(plan: Plan, shape: RunShape, speeds: Speeds | None = None) -> list[str]:
     """The plan in lines of text: what lies where, traffic per token, the bound that follows."""
     f = plan.footprint
-    kinds = {"dense": "attention", "neurons": "FFN", "head": "head"}
-
-    def blocks(positions: tuple[int, ...], *others: str) -> str:
-        names = [f.blocks[i].kind for i in positions]
-        parts = [f"{names.count(k)} {kinds[k]}" for k in kinds if k in names]
-        return ", ".join([*parts, *filter(None, others)]) or "nothing"
-
     use = "pass" if shape.speculates else "token"
     context = f"context {shape.ctx_size} ({format_size(f.kv_nbytes)} of KV cache)"
     if shape.speculates:
@@ -101,17 +94,10 @@ def describe_plan(plan: Plan, shape: RunShape, speeds: Speeds | None = None) -> 
         lines = [f"exact mode at {shape.dense}, drafts from {drafts}, {context}"]
     else:
         lines = [f"mix {shape.mix} (FP16/INT8/INT4), attention and head {shape.dense}, {context}"]
-    if plan.budget.hbm:
-        held = blocks(plan.in_hbm, "experts" if plan.hbm_expert_slots else "")
-        lines.append(_tier("HBM", plan.used_hbm, plan.budget.hbm, held))
-    pinned = "hottest neurons" if plan.prefix_nbytes else ""
-    held = blocks(plan.in_dram, "experts" if plan.expert_slots else "", pinned)
-    if held == "nothing" and plan.holds_embed:
-        held = "embeddings"
-    lines.append(_tier("DRAM", plan.used_dram, plan.budget.dram, held))
+    lines += _tiers(plan)
     if plan.streamed:
         lines.append(
-            f"SSD   streams {blocks(plan.streamed)} for every {use}, through a ring of "
+            f"SSD   streams {_blocks(plan, plan.streamed)} for every {use}, through a ring of "
             f"{format_size(plan.ring_nbytes)}"
         )
     for u in f.upgrades:
@@ -160,6 +146,25 @@ def _bound(plan: Plan, shape: RunShape, speeds: Speeds) -> str:
     unit = "passes/s" if shape.speculates else "tok/s"
     by = f"{slowest} at {moved[slowest][1] / 1e9:.3g} GB/s"
     return f"bound: {1 / seconds[slowest]:.3g} {unit}, by {by}"
+
+
+def _tiers(plan: Plan) -> list[str]:
+    """What memory holds. Embeddings are small beside the rest, and named where they are alone."""
+    lines = []
+    if plan.budget.hbm:
+        held = _blocks(plan, plan.in_hbm, "experts" if plan.hbm_expert_slots else "")
+        lines.append(_tier("HBM", plan.used_hbm, plan.budget.hbm, held or "nothing"))
+    pinned = "hottest neurons" if plan.prefix_nbytes else ""
+    held = _blocks(plan, plan.in_dram, "experts" if plan.expert_slots else "", pinned)
+    held = held or ("embeddings" if plan.holds_embed else "nothing")
+    return [*lines, _tier("DRAM", plan.used_dram, plan.budget.dram, held)]
+
+
+def _blocks(plan: Plan, positions: tuple[int, ...], *others: str) -> str:
+    kinds = {"dense": "attention", "neurons": "FFN", "head": "head"}
+    names = [plan.footprint.blocks[i].kind for i in positions]
+    parts = [f"{names.count(k)} {kinds[k]}" for k in kinds if k in names]
+    return ", ".join([*parts, *filter(None, others)])
 
 
 def _tier(name: str, used: int, budget: int, blocks: str) -> str:
