@@ -40,7 +40,7 @@ def _pairs(store: NeuronStore) -> Iterator[tuple[str, torch.Tensor, torch.Tensor
             for name, rows in (use.rows or {}).items():
                 decoded = isinstance(rows, ExactRows)
                 fresh: Rows = (
-                    store._load_exact(use.block, name)
+                    store._load_exact(use.block, name, store.device)
                     if decoded
                     else use.block.rows(raw, use.below)[name]
                 )
