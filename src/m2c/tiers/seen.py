@@ -1,7 +1,7 @@
 """Records in DRAM that kernels of a GPU take themselves.
 
-Nobody puts together first what a token chose, and nobody waits for it. Knows nothing about which
-records there are, or what they mean.
+Nobody puts together first what a token chose. Knows nothing about which records there are, or what
+they mean.
 """
 
 from collections.abc import Callable
