@@ -31,7 +31,7 @@ demo: install  ## Profile, pack and run SmolLM2-135M-Instruct; prints real gener
 	$(DEMO_ENV) $(BIN)/m2c pack --ssd $(DEMO)/ssd
 	$(DEMO_ENV) $(BIN)/m2c run --max-tokens 64 --prompt "Why is the sky blue? Answer in two sentences."
 
-test: install  ## Run all tests (about 10 minutes on two cores)
+test: install  ## Run all tests (10 to 15 minutes on two cores)
 	$(BIN)/python -m pytest
 
 check: install  ## Format, lint, types, fast tests, generated docs up to date
