@@ -12,12 +12,13 @@ from uuid import uuid4
 import pytest
 import torch
 from command_line import COMMAND, Said
-from emulated import COMPILER, emulated_kernels
+from emulated import COMPILER, Emulator, emulated_kernels
 from every_mode import Subject, make_subject
 from ferry import Ferry
 from hypothesis import settings
 from running import MIXES, Run, decode, options_for
 from shards import write_exact, write_int4
+from strict_gpu import StrictGpu, install
 from syscalls import require_watching
 from tiny_models import digest, job_for, pack_folder, write_checkpoint
 from watched_pack import WatchedPack
@@ -192,6 +193,16 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> GpuKernels:
     if COMPILER is None:
         pytest.skip("no C++ compiler")
     return emulated_kernels(tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.fixture
+def gpu(emulated: GpuKernels, monkeypatch: pytest.MonkeyPatch) -> Iterator[StrictGpu]:
+    """A GPU that is not there, strict about what a real one is strict about."""
+    launcher = emulated._launch.__self__  # type: ignore[attr-defined]
+    assert isinstance(launcher, Emulator)
+    strict, _ = install(monkeypatch, launcher)
+    with strict:
+        yield strict
 
 
 @pytest.fixture(scope="session")

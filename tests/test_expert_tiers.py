@@ -4,7 +4,6 @@ that could lie once. On a CPU whose memory is also HBM, and on a GPU that is not
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from command_line import m2c
-from emulated import Emulator
 from running import GiB, Run, decode, options_for, plan_of, same, smallest_dram
 from strict_gpu import CUDA, Event, StrictGpu, install
 from test_expert_mixes import SHAPE as MIXED_SHAPE
@@ -303,15 +301,6 @@ def test_a_damaged_expert_ends_the_pass_and_is_in_no_slot(
 
 
 # -- on a GPU --------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def gpu(emulated: GpuKernels, monkeypatch: pytest.MonkeyPatch) -> Iterator[StrictGpu]:
-    launcher = emulated._launch.__self__  # type: ignore[attr-defined]
-    assert isinstance(launcher, Emulator)
-    strict, _ = install(monkeypatch, launcher)
-    with strict:
-        yield strict
 
 
 @pytest.mark.parametrize(

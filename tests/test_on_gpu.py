@@ -3,7 +3,6 @@
 What they give must be, to the bit, what the same kernels give without one.
 """
 
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -12,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from emulated import Emulator
 from running import PROMPT, decode, options_for, plan_of, same, smallest_dram
 from strict_gpu import CUDA, StrictGpu, install, on_gpu
 from test_experts import SHARED
@@ -37,15 +35,6 @@ from m2c.speed import SpeedJob, measure_speed
 from m2c.tiers.link import Link
 
 HBM = 1 << 30
-
-
-@pytest.fixture
-def gpu(emulated: GpuKernels, monkeypatch: pytest.MonkeyPatch) -> Iterator[StrictGpu]:
-    launcher = emulated._launch.__self__  # type: ignore[attr-defined]
-    assert isinstance(launcher, Emulator)
-    strict, _ = install(monkeypatch, launcher)
-    with strict:
-        yield strict
 
 
 def without(bundle: Bundle, options: RunOptions, kernels: GpuKernels) -> tuple[object, ...]:
