@@ -17,6 +17,7 @@ from command_line import Said, m2c
 from running import plan_of
 from trials import trials
 
+from m2c import engine as engines
 from m2c.bundle.bundle import Bundle
 from m2c.engine import RunOptions, plan_without_weights
 from m2c.errors import DoesNotFit
@@ -27,7 +28,7 @@ from m2c.modes import exact_options
 from m2c.tiers.plan import Plan
 from m2c.tiers.policies import POLICY_NAMES
 from m2c.tiers.ssd import SsdReader
-from m2c.units import MiB
+from m2c.units import GiB, MiB
 
 NAMED = r"the smallest that works is (--dram|--hbm) (\d+)MiB"
 MIXES = ["100/0/0", "0/100/0", "0/0/100", "0/25/75", "5/15/80", "50/50/0", "30/0/70", "1/98/1"]
@@ -189,3 +190,15 @@ def test_evaluation_names_what_all_its_mixes_need(deep_bundle: Bundle, tmp_path:
         return require_refused(partial(with_dram, (*line, *more, "--dram")), 1)
 
     assert least() < least("--mix", "5/15/80")
+
+
+@pytest.mark.parametrize(
+    ("given", "what"), [({}, "not enough free memory: --dram"), ({"hbm": MiB}, "--hbm")]
+)
+def test_only_memory_that_was_not_given_is_called_not_free(
+    monkeypatch: pytest.MonkeyPatch, tiny_bundle: Bundle, given: dict[str, int], what: str
+) -> None:
+    monkeypatch.setattr(engines, "auto_dram", lambda: 1 if not given else GiB)
+    with pytest.raises(DoesNotFit) as caught:
+        plan_of(tiny_bundle, RunOptions(ctx_size=32, threads=1, **given))
+    assert caught.value.message.startswith(what)

@@ -28,8 +28,9 @@ from m2c.units import MiB
 _EFFICIENCY: Final = 0.88
 _LAYER_S: Final = 0.0001  # Python between the kernels of a layer
 _MIXED_LAYER_S: Final = 0.0004  # ranking and gathering besides
-_MOVED_S: Final = 0.0002  # of every block that is copied into HBM, besides
-# the same where a GPU replays a recorded pass: kernels wait for each other
+# of every block that is copied into HBM besides, estimated from whole runs (BENCHMARKS.md)
+_MOVED_S: Final = 0.0002
+# Python of a layer where a GPU replays a recorded pass: kernels wait for each other
 _REPLAYED_LAYER_S: Final = 0.00008
 _REPLAYED_MIXED_LAYER_S: Final = 0.0002
 _EXPERT_S: Final = 0.00004  # the router, and likewise each expert

@@ -38,7 +38,7 @@ _DECODE_NBYTES: Final = 44  # temporary bytes per weight while the exact plane i
 CUDA_NBYTES: Final = 80 * MiB
 # neurons and head stream in pieces of about this size: the ring holds a few, whatever the model
 PIECE_NBYTES: Final = 8 * MiB
-_CUDA_PIECE_NBYTES: Final = 32 * MiB  # to ask a GPU for one takes as long as 10 MB cross a link
+_CUDA_PIECE_NBYTES: Final = 32 * MiB  # to ask a GPU for one takes about as long as 10 MB cross it
 _CHANCE: Final = tuple(k / 100 for k in range(101))
 
 
