@@ -82,13 +82,15 @@ class ExpertSlots:
         self._places[at], self._parts[at], self._at[part] = place, part, place
         return gone
 
-    def leave(self, part: int) -> None:
-        """A part gives up its slot, which has no place from now on; the place is nobody's."""
+    def leave(self, part: int) -> int:
+        """A part gives up its slot, which has no place from now on: the place, nobody's now."""
         kind = self._kind(part)
         (slot,) = self._caches[kind].lookup([part])
         self._caches[kind].evict([part])
         at = self._first[kind] + int(slot)
+        place = self._places[at]
         self._places[at] = self._parts[at] = self._at[part] = ABSENT
+        return place
 
     def _kind(self, part: int) -> int:
         """Which part of its expert it is."""
